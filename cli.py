@@ -1,0 +1,6 @@
+"""`python cli.py ...` from a checkout is the `mmvision` command."""
+
+from mmvision_export.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""ONNX Runtime on a CPU or a CUDA GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmvision_export.backends import BackendName
+from mmvision_export.errors import BackendError, ManifestError
+from mmvision_export.manifest import DATA, GRAPH, Manifest
+from mmvision_export.sidecar import Profile
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["PROVIDERS", "OnnxRuntimeBackend", "create_session", "require_provider"]
+
+_ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings are about its own constant folding
+PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxRuntimeBackend:
+    """The portable graph of a model directory in ONNX Runtime. See `Backend`.
+
+    Raises:
+        ManifestError: Files of the directory are missing or not those of its manifest.
+        BackendError: ONNX Runtime is not installed, lacks the provider, or cannot load the graph.
+    """
+
+    profile: Profile | None = None
+
+    def __init__(self, directory: Path, *, name: str, device: int = 0, threads: int | None = None) -> None:
+        manifest = Manifest.read(directory)
+        _verify(directory, manifest)
+        if manifest.precision == "bf16" and name == "onnxruntime-cpu":
+            raise BackendError(
+                f"{directory} is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
+                hint="export with --fp32 or --fp16 to run it here",
+            )
+        self._session = create_session(directory / GRAPH, provider=PROVIDERS[name], device=device, threads=threads)
+        self.name: BackendName = "onnxruntime-cuda" if name == "onnxruntime-cuda" else "onnxruntime-cpu"
+        self.config = manifest.config
+        self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
+        import onnxruntime
+
+        self.info: dict[str, Any] = {
+            "model": str(directory),
+            "precision": manifest.precision,
+            "onnxruntime": onnxruntime.__version__,
+        }
+
+    def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        try:
+            (image_embeds,) = self._session.run(None, {"pixel_values": pixel_values, "grid_thw": grid_thw})
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+        result: npt.NDArray[np.floating] = image_embeds
+        return result
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        del self._session
+
+
+def _verify(directory: Path, manifest: Manifest) -> None:
+    # The graph is small and hashed in full. Of the weights only the size is compared, which finds an incomplete copy;
+    # hashing gigabytes would take longer than everything else here, and `mmvision inspect` does it.
+    manifest.verify(directory, [GRAPH])
+    data, record = directory / DATA, manifest.files.get(DATA)
+    if record is None or not data.is_file():
+        raise ManifestError(f"{data} is missing", hint="copy the whole model directory")
+    if (size := data.stat().st_size) != record.size_bytes:
+        raise ManifestError(
+            f"{data} has {size} bytes, the manifest says {record.size_bytes}",
+            hint="the copy is incomplete: copy it again",
+        )
+
+
+def require_provider(provider: str) -> None:
+    """Raise `BackendError` unless ONNX Runtime is installed and built with this provider."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime is not installed: {error}", hint="pip install 'mmvision-export[cpu]' (or [gpu])"
+        ) from error
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise BackendError(
+            f"this ONNX Runtime has no {provider}, only {', '.join(available)}",
+            hint="pip install 'mmvision-export[gpu]'" if "CUDA" in provider else None,
+        )
+
+
+def create_session(
+    graph: Path, *, provider: str, device: int = 0, threads: int | None = None
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on exactly the provider asked for.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
+    """
+    require_provider(provider)
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    provider_options: dict[str, str] = {"device_id": str(device)} if "CUDA" in provider else {}
+    try:
+        session = onnxruntime.InferenceSession(str(graph), options, providers=[(provider, provider_options)])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
+    # A provider that cannot start is replaced by the CPU's with no more than a logged warning.
+    if session.get_providers()[0] != provider:
+        raise BackendError(f"ONNX Runtime could not start {provider} on device {device}", hint="see: mmvision doctor")
+    return session

@@ -1,0 +1,301 @@
+"""The `mmvision` command: each subcommand is a signature, a docstring and one call.
+
+Heavy packages are imported by the command that uses them, so that `mmvision --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from mmvision_export import __version__
+from mmvision_export.console import console, messages, print_error, progress_display
+from mmvision_export.errors import MmvisionError
+from mmvision_export.manifest import find_model_directory
+
+if TYPE_CHECKING:
+    from mmvision_export.parity import ParityResult
+
+__all__ = ["app", "main"]
+
+HUB_CHECKPOINT = "MiniMaxAI/MiniMax-M3"
+
+app = typer.Typer(
+    name="mmvision",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Take the MiniMax-M3-VL vision encoder from a PyTorch checkpoint to an engine that is the same function.",
+)
+
+
+class Preset(str, enum.Enum):
+    """Dimensions for random weights."""
+
+    tiny = "tiny"
+    full = "full"
+
+
+class Backend(str, enum.Enum):
+    """TensorRT to build with."""
+
+    auto = "auto"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+ModelOption = Annotated[
+    Optional[Path], typer.Option("--model", metavar="DIR", help="Model directory. Default: the only one in engines/.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _precision(*, fp32: bool, fp16: bool, bf16: bool) -> str | None:
+    chosen = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    if len(chosen) > 1:
+        raise typer.BadParameter(f"choose one of --{', --'.join(chosen)}")
+    return chosen[0] if chosen else None
+
+
+def _model(given: Path | None) -> Path:
+    model = find_model_directory(given)
+    if given is None:
+        messages.print(f"model: {model}", markup=False)
+    return model
+
+
+@app.command()
+def export(
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, the only format there is so far.")] = True,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(metavar="DIR|HUB_ID", help=f"Checkpoint folder or hub id. Default: {HUB_CHECKPOINT}."),
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    preset: Annotated[
+        Optional[Preset], typer.Option(help="Dimensions for --random-weights: tiny (7 M parameters) or full (865 M).")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Seeded random weights instead of a checkpoint.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(metavar="DIR", help="Model directory to make. Default: engines/<checkpoint or preset>."),
+    ] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="float32 graph (default).")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="float16 graph.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 graph, with float32 input and output.")] = False,
+    opset: Annotated[int, typer.Option(help="ONNX opset, 18 to 23. Below 23, attention is MatMul and Softmax.")] = 23,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model directory if it exists.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export the encoder to ONNX, into a new model directory."""
+    precision = _precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
+    if random_weights and (checkpoint or revision):
+        raise typer.BadParameter("--random-weights takes no --checkpoint or --revision")
+    if preset and not random_weights:
+        raise typer.BadParameter("--preset goes with --random-weights; a checkpoint has its own dimensions")
+
+    from mmvision_export.onnx_export import export_model_directory
+    from mmvision_export.weights import WeightSource
+
+    if random_weights:
+        name = preset or Preset.full
+        source = WeightSource.random(name.value, seed)
+        output = output or Path("engines") / name.value
+    else:
+        source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
+        output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).name
+    with progress_display() as progress:
+        manifest = export_model_directory(
+            source, output, precision=precision, opset=opset, force=force, progress=progress
+        )
+    size = sum(record.size_bytes for record in manifest.files.values())
+    console.print(f"{output}: {precision} graph, opset {manifest.opset}, {size / 1e6:.1f} MB", markup=False)
+    messages.print(f"next: mmvision parity --model {output}", markup=False)
+
+
+@app.command()
+def parity(
+    model: ModelOption = None,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(metavar="DIR|HUB_ID", help="Where the weights are. Default: where they were at export."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare every graph of a model directory, and the engines that fit this machine, with PyTorch in float64.
+
+    The result is written into manifest.json. Exits with 1 if a difference is beyond its gate.
+    """
+    from mmvision_export.parity import GATES, check_parity
+    from mmvision_export.weights import WeightSource
+
+    directory = _model(model)
+    source = WeightSource(checkpoint=checkpoint) if checkpoint else None
+    with progress_display() as progress:
+        result = check_parity(directory, source=source, progress=progress)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in result.rows], indent=2))
+    else:
+        console.print(_parity_table(result))
+        for precision in dict.fromkeys(row.precision for row in result.rows):
+            console.print(f"{precision} gate: {GATES[precision].describe()}", markup=False)
+    for row in result.rows:
+        for failure in row.failures:
+            print_error(f"{row.runner}, {row.grid}: {failure}", None)
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+def _parity_table(result: ParityResult) -> Table:
+    table = Table(title="distance from PyTorch in float64", box=box.SIMPLE_HEAD, title_justify="left")
+    for heading in ("runner", "grid", "patches", "max abs", "relative L2", "min cosine", ""):
+        table.add_column(heading, no_wrap=True, justify="right" if heading == "patches" else "left")
+    before = None
+    for row in result.rows:
+        distance, is_torch = row.metrics, row.runner.startswith("pytorch-")
+        table.add_row(
+            escape(row.runner) if row.runner != before else "",
+            row.grid,
+            str(row.patches),
+            f"{distance.max_abs:.1e}",
+            f"{distance.relative_l2:.2e}",
+            f"{distance.min_cosine:.8f}",
+            "" if is_torch else "[red]FAIL" if row.failures else "[green]pass",
+        )
+        before = row.runner
+    return table
+
+
+@app.command("build-engine")
+def build_engine(
+    model: ModelOption = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="float16 engine; derived first if the graph is float32.")
+    ] = False,
+    backend: Annotated[
+        Backend, typer.Option(help="TensorRT to build with; auto takes the one installed.")
+    ] = Backend.auto,
+    compute_capability: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="CC",
+            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
+            "without one all that TensorRT-RTX supports.",
+        ),
+    ] = None,
+    min_patches: Annotated[int, typer.Option(help="Fewest patches of a batch.")] = 4,
+    opt_patches: Annotated[int, typer.Option(help="Patches the kernels are chosen for.")] = 1024,
+    max_patches: Annotated[int, typer.Option(help="Most patches of a batch, all images together.")] = 4096,
+    max_images: Annotated[int, typer.Option(help="Most images of a batch.")] = 64,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare a derived fp16 graph with the fp32 one before building.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an engine of the same name.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build a TensorRT or TensorRT-RTX engine into a model directory's plans/.
+
+    The precision is the graph's own unless --fp16 is given. With the released preprocessing a still image is at most
+    2304 patches; 4 patches make one image token.
+    """
+    from mmvision_export.engine import build_engine as build
+    from mmvision_export.sidecar import Profile
+
+    directory = _model(model)
+    profile = Profile(min_patches=min_patches, opt_patches=opt_patches, max_patches=max_patches, max_images=max_images)
+    with progress_display() as progress:
+        engine, record = build(
+            directory,
+            profile=profile,
+            precision="fp16" if fp16 else None,
+            backend=backend.value,
+            compute_capabilities=compute_capability or (),
+            check=check,
+            force=force,
+            progress=progress,
+        )
+    console.print(
+        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, compute capability "
+        f"{', '.join(record.compute_capabilities)}, attention: {record.attention}",
+        markup=False,
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="Model directory, .onnx graph or .engine.")],
+    verbose: Verbose = False,
+) -> None:
+    """Show what a model directory, graph or engine is: inputs, operators, sizes, precision, versions, checks.
+
+    Of a model directory every file is hashed and compared with the manifest.
+    """
+    from mmvision_export.inspection import inspect as describe
+
+    print(json.dumps(describe(path), indent=2))
+
+
+@app.command()
+def doctor(verbose: Verbose = False) -> None:
+    """Show what is installed, which backends work on this machine, and why the others do not."""
+    from mmvision_export.doctor import examine
+
+    report = examine()
+    table = Table(box=None, show_header=False)
+    for name, version in report.packages.items():
+        table.add_row(name, version or "-", style=None if version else "dim")
+    console.print(table)
+    for row in report.backends:
+        console.print(f"\n[bold]{row.name}[/]\n  build engines: {escape(row.builds)}\n  run: {escape(row.runs)}")
+
+
+def main() -> None:
+    """Entry point: runs the command and turns its errors into messages and exit codes."""
+    verbose = "--verbose" in sys.argv
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # So that a killed command cleans up what it was writing, as an interrupted one does.
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        app(standalone_mode=True)
+    except MmvisionError as error:
+        if verbose:
+            raise
+        print_error(str(error), error.hint)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print_error("interrupted; nothing was kept", None)
+        sys.exit(130)

@@ -1,0 +1,97 @@
+"""What works on this machine: packages, and for each backend whether it can build and run, or why it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from typing import Any
+
+from mmvision_export.backends import BACKENDS
+from mmvision_export.backends.cuda import Cuda
+from mmvision_export.backends.tensorrt import import_tensorrt
+from mmvision_export.compute_capability import current_compute_capability, supported_by_rtx
+from mmvision_export.errors import MmvisionError
+
+__all__ = ["BackendReport", "Report", "examine"]
+
+_PACKAGES = (
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "cuda-bindings",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "polygraphy",
+    "safetensors",
+    "huggingface_hub",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendReport:
+    """One backend.
+
+    Attributes:
+        name: The backend.
+        builds: What engines it can build here, or why none.
+        runs: `yes`, or why not.
+    """
+
+    name: str
+    builds: str
+    runs: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Packages by name (None where not installed), and every backend."""
+
+    packages: dict[str, str | None]
+    backends: list[BackendReport]
+
+
+def examine() -> Report:
+    """Look at this machine. Never raises: what does not work is what the report is about."""
+    packages: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    return Report(packages, [BackendReport(name, _reason(_builds, name), _reason(_runs, name)) for name in BACKENDS])
+
+
+def _reason(question: Callable[[str], str], backend: str) -> str:
+    try:
+        return question(backend)
+    except MmvisionError as error:
+        return f"no: {error}" + (f" ({error.hint})" if error.hint and "doctor" not in error.hint else "")
+
+
+def _builds(backend: str) -> str:
+    if not backend.startswith("tensorrt"):
+        return "needs no engine"
+    trt: Any = import_tensorrt(backend)
+    if backend == "tensorrt-rtx":
+        return f"yes, {trt.__version__}, for compute capability {', '.join(supported_by_rtx(trt))}"
+    here = current_compute_capability()
+    return f"yes, {trt.__version__}, for this GPU ({here})" if here else "no: there is no GPU to build for"
+
+
+def _runs(backend: str) -> str:
+    if backend.startswith("tensorrt"):
+        import_tensorrt(backend)
+        return f"yes, on compute capability {Cuda(0).compute_capability()}"
+    from mmvision_export.backends.onnxruntime import PROVIDERS, require_provider
+
+    require_provider(PROVIDERS[backend])
+    if backend == "onnxruntime-cuda":
+        return f"yes, on compute capability {Cuda(0).compute_capability()}"
+    return "yes"

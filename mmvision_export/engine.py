@@ -1,0 +1,255 @@
+"""Engines from a model directory's graph, with TensorRT or TensorRT-RTX, on every version strongly typed.
+
+The types are those of the ONNX graph; there is no builder flag that changes one. How attention is written down is
+chosen here, in memory, for the TensorRT that will parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from mmvision_export import __version__
+from mmvision_export.backends.tensorrt import TENSORRT_MODULES, current_platform, import_tensorrt
+from mmvision_export.compute_capability import current_compute_capability, parse_compute_capability, supported_by_rtx
+from mmvision_export.config import EncoderConfig
+from mmvision_export.errors import BackendError, EngineError, OutputError
+from mmvision_export.manifest import GRAPH, PLANS, Manifest, file_record
+from mmvision_export.onnx_files import FP16_GRAPH, check_against, derive_fp16
+from mmvision_export.onnx_functions import ATTENTION_OPSET, AttentionBody, attach_functions
+from mmvision_export.onnx_passes import inline_functions
+from mmvision_export.output import new_files
+from mmvision_export.progress import Progress
+from mmvision_export.sidecar import EngineRecord, Profile, sidecar_path
+from mmvision_export.tensorrt_build import PlanRequest, plan_from_model
+
+__all__ = ["attention_body_for_tensorrt", "build_engine", "checked_profile", "choose_tensorrt", "lowered_model"]
+
+_NO_FUSED_KERNEL = "not supported by a dedicated kernel"
+
+
+def choose_tensorrt(backend: str) -> str:
+    """The TensorRT to build with: the one named, or for `auto` the one that is installed, TensorRT first.
+
+    Raises:
+        BackendError: It is not installed, or neither is.
+    """
+    if backend != "auto":
+        import_tensorrt(backend)
+        return backend
+    for candidate in TENSORRT_MODULES:
+        try:
+            import_tensorrt(candidate)
+        except BackendError:
+            continue
+        return candidate
+    raise BackendError(
+        "neither tensorrt nor tensorrt_rtx is installed",
+        hint="pip install 'mmvision-export[rtx]', or [tensorrt] for a data-centre GPU; JetPack brings its own",
+    )
+
+
+def attention_body_for_tensorrt(backend: str, version: str, opset: int) -> AttentionBody:
+    """How attention is written for a TensorRT's ONNX parser.
+
+    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before, and in a graph of a
+    lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and fuses by itself.
+    """
+    parts = tuple(int(part) for part in version.split(".")[:2])
+    knows_attention = backend == "tensorrt-rtx" or parts >= (10, 14)
+    return "attention" if knows_attention and opset >= ATTENTION_OPSET else "matmul"
+
+
+def lowered_model(graph: Path, body: AttentionBody) -> ir.Model:
+    """The graph with its custom ops replaced by their definitions, ready for a parser that has no plugin for them.
+
+    Weights stay in their file: only the graph is in memory.
+    """
+    model = ir.load(graph)
+    attach_functions(model, body)
+    inline_functions(model)
+    return model
+
+
+def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
+    """Validate an optimization profile.
+
+    Raises:
+        EngineError: A size is not a multiple of the merge block, or they are not in order.
+    """
+    per_token = config.patches_per_token
+    for name in ("min_patches", "opt_patches", "max_patches"):
+        value = getattr(profile, name)
+        if value < per_token or value % per_token:
+            raise EngineError(f"--{name.replace('_', '-')} must be a positive multiple of {per_token}, got {value}")
+    if not profile.min_patches <= profile.opt_patches <= profile.max_patches:
+        raise EngineError(
+            "--min-patches, --opt-patches and --max-patches must ascend, got "
+            f"{profile.min_patches}, {profile.opt_patches}, {profile.max_patches}"
+        )
+    most = profile.max_patches // per_token
+    if not 1 <= profile.max_images <= most:
+        raise EngineError(
+            f"--max-images must be between 1 and {most} (every image has at least {per_token} patches), got "
+            f"{profile.max_images}"
+        )
+    return profile
+
+
+def build_engine(
+    directory: Path,
+    *,
+    profile: Profile,
+    precision: str | None = None,
+    backend: str = "auto",
+    compute_capabilities: Sequence[str] = (),
+    check: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Path, EngineRecord]:
+    """Build an engine into a model directory's `plans/`.
+
+    Args:
+        directory: The model directory.
+        profile: Accepted sizes.
+        precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the float16-typed graph
+            first.
+        backend: `auto`, `tensorrt` or `tensorrt-rtx`.
+        compute_capabilities: GPUs to build for, as `8.9` or `89`, with TensorRT-RTX. This machine's if empty; on a
+            machine without a GPU, all that this TensorRT-RTX can build for.
+        check: Compare a newly derived float16 graph with the float32 one in ONNX Runtime before building from it.
+        force: Replace an engine of the same name.
+        progress: Told about each step.
+
+    Returns:
+        The engine's path and its sidecar's content.
+
+    Raises:
+        ManifestError: The model directory is not one, or damaged.
+        BackendError: TensorRT is not installed.
+        EngineError: The request cannot be met, the graph was not parsed, or the engine was not built.
+        OutputError: The engine exists, or cannot be written.
+    """
+    progress = progress or Progress()
+    manifest = Manifest.read(directory)
+    checked_profile(profile, manifest.config)
+    backend = choose_tensorrt(backend)
+    trt = import_tensorrt(backend)
+    version = str(trt.__version__)
+    precision = precision or manifest.precision
+    if precision not in (manifest.precision, "fp16") or (precision == "fp16" and manifest.precision == "bf16"):
+        raise EngineError(
+            f"{directory} is a {manifest.precision} model, from which no {precision} engine can be built",
+            hint=f"export it again with --{precision}",
+        )
+    capabilities = _capabilities(trt, backend, compute_capabilities, precision, progress)
+    targets = "-".join(capability.replace(".", "") for capability in capabilities)
+    engine = directory / PLANS / f"{backend}-{version}-sm{targets}-{precision}.engine"
+    if engine.exists() and not force:
+        raise OutputError(f"{engine} already exists", hint="replace it with --force")
+
+    graph = _graph_for(directory, manifest, precision, check=check, progress=progress)
+    if graph not in manifest.parity:
+        progress.note(f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}")
+    body = attention_body_for_tensorrt(backend, version, manifest.opset)
+    progress.step("lowering the graph")
+    model = lowered_model(directory / graph, body)
+    with new_files(directory / PLANS) as new:
+        plan, fused = _plan(
+            PlanRequest(
+                model=ir.serde.serialize_model(model).SerializeToString(),
+                location=directory / graph,
+                backend=backend,
+                compute_capabilities=capabilities,
+                profile=profile,
+                patch_dim=manifest.config.patch_dim,
+                timing_cache=directory / PLANS / ".timing" / f"{backend}-{version}",
+            ),
+            # No TensorRT has a fused attention kernel in float32.
+            may_fuse=body == "attention" and precision != "fp32",
+            progress=progress,
+        )
+        progress.step("writing the engine")
+        (new / engine.name).write_bytes(plan)
+        record = EngineRecord(
+            backend=backend,
+            tensorrt_version=version,
+            compute_capabilities=capabilities,
+            platform=current_platform(),
+            precision=precision,
+            attention=f"{body} body, {'fused' if fused else 'left to the builder'}",
+            profile=profile,
+            graph={"name": graph, "sha256": manifest.files[graph].sha256},
+            engine=file_record(new / engine.name),
+            config=manifest.config,
+            versions={
+                "mmvision-export": __version__,
+                "polygraphy": importlib.metadata.version("polygraphy"),
+                "onnx": importlib.metadata.version("onnx"),
+            },
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        )
+        record.write(new / sidecar_path(engine).name)
+    return engine, record
+
+
+def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[bytes, bool]:
+    """The plan, and whether every attention layer is known to be one fused kernel."""
+    if may_fuse:
+        # Without permission to decompose, the builder fails rather than fall back to unfused kernels in silence.
+        try:
+            return plan_from_model(request, decomposable=False, progress=progress), True
+        except EngineError as error:
+            if _NO_FUSED_KERNEL not in str(error):
+                raise
+        progress.note("there is no fused attention kernel for this: building it from separate products")
+    return plan_from_model(request, decomposable=True, progress=progress), False
+
+
+def _graph_for(directory: Path, manifest: Manifest, precision: str, *, check: bool, progress: Progress) -> str:
+    if precision == manifest.precision:
+        progress.step("verifying the graph's files")
+        manifest.verify(directory, [GRAPH, f"{GRAPH}.data"])
+        return GRAPH
+    derived_before = FP16_GRAPH in manifest.files
+    name = derive_fp16(directory, manifest, progress)
+    if check and not derived_before:
+        check_against(directory, reference=GRAPH, derived=name, config=manifest.config, progress=progress)
+    return name
+
+
+def _capabilities(trt: Any, backend: str, requested: Sequence[str], precision: str, progress: Progress) -> list[str]:
+    here = current_compute_capability()
+    wanted = [parse_compute_capability(text) for text in requested]
+    if backend == "tensorrt":
+        if here is None:
+            raise EngineError(
+                "TensorRT builds for the GPU it runs on, and there is none here",
+                hint="build with --backend tensorrt-rtx --compute-capability ..., or on the target machine",
+            )
+        if wanted not in ([], [here]):
+            raise EngineError(
+                f"TensorRT builds for the GPU it runs on, {here}; it cannot build for {', '.join(wanted)}",
+                hint="build with --backend tensorrt-rtx, or on the target machine",
+            )
+        return [here]
+    supported = supported_by_rtx(trt)
+    if precision == "bf16":
+        supported = [capability for capability in supported if float(capability) >= 8.0]
+    for capability in wanted:
+        if capability not in supported:
+            raise EngineError(
+                f"TensorRT-RTX {trt.__version__} does not build {precision} engines for {capability}, only for "
+                f"{', '.join(supported)}"
+            )
+    if wanted:
+        return sorted(set(wanted), key=float)
+    if here is not None:
+        return [here]
+    progress.note(f"no GPU here: building for all that TensorRT-RTX supports, {', '.join(supported)}")
+    return supported

@@ -1,0 +1,24 @@
+"""The `mmvision` script: says what to install where the command line's own packages are missing."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from mmvision_export.cli import main as run
+    except ImportError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        print(f"error: {error.name} is not installed, which the mmvision command needs", file=sys.stderr)
+        print(
+            "hint: pip install 'mmvision-export[export]' (or [engine], [rtx], [tensorrt], [parity]); "
+            "python -m mmvision_export.run works without it",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    run()

@@ -1,0 +1,69 @@
+"""Errors a user can act on: one subclass per stage, each with an optional next step.
+
+The command line turns any `MmvisionError` into one `error:` line and, where there is a `hint`, one `hint:` line. The
+wording is always *what was wrong, the rule, the value*; the hint is *what to do*.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "ExportError",
+    "InputError",
+    "ManifestError",
+    "MmvisionError",
+    "OutputError",
+    "ParityError",
+]
+
+
+class MmvisionError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        message: What was wrong, the rule and the value, in one line (lists of names may follow on further lines).
+        hint: What to do next, or None.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(MmvisionError):
+    """A configuration field is missing, malformed, contradictory or not implemented."""
+
+
+class CheckpointError(MmvisionError):
+    """A checkpoint cannot be found, read, or does not hold exactly the tensors of the vision encoder."""
+
+
+class ExportError(MmvisionError):
+    """The encoder could not be turned into an ONNX graph, or the graph failed its checks."""
+
+
+class ParityError(MmvisionError):
+    """A comparison could not be run, or a difference is beyond its gate."""
+
+
+class EngineError(MmvisionError):
+    """An engine could not be built."""
+
+
+class BackendError(MmvisionError):
+    """An inference backend is not installed, not usable on this machine, or failed while running."""
+
+
+class InputError(MmvisionError):
+    """Images, patches or `grid_thw` that the encoder cannot take."""
+
+
+class ManifestError(MmvisionError):
+    """A model directory, its manifest or an engine's sidecar is missing, malformed or does not match its files."""
+
+
+class OutputError(MmvisionError):
+    """An output path exists, cannot be written, or ran out of space."""

@@ -1,0 +1,188 @@
+"""The model directory and its `manifest.json`: what the files are, where they came from, and what has been checked.
+
+```
+<name>/
+  model.onnx  model.onnx.data      the portable graph and its weights
+  model.<flavour>.onnx             graphs derived from it
+  manifest.json
+  preprocessor_config.json
+  plans/*.engine                   engines, each with a .json sidecar of the same stem
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mmvision_export.config import EncoderConfig
+from mmvision_export.errors import ConfigError, ManifestError
+from mmvision_export.output import new_files
+
+__all__ = [
+    "DATA",
+    "GRAPH",
+    "MANIFEST",
+    "PLANS",
+    "PREPROCESSOR",
+    "FileRecord",
+    "Manifest",
+    "file_record",
+    "find_model_directory",
+    "sha256_of",
+]
+
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+MANIFEST = "manifest.json"
+PREPROCESSOR = "preprocessor_config.json"
+PLANS = "plans"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """Identity of one file.
+
+    Attributes:
+        sha256: Lower-case hexadecimal digest.
+        size_bytes: Its size.
+    """
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclasses.dataclass(kw_only=True)
+class Manifest:
+    """Content of `manifest.json`.
+
+    Attributes:
+        config: The encoder's dimensions.
+        precision: Float type of `model.onnx`: fp32, fp16 or bf16.
+        opset: Version of the standard operators in `model.onnx`.
+        attention_body: Which standard ops define `VarlenAttention` in it.
+        source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed to load them again,
+            and `sha256` of the tensors.
+        versions: Versions of the packages that made the directory.
+        files: Every file of the directory that a runtime may open, by name relative to it.
+        parity: Results of the last comparison, by graph file name.
+        created: When, in UTC, ISO 8601.
+    """
+
+    config: EncoderConfig
+    precision: str
+    opset: int
+    attention_body: str
+    source: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+    created: str
+    parity: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def write(self, directory: Path) -> None:
+        """Write `manifest.json` into the directory, in one piece."""
+        content = {"format": _FORMAT, **dataclasses.asdict(self)}
+        with new_files(directory) as new:
+            (new / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read the manifest of a model directory.
+
+        Raises:
+            ManifestError: There is none, it is malformed, or it is of a later format.
+        """
+        path = directory / MANIFEST
+        if not directory.is_dir():
+            raise ManifestError(f"{directory}: no such model directory", hint="make one with: mmvision export --onnx")
+        content = read_json(path)
+        if content.pop("format", None) != _FORMAT:
+            raise ManifestError(f"{path}: not a manifest of format {_FORMAT}", hint="export the model again")
+        try:
+            config = EncoderConfig.from_dict(content.pop("config"))
+            files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
+            manifest = cls(config=config, files=files, **content)
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise ManifestError(f"{path}: malformed: {error}", hint="export the model again") from error
+        return manifest
+
+    def verify(self, directory: Path, names: Iterable[str]) -> None:
+        """Check that files are present and are those the manifest describes.
+
+        Raises:
+            ManifestError: A file is missing, not in the manifest, or has another content.
+        """
+        for name in names:
+            record = self.files.get(name)
+            if record is None:
+                raise ManifestError(f"{directory / MANIFEST} does not list {name}", hint="export the model again")
+            if not (directory / name).is_file():
+                raise ManifestError(f"{directory / name} is missing", hint="export the model again")
+            size = (directory / name).stat().st_size
+            if size != record.size_bytes:
+                raise ManifestError(
+                    f"{directory / name} has {size} bytes, the manifest says {record.size_bytes}",
+                    hint="the copy is incomplete, or the file was changed: copy or export it again",
+                )
+            if (digest := sha256_of(directory / name)) != record.sha256:
+                raise ManifestError(
+                    f"{directory / name} has sha256 {digest}, the manifest says {record.sha256}",
+                    hint="the file was changed or damaged: copy or export it again",
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ManifestError: The file is missing, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{path} is missing", hint="is this a model directory?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ManifestError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """Hash and measure a file."""
+    return FileRecord(sha256_of(path), path.stat().st_size)
+
+
+def find_model_directory(given: Path | None, root: Path = Path("engines")) -> Path:
+    """The model directory a command works on: the one named, or the only one under the root.
+
+    Args:
+        given: What `--model` said.
+        root: Folder of model directories.
+
+    Raises:
+        ManifestError: None was named, and there is not exactly one.
+    """
+    if given is not None:
+        return given
+    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ManifestError(f"no model directory under {root}/", hint="make one with: mmvision export --onnx")
+    names = ", ".join(str(path) for path in found)
+    raise ManifestError(f"{len(found)} model directories under {root}/: {names}", hint="choose one with --model")

@@ -1,0 +1,112 @@
+"""ONNX files on disk: writing a graph with its weights beside it, and the float16 graph of a float32 model directory.
+
+Needs onnx but not torch: a machine that only builds engines runs this too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from mmvision_export.backends.onnxruntime import create_session
+from mmvision_export.config import EncoderConfig
+from mmvision_export.errors import ExportError
+from mmvision_export.grids import CHECK_GRIDS, sample_batch
+from mmvision_export.manifest import GRAPH, FileRecord, Manifest, file_record
+from mmvision_export.metrics import metrics
+from mmvision_export.onnx_passes import retype
+from mmvision_export.output import new_files
+from mmvision_export.progress import Progress
+
+__all__ = ["FP16_GRAPH", "check_against", "derive_fp16", "save_graph"]
+
+FP16_GRAPH = "model.fp16.onnx"
+"""The float16 graph that `derive_fp16` adds to a float32 model directory, with weights of its own."""
+
+FP16_MIN_COSINE = 0.999
+"""Gate for every token of a float16 graph, against a more precise one."""
+
+
+def save_graph(model: ir.Model, directory: Path, name: str, progress: Progress | None = None) -> None:
+    """Write a graph, its weights beside it in `<name>.data`, and check the file.
+
+    Raises:
+        ExportError: The written file is not a valid ONNX model.
+    """
+    progress = progress or Progress()
+    total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    progress.step(f"writing {name}", total=total)
+
+    def advance(tensor: ir.TensorProtocol, _: object) -> None:
+        progress.advance(tensor.nbytes)
+
+    # Large tensors start at a page, so that a runtime can map them; none is small enough to move into the graph's file
+    # but the constants of shape arithmetic.
+    ir.save(model, directory / name, external_data=f"{name}.data", alignment=4096, callback=advance)
+    progress.step(f"checking {name}")
+    try:
+        onnx.checker.check_model(directory / name, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{name} is not a valid ONNX model: {error}") from error
+
+
+def derive_fp16(directory: Path, manifest: Manifest, progress: Progress | None = None) -> str:
+    """Write the float16 graph of a float32 model directory, unless it is there already.
+
+    Returns:
+        The graph's file name in the directory; the manifest on disk then lists it.
+
+    Raises:
+        ExportError: A weight is not finite in float16.
+        OutputError: The files cannot be written.
+    """
+    names = (FP16_GRAPH, f"{FP16_GRAPH}.data")
+    if all(name in manifest.files for name in names):
+        manifest.verify(directory, names)
+        return FP16_GRAPH
+    progress = progress or Progress()
+    model = ir.load(directory / GRAPH)
+    retype(model, ir.DataType.FLOAT16)
+    records: dict[str, FileRecord] = {}
+    with new_files(directory) as new:
+        save_graph(model, new, FP16_GRAPH, progress)
+        for name in names:
+            records[name] = file_record(new / name)
+    manifest.files |= records
+    manifest.write(directory)
+    return FP16_GRAPH
+
+
+def check_against(
+    directory: Path, *, reference: str, derived: str, config: EncoderConfig, progress: Progress | None = None
+) -> None:
+    """Compare a derived float16 graph with the one it was derived from, on small batches in ONNX Runtime.
+
+    Finds what a wrong derivation or an overflow does; the full comparison, with PyTorch, is `mmvision parity`.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed, or cannot run a graph.
+        ExportError: An output is not finite, or a token's cosine similarity is below 0.999.
+    """
+    progress = progress or Progress()
+    progress.step(f"comparing {derived} with {reference}")
+    batches = [sample_batch(grid, config, seed=0) for grid in CHECK_GRIDS.values()]
+
+    def results(name: str, dtype: type[np.floating]) -> list[np.ndarray]:
+        # One session at a time: two would hold the weights twice.
+        session = create_session(directory / name, provider="CPUExecutionProvider")
+        return [session.run(None, {"pixel_values": x.astype(dtype), "grid_thw": grid})[0] for x, grid in batches]
+
+    for grid, got, wanted in zip(
+        CHECK_GRIDS, results(derived, np.float16), results(reference, np.float32), strict=True
+    ):
+        distance = metrics(got, wanted)
+        if distance.non_finite or not distance.min_cosine >= FP16_MIN_COSINE:
+            raise ExportError(
+                f"{derived} does not match {reference} for {grid}: {distance.non_finite} values not finite, "
+                f"minimum cosine {distance.min_cosine:.6f} (gate {FP16_MIN_COSINE})",
+                hint="export with --bf16, or build with --fp32",
+            )

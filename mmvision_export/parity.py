@@ -1,0 +1,352 @@
+"""Is the exported graph the same function as the PyTorch encoder? Measured with Polygraphy, for each grid.
+
+Every result is compared with the encoder in float64. The runners: PyTorch in the graph's precision, which shows what
+that precision costs by itself; ONNX Runtime on each graph of the model directory; and, where there is a GPU, the
+engines that fit it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, RunResults
+from polygraphy.datatype import DataType
+
+from mmvision_export.backends import open_backend
+from mmvision_export.backends.onnxruntime import create_session
+from mmvision_export.compute_capability import current_compute_capability
+from mmvision_export.config import EncoderConfig
+from mmvision_export.encoder import VisionEncoderModule
+from mmvision_export.errors import BackendError, ManifestError, ParityError
+from mmvision_export.grids import PARITY_GRIDS, Grid, sample_batch
+from mmvision_export.manifest import GRAPH, PLANS, Manifest
+from mmvision_export.metrics import Metrics, metrics
+from mmvision_export.onnx_files import FP16_GRAPH, FP16_MIN_COSINE
+from mmvision_export.polygraphy_setup import captured_messages
+from mmvision_export.progress import Progress
+from mmvision_export.runtime import VisionEncoder
+from mmvision_export.weights import DTYPES, WeightSource
+
+__all__ = ["GATES", "Gate", "ParityResult", "ParityRow", "check_parity"]
+
+REFERENCE = "pytorch-fp64"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a graph must reach on every grid, against PyTorch in float64.
+
+    Attributes:
+        max_relative_l2: Largest relative L2 difference, or None.
+        min_cosine: Smallest cosine similarity of any token.
+        times_eager: Largest relative L2 difference as a multiple of eager PyTorch's in the same precision, or None.
+    """
+
+    max_relative_l2: float | None
+    min_cosine: float
+    times_eager: float | None
+
+    def describe(self) -> str:
+        """The gate in words."""
+        parts = [f"minimum cosine >= {self.min_cosine}"]
+        if self.max_relative_l2 is not None:
+            parts.append(f"relative L2 <= {self.max_relative_l2:.0e}")
+        if self.times_eager is not None:
+            parts.append(f"relative L2 <= {self.times_eager:g} x eager PyTorch's in the same precision")
+        return ", ".join(parts)
+
+    def failures(self, result: Metrics, eager: Metrics | None) -> list[str]:
+        """Why a result does not pass; nothing if it does."""
+        if result.non_finite:
+            return [f"{result.non_finite} values are not finite"]
+        found = []
+        # Written so that NaN fails.
+        if self.max_relative_l2 is not None and not result.relative_l2 <= self.max_relative_l2:
+            found.append(f"relative L2 {result.relative_l2:.2e} > {self.max_relative_l2:.0e}")
+        if not result.min_cosine >= self.min_cosine:
+            found.append(f"minimum cosine {result.min_cosine:.6f} < {self.min_cosine}")
+        if self.times_eager is not None and eager is not None:
+            limit = self.times_eager * eager.relative_l2
+            if not result.relative_l2 <= limit:
+                found.append(f"relative L2 {result.relative_l2:.2e} > {self.times_eager:g} x PyTorch's {limit:.2e}")
+        return found
+
+
+GATES: dict[str, Gate] = {
+    # Rounding of float32 (6e-8) accumulated over the depth measures about 1e-6; a wrong formula measures above 1e-3.
+    "fp32": Gate(max_relative_l2=1e-5, min_cosine=0.999999, times_eager=None),
+    "fp16": Gate(max_relative_l2=None, min_cosine=FP16_MIN_COSINE, times_eager=2.0),
+    "bf16": Gate(max_relative_l2=None, min_cosine=0.99, times_eager=2.0),
+}
+"""By precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityRow:
+    """One result on one grid.
+
+    Attributes:
+        runner: What was compared with PyTorch in float64.
+        precision: fp32, fp16 or bf16.
+        grid: Name of the grid.
+        patches: Patches in the batch.
+        metrics: The distance.
+        failures: Gates it did not pass; PyTorch itself has none.
+    """
+
+    runner: str
+    precision: str
+    grid: str
+    patches: int
+    metrics: Metrics
+    failures: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityResult:
+    """All rows, and whether all pass."""
+
+    rows: list[ParityRow]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no row failed a gate."""
+        return not any(row.failures for row in self.rows)
+
+
+class _TorchRunner(BaseRunner):  # type: ignore[misc]
+    """The PyTorch encoder as a Polygraphy runner; its weights are in memory only while it is active."""
+
+    def __init__(self, name: str, load: Callable[[], VisionEncoderModule], config: EncoderConfig) -> None:
+        super().__init__(name=name)
+        self._load = load
+        self._config = config
+
+    def activate_impl(self) -> None:
+        self._encoder = self._load()
+
+    def deactivate_impl(self) -> None:
+        del self._encoder
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _input_metadata(self._config)
+
+    def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> OrderedDict[str, npt.NDArray[Any]]:
+        pixel_values = torch.from_numpy(feed_dict["pixel_values"]).to(self._encoder.dtype)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = self._encoder(pixel_values, torch.from_numpy(feed_dict["grid_thw"]))
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(image_embeds=(out.float() if out.dtype == torch.bfloat16 else out).numpy())
+
+
+class _EngineRunner(BaseRunner):  # type: ignore[misc]
+    """An engine as it is deployed, through `VisionEncoder`'s backend, as a Polygraphy runner."""
+
+    def __init__(self, name: str, engine: Path, backend: str, config: EncoderConfig) -> None:
+        super().__init__(name=name)
+        self._engine = engine
+        self._backend_name = backend
+        self._config = config
+
+    def activate_impl(self) -> None:
+        self._encoder = VisionEncoder.open(self._engine, backend=self._backend_name)
+
+    def deactivate_impl(self) -> None:
+        self._encoder.close()
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return _input_metadata(self._config)
+
+    def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> OrderedDict[str, npt.NDArray[Any]]:
+        start = time.perf_counter()
+        out = self._encoder(feed_dict["pixel_values"], feed_dict["grid_thw"])
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(image_embeds=out)
+
+
+def _input_metadata(config: EncoderConfig) -> TensorMetadata:
+    result = TensorMetadata()
+    result.add("pixel_values", dtype=DataType.FLOAT32, shape=(None, config.patch_dim))
+    result.add("grid_thw", dtype=DataType.INT64, shape=(None, 3))
+    return result
+
+
+class _Verdict(Metrics):
+    """Metrics that Polygraphy can ask whether they passed: here always, since the gates need PyTorch's row too."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def check_parity(
+    directory: Path,
+    *,
+    source: WeightSource | None = None,
+    grids: Mapping[str, Grid] = PARITY_GRIDS,
+    progress: Progress | None = None,
+) -> ParityResult:
+    """Compare every graph of a model directory, and the engines that fit this machine, with PyTorch in float64.
+
+    The result is written into the manifest, under the name of each graph or engine.
+
+    Args:
+        directory: The model directory.
+        source: Where to load the weights from; the manifest's own source if None.
+        grids: Batches to compare on.
+        progress: Told about each step.
+
+    Raises:
+        ManifestError: The model directory is not one, or damaged.
+        CheckpointError: The weights cannot be loaded again, or are not those that were exported.
+        ParityError: Nothing can be compared on this machine.
+        BackendError: ONNX Runtime is not installed.
+    """
+    progress = progress or Progress()
+    manifest = Manifest.read(directory)
+    config = manifest.config
+    weights = source or WeightSource.from_manifest(manifest.source, config)
+    graphs = dict.fromkeys((GRAPH,), manifest.precision)
+    if FP16_GRAPH in manifest.files:
+        graphs[FP16_GRAPH] = "fp16"
+    manifest.verify(directory, [file for name in graphs for file in (name, f"{name}.data")])
+
+    def load(dtype: torch.dtype, *, upcast: bool = False) -> Callable[[], VisionEncoderModule]:
+        def encoder() -> VisionEncoderModule:
+            loaded = weights.load(dtype)
+            _refuse_other_weights(manifest, loaded.source)
+            return loaded.encoder.double() if upcast else loaded.encoder
+
+        return encoder
+
+    precisions = sorted(set(graphs.values()), reverse=True)
+    runners: list[BaseRunner] = [_TorchRunner(REFERENCE, load(torch.float32, upcast=True), config)]
+    candidates: dict[str, str] = {}
+    for precision in precisions:
+        name = f"pytorch-{precision}"
+        candidates[name] = precision
+        runners.append(_TorchRunner(name, load(DTYPES[precision]), config))
+    for graph, precision in graphs.items():
+        if precision == "bf16":
+            progress.note(
+                f"{graph} is bf16, which ONNX Runtime's CPU provider cannot run: only engines can be compared"
+            )
+            continue
+        candidates[graph] = precision
+        runners.append(OnnxrtRunner(_session_loader(directory / graph), name=graph))
+    for engine, backend, precision in _engines_for_this_machine(directory, progress):
+        name = f"{PLANS}/{engine.name}"
+        candidates[name] = precision
+        runners.append(_EngineRunner(name, engine, backend, config))
+    if set(candidates) == {f"pytorch-{precision}" for precision in precisions}:
+        raise ParityError(f"nothing in {directory} can be run on this machine", hint="see: mmvision doctor")
+
+    batches = {name: sample_batch(grid, config, seed=0) for name, grid in grids.items()}
+    feeds: list[OrderedDict[str, npt.NDArray[Any]]] = [
+        OrderedDict(pixel_values=pixels, grid_thw=grid) for pixels, grid in batches.values()
+    ]
+    distances = _distances(runners, feeds, progress)
+
+    rows = []
+    for runner, precision in candidates.items():
+        eager = distances.get(f"pytorch-{precision}")
+        for index, (grid, (pixels, _)) in enumerate(batches.items()):
+            distance = distances[runner][index]
+            is_torch = runner.startswith("pytorch-")
+            failures = [] if is_torch else GATES[precision].failures(distance, eager[index] if eager else None)
+            rows.append(ParityRow(runner, precision, grid, len(pixels), distance, failures))
+    result = ParityResult(rows)
+    _record(directory, manifest, result)
+    return result
+
+
+def _session_loader(graph: Path) -> Callable[[], Any]:
+    return lambda: create_session(graph, provider="CPUExecutionProvider")
+
+
+def _distances(
+    runners: list[BaseRunner], feeds: list[OrderedDict[str, npt.NDArray[Any]]], progress: Progress
+) -> dict[str, list[Metrics]]:
+    from polygraphy.exception import PolygraphyException
+
+    class Feeds(list):  # type: ignore[type-arg]
+        """The batches, counted as each runner takes them."""
+
+        def __iter__(self) -> Any:
+            for feed in super().__iter__():
+                yield feed
+                progress.advance()
+
+    def compare(reference: Any, result: Any) -> OrderedDict[str, _Verdict]:
+        distance = metrics(result["image_embeds"], reference["image_embeds"])
+        return OrderedDict(image_embeds=_Verdict(**dataclasses.asdict(distance)))
+
+    with captured_messages() as messages:
+        try:
+            # Polygraphy runs one runner after another, each loaded only while it runs.
+            results = []
+            for runner in runners:
+                progress.step(f"running {runner.name}", total=len(feeds))
+                results.append(Comparator.run([runner], data_loader=Feeds(feeds)))
+            comparison = Comparator.compare_accuracy(
+                RunResults.concat(results),
+                comparisons=[(0, index) for index in range(1, len(runners))],
+                compare_func=compare,
+            )[0]
+        except PolygraphyException as error:
+            raise ParityError("\n  ".join(dict.fromkeys([*messages, str(error)]))) from error
+    return {pair[1]: [row["image_embeds"] for row in rows] for pair, rows in comparison.items()}
+
+
+def _engines_for_this_machine(directory: Path, progress: Progress) -> list[tuple[Path, str, str]]:
+    if current_compute_capability() is None:
+        return []
+    found = []
+    for engine in sorted((directory / PLANS).glob("*.engine")):
+        backend = "tensorrt-rtx" if engine.name.startswith("tensorrt-rtx-") else "tensorrt"
+        try:
+            opened = open_backend(backend, engine, device=0, threads=None)
+        except (BackendError, ManifestError) as error:
+            progress.note(f"{engine.name} is not compared: {error}")
+            continue
+        found.append((engine, backend, str(opened.info["precision"])))
+        opened.close()
+    return found
+
+
+def _refuse_other_weights(manifest: Manifest, source: Mapping[str, Any]) -> None:
+    exported, loaded = manifest.source.get("sha256"), source.get("sha256")
+    if exported and loaded and exported != loaded:
+        raise ParityError(
+            f"the checkpoint's tensors have sha256 {loaded}, the exported ones had {exported}",
+            hint="name the checkpoint that was exported with --checkpoint, or export again",
+        )
+
+
+def _record(directory: Path, manifest: Manifest, result: ParityResult) -> None:
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    for runner in dict.fromkeys(row.runner for row in result.rows):
+        rows = [row for row in result.rows if row.runner == runner]
+        if runner.startswith("pytorch-"):
+            continue
+        manifest.parity[runner] = {
+            "reference": REFERENCE,
+            "date": now,
+            "passed": not any(row.failures for row in rows),
+            "grids": {
+                row.grid: {**dataclasses.asdict(row.metrics), "patches": row.patches, "failures": row.failures}
+                for row in rows
+            },
+        }
+    manifest.write(directory)

@@ -1,0 +1,55 @@
+"""Seeded random weights, for trying everything without a checkpoint.
+
+Initialised so that activations stay in a realistic range through all 32 layers: every product keeps the variance of its
+input, and each residual branch is damped so that the residual stream's variance doubles over the whole depth, not at
+every layer (GPT-2's rule, https://openai.com/research/better-language-models, section 2.3). Values are rounded to
+bfloat16, the type the released weights are stored in.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from mmvision_export.config import EncoderConfig
+from mmvision_export.encoder import VisionEncoderModule
+
+__all__ = ["random_state_dict"]
+
+_RESIDUAL_BRANCH_ENDS = ("self_attn.out_proj.weight", "mlp.fc2.weight")
+
+
+def random_state_dict(config: EncoderConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights for every parameter of the encoder.
+
+    Each tensor depends on the seed and its own name only, so that the same seed gives the same weights whatever else
+    the encoder has.
+
+    Args:
+        config: The dimensions.
+        seed: Any integer.
+        dtype: Type of the result; float16 and float32 hold the same bfloat16 values but where float16's exponent ends.
+
+    Returns:
+        A state dict for `VisionEncoderModule`.
+    """
+    with torch.device("meta"):
+        parameters = dict(VisionEncoderModule(config).named_parameters())
+    return {name: _random(name, p.shape, config, seed).to(dtype) for name, p in parameters.items()}
+
+
+def _random(name: str, shape: torch.Size, config: EncoderConfig, seed: int) -> Tensor:
+    # PyTorch's CPU generator takes 32 bits of a seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    values = torch.randn(shape, generator=generator)
+    if len(shape) == 2:
+        values *= shape[1] ** -0.5
+        if name.endswith(_RESIDUAL_BRANCH_ENDS):
+            values *= (2 * config.num_hidden_layers) ** -0.5
+    elif name.endswith("weight"):  # of a layer norm
+        values = 1.0 + 0.1 * values
+    else:
+        values *= 0.02
+    return values.to(torch.bfloat16)

@@ -1,0 +1,156 @@
+"""The `.json` beside every engine: what the engine is valid for, checked before a byte of it is deserialised.
+
+An engine is executable content: deserialising one runs code chosen by whoever made it. The sidecar's hash says that the
+file is the one that was built; it does not say that whoever built it can be trusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from mmvision_export.config import EncoderConfig
+from mmvision_export.errors import ConfigError, ManifestError
+from mmvision_export.manifest import FileRecord, Manifest, read_json, sha256_of
+
+__all__ = ["EngineRecord", "Profile", "refuse_foreign_engine", "sidecar_path"]
+
+_FORMAT = 1
+_REBUILD = "build it again here with: mmvision build-engine"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The optimization profile: the sizes an engine accepts and the one it is fastest at.
+
+    Attributes:
+        min_patches: Fewest patches of a batch.
+        opt_patches: Patches the kernels are chosen for.
+        max_patches: Most patches of a batch, all images together.
+        max_images: Most images of a batch.
+    """
+
+    min_patches: int
+    opt_patches: int
+    max_patches: int
+    max_images: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """Content of an engine's sidecar.
+
+    Attributes:
+        backend: `tensorrt` or `tensorrt-rtx`.
+        tensorrt_version: Version that built it; an engine loads in that version only.
+        compute_capabilities: GPUs it runs on, as `8.9`.
+        platform: Operating system and machine it was built on, as `linux-x86_64`.
+        precision: fp32, fp16 or bf16.
+        attention: How attention was lowered.
+        profile: Accepted sizes.
+        graph: Name and hash of the ONNX file it was built from.
+        engine: Hash and size of the engine file.
+        config: The encoder's dimensions.
+        versions: Packages that took part.
+        created: When, in UTC, ISO 8601.
+    """
+
+    backend: str
+    tensorrt_version: str
+    compute_capabilities: list[str]
+    platform: str
+    precision: str
+    attention: str
+    profile: Profile
+    graph: dict[str, str]
+    engine: FileRecord
+    config: EncoderConfig
+    versions: dict[str, str]
+    created: str
+
+    def write(self, path: Path) -> None:
+        """Write the sidecar to a path that is not yet public (see `output.new_files`)."""
+        content = {"format": _FORMAT, **dataclasses.asdict(self)}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, engine: Path) -> EngineRecord:
+        """Read the sidecar of an engine file.
+
+        Raises:
+            ManifestError: There is no engine or no sidecar, or the sidecar is malformed.
+        """
+        if not engine.is_file():
+            raise ManifestError(f"{engine}: no such engine", hint="build one with: mmvision build-engine")
+        path = sidecar_path(engine)
+        if not path.is_file():
+            raise ManifestError(f"{path} is missing: nothing says what {engine.name} is valid for", hint=_REBUILD)
+        content = read_json(path)
+        if content.pop("format", None) != _FORMAT:
+            raise ManifestError(f"{path}: not a sidecar of format {_FORMAT}", hint=_REBUILD)
+        try:
+            profile = Profile(**content.pop("profile"))
+            record = FileRecord(**content.pop("engine"))
+            config = EncoderConfig.from_dict(content.pop("config"))
+            return cls(profile=profile, engine=record, config=config, **content)
+        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+            raise ManifestError(f"{path}: malformed: {error}", hint=_REBUILD) from error
+
+
+def sidecar_path(engine: Path) -> Path:
+    """The sidecar's path: the engine's with `.json` for its last suffix."""
+    return engine.with_suffix(".json")
+
+
+def refuse_foreign_engine(
+    engine: Path,
+    record: EngineRecord,
+    *,
+    backend: str,
+    tensorrt_version: str,
+    compute_capability: str,
+    platform: str,
+    manifest: Manifest | None,
+) -> None:
+    """Refuse an engine that was not built for this GPU, TensorRT, platform or graph, or is not the file that was built.
+
+    Args:
+        engine: The engine file.
+        record: Its sidecar.
+        backend: The installed TensorRT's kind.
+        tensorrt_version: The installed TensorRT's version.
+        compute_capability: This GPU's, as `8.9`.
+        platform: This machine's.
+        manifest: Of the model directory the engine lies in, if it does.
+
+    Raises:
+        ManifestError: Names what differs, with both values.
+    """
+    for what, built, here in (
+        ("TensorRT kind", record.backend, backend),
+        ("TensorRT version", record.tensorrt_version, tensorrt_version),
+        ("platform", record.platform, platform),
+    ):
+        if built != here:
+            raise ManifestError(f"{engine}: built for {what} {built}, this machine has {here}", hint=_REBUILD)
+    if compute_capability not in record.compute_capabilities:
+        built = ", ".join(record.compute_capabilities)
+        raise ManifestError(
+            f"{engine}: built for compute capability {built}, this GPU has {compute_capability}", hint=_REBUILD
+        )
+    if manifest is not None:
+        name, built = record.graph["name"], record.graph["sha256"]
+        here = manifest.files[name].sha256 if name in manifest.files else "none"
+        if built != here:
+            raise ManifestError(
+                f"{engine}: built from {name} with sha256 {built}, the model directory has {here}", hint=_REBUILD
+            )
+    size = engine.stat().st_size
+    if size != record.engine.size_bytes:
+        raise ManifestError(
+            f"{engine} has {size} bytes, its sidecar says {record.engine.size_bytes}",
+            hint="the copy is incomplete: copy it again",
+        )
+    if (digest := sha256_of(engine)) != record.engine.sha256:
+        raise ManifestError(f"{engine} has sha256 {digest}, its sidecar says {record.engine.sha256}", hint=_REBUILD)

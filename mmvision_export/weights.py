@@ -1,0 +1,110 @@
+"""Where an encoder's weights come from, as one value that the manifest keeps, so that they can be loaded again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmvision_export.checkpoint import checkpoint_from_folder, encoder_from_state_dict
+from mmvision_export.config import PRESETS, EncoderConfig
+from mmvision_export.encoder import VisionEncoderModule
+from mmvision_export.errors import CheckpointError
+from mmvision_export.hub import folder_from_hub, is_hub_id
+from mmvision_export.manifest import PREPROCESSOR
+from mmvision_export.progress import Progress
+from mmvision_export.random_weights import random_state_dict
+
+__all__ = ["DTYPES", "LoadedEncoder", "WeightSource"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precision on the command line and in the manifest -> PyTorch dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder and what there is to say about its weights.
+
+    Attributes:
+        encoder: In evaluation mode.
+        source: For the manifest's `source`.
+        preprocessor: The checkpoint's `preprocessor_config.json`, if it has one.
+    """
+
+    encoder: VisionEncoderModule
+    source: dict[str, Any]
+    preprocessor: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSource:
+    """A checkpoint (folder or hub id), or seeded random weights in the dimensions of a preset or a config.
+
+    Attributes:
+        checkpoint: Folder or hub id; None for random weights.
+        revision: Of the hub repository.
+        random_config: Dimensions for random weights.
+        preset: Name of those dimensions, if they are a preset's.
+        seed: For random weights.
+    """
+
+    checkpoint: str | None = None
+    revision: str | None = None
+    random_config: EncoderConfig | None = None
+    preset: str | None = None
+    seed: int = 0
+
+    @classmethod
+    def random(cls, preset: str, seed: int) -> WeightSource:
+        """Seeded random weights in a preset's dimensions."""
+        return cls(random_config=PRESETS[preset], preset=preset, seed=seed)
+
+    @classmethod
+    def from_manifest(cls, source: dict[str, Any], config: EncoderConfig) -> WeightSource:
+        """The source that a manifest names."""
+        if source.get("kind") == "random":
+            return cls(random_config=config, preset=source.get("preset"), seed=source["seed"])
+        return cls(checkpoint=source["checkpoint"], revision=source.get("revision"))
+
+    def load(self, dtype: torch.dtype, progress: Progress | None = None) -> LoadedEncoder:
+        """Load or make the weights.
+
+        Raises:
+            ConfigError: See `config_from_file`.
+            CheckpointError: See `checkpoint_from_folder` and `folder_from_hub`.
+        """
+        progress = progress or Progress()
+        if self.random_config is not None:
+            progress.step("making random weights")
+            state = random_state_dict(self.random_config, seed=self.seed, dtype=dtype)
+            source: dict[str, Any] = {"kind": "random", "preset": self.preset, "seed": self.seed}
+            return LoadedEncoder(encoder_from_state_dict(self.random_config, state), source, None)
+
+        assert self.checkpoint is not None
+        folder = Path(self.checkpoint).expanduser()
+        name = str(folder.resolve())
+        if not folder.is_dir():
+            if not is_hub_id(self.checkpoint):
+                raise CheckpointError(
+                    f"{self.checkpoint}: no such checkpoint folder",
+                    hint="name a folder or a hub id (organisation/model) with --checkpoint, "
+                    "or try without weights: --preset tiny --random-weights",
+                )
+            folder = folder_from_hub(self.checkpoint, revision=self.revision, progress=progress)
+            name = self.checkpoint
+        checkpoint = checkpoint_from_folder(folder, dtype=dtype, progress=progress)
+        source = {
+            "kind": "checkpoint",
+            "checkpoint": name,
+            "revision": self.revision,
+            "sha256": checkpoint.sha256,
+            "shards": checkpoint.shards,
+        }
+        preprocessor = folder / PREPROCESSOR
+        return LoadedEncoder(
+            encoder_from_state_dict(checkpoint.config, checkpoint.state_dict),
+            source,
+            preprocessor if preprocessor.is_file() else None,
+        )

@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests, and the `gpu` and `slow` markers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvision_export.checkpoint import encoder_from_state_dict
+from mmvision_export.encoder import VisionEncoderModule
+from mmvision_export.onnx_export import export_model_directory
+from mmvision_export.random_weights import random_state_dict
+from mmvision_export.weights import WeightSource
+from tests.configs import HEAD_DIM_80
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, tests marked gpu without one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from mmvision_export.compute_capability import current_compute_capability
+
+    no_gpu = current_compute_capability() is None
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "gpu" in item.keywords and no_gpu and not config.getoption("--require-gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here: never run"))
+
+
+@pytest.fixture(scope="session")
+def encoder() -> VisionEncoderModule:
+    """A small float32 encoder with the released head_dim."""
+    return encoder_from_state_dict(HEAD_DIM_80, random_state_dict(HEAD_DIM_80, seed=1, dtype=torch.float32))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of that encoder, which tests must not change."""
+    directory = tmp_path_factory.mktemp("engines") / "small"
+    export_model_directory(WeightSource(random_config=HEAD_DIM_80, seed=1), directory)
+    return directory
