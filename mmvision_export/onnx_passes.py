@@ -175,6 +175,23 @@ def inline_functions(model: ir.Model) -> None:
             node.name = f"{call}.{inner}"
             if node.outputs[0] not in outputs:
                 node.outputs[0].name = node.name
+    _measure_patches_once(model.graph)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
+
+
+def _measure_patches_once(graph: ir.Graph) -> None:
+    """Read the number of patches off the graph's input rather than off each layer's q.
+
+    It is the same number, but what is computed from it, the attention mask above all, only becomes one common
+    subexpression if it is the same tensor's.
+    """
+    pixel_values = graph.inputs[0]
+    assert pixel_values.shape is not None  # name_dimensions has named its first dimension
+    for node in graph:
+        measured = node.inputs[0] if node.op_type == "Shape" else None
+        if measured is None or measured.shape is None or measured.shape[0] != pixel_values.shape[0]:
+            continue
+        if node.attributes.get_int("start", 0) == 0 and node.attributes.get_int("end", 0) == 1:
+            node.replace_input_with(0, pixel_values)

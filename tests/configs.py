@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 from hypothesis import strategies as st
 
 from mmvision_export.config import EncoderConfig
@@ -69,3 +70,15 @@ def copy_of(directory: Path, target: Path) -> Path:
 def arrays(state: dict[str, Any]) -> dict[str, npt.NDArray[np.floating]]:
     """A state dict as NumPy arrays."""
     return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def run_graph(path: Path, pixels: np.ndarray, grid: np.ndarray, level: Any = None) -> np.ndarray:
+    """Run an ONNX file in ONNX Runtime on the CPU."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if level is not None:
+        options.graph_optimization_level = level
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"pixel_values": pixels, "grid_thw": grid})
+    result: np.ndarray = out
+    return result

@@ -24,7 +24,9 @@ def cu(lengths: list[int]) -> torch.Tensor:
     return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
 
 
-def eager_attention_error(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, scale: float) -> float:
+def eager_attention_error(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, scale: float
+) -> float:
     """Error of plain MatMul-Softmax-MatMul in the dtype of q."""
     pieces = []
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
