@@ -18,6 +18,7 @@ import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from mmvision_export import __version__
 from mmvision_export.console import console, messages, print_error, progress_display
@@ -31,8 +32,25 @@ __all__ = ["app", "main"]
 
 HUB_CHECKPOINT = "MiniMaxAI/MiniMax-M3"
 
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, on its way past typer, which would answer KeyboardInterrupt in its own words."""
+
+
+class Commands(TyperGroup):
+    """The subcommands."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        """Run one, and let `main` answer an interrupt."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
 app = typer.Typer(
     name="mmvision",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -296,6 +314,6 @@ def main() -> None:
             raise
         print_error(str(error), error.hint)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except Interrupted:
         print_error("interrupted; nothing was kept", None)
         sys.exit(130)

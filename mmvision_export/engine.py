@@ -168,7 +168,7 @@ def build_engine(
                 compute_capabilities=capabilities,
                 profile=profile,
                 patch_dim=manifest.config.patch_dim,
-                timing_cache=directory / PLANS / ".timing" / f"{backend}-{version}",
+                timing_cache=_timing_cache(directory, backend, version),
             ),
             # No TensorRT has a fused attention kernel in float32.
             may_fuse=body == "attention" and precision != "fp32",
@@ -196,6 +196,14 @@ def build_engine(
         )
         record.write(new / sidecar_path(engine).name)
     return engine, record
+
+
+def _timing_cache(directory: Path, backend: str, version: str) -> Path | None:
+    if backend == "tensorrt-rtx":
+        return None
+    folder = directory / PLANS / ".timing"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{backend}-{version}"
 
 
 def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[bytes, bool]:

@@ -22,3 +22,7 @@ def main() -> None:
         )
         sys.exit(1)
     run()
+
+
+if __name__ == "__main__":
+    main()

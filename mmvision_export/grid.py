@@ -87,10 +87,11 @@ def checked_pixel_values(pixel_values: Any, config: EncoderConfig, dtype: npt.DT
         raise InputError(f"pixel_values must be float32 or {wanted}, got {patches.dtype}")
     if patches.ndim != 2 or patches.shape[1] != config.patch_dim:
         raise InputError(f"pixel_values must have shape [num_patches, {config.patch_dim}], got {list(patches.shape)}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         patches = np.ascontiguousarray(patches, dtype=wanted)
-    # A sum is finite only if every term is (float32 accumulation cannot overflow on float16 input of any real size).
-    if not np.isfinite(patches.sum(dtype=np.float64)):
+        # Finite only if every term is: float64 has room for the sum of any float32 values.
+        total = patches.sum(dtype=np.float64)
+    if not np.isfinite(total):
         row = int(np.argwhere(~np.isfinite(patches).all(axis=1))[0, 0])
         raise InputError(f"pixel_values row {row} holds values that are not finite in {wanted}")
     return patches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -30,7 +31,7 @@ class PlanRequest:
         compute_capabilities: Targets, as `8.9`; used by TensorRT-RTX.
         profile: Accepted sizes.
         patch_dim: Values in one patch row.
-        timing_cache: Read if it exists, extended afterwards.
+        timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times nothing when it builds.
     """
 
     model: bytes
@@ -39,7 +40,7 @@ class PlanRequest:
     compute_capabilities: list[str]
     profile: Profile
     patch_dim: int
-    timing_cache: Path
+    timing_cache: Path | None
 
 
 def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progress) -> bytes:
@@ -64,10 +65,8 @@ def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progr
             network = _network_from_model(trt, request.model, request.location)
             if decomposable and hasattr(trt.LayerType, "ATTENTION_INPUT"):
                 network = SetDecomposableAttentions(network)()
-            request.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            plan = EngineBytesFromNetwork(
-                network, config=_config(request, monitor), save_timing_cache=str(request.timing_cache)
-            )()
+            cache = None if request.timing_cache is None else str(request.timing_cache)
+            plan = EngineBytesFromNetwork(network, config=_config(request, monitor), save_timing_cache=cache)()
         except PolygraphyException as error:
             if monitor.cancelled:
                 raise KeyboardInterrupt from None
@@ -106,7 +105,7 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
     tensors.add("pixel_values", *((n, request.patch_dim) for n in patches))
     tensors.add("grid_thw", *((n, 3) for n in images))
     options: dict[str, Any] = {"profiles": [tensors], "progress_monitor": monitor}
-    if request.timing_cache.is_file():
+    if request.timing_cache is not None and request.timing_cache.is_file():
         options["load_timing_cache"] = str(request.timing_cache)
     if request.backend == "tensorrt":
         return CreateConfig(**options)
@@ -118,7 +117,7 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
 
 @contextlib.contextmanager
 def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
-    """A progress monitor that reports the outermost phases, and stops the build on Ctrl-C.
+    """A progress monitor that reports the outermost phases, and stops the build on Ctrl-C or when it is killed.
 
     The builder runs in native code, where Python's KeyboardInterrupt cannot be raised: the signal only sets a flag, and
     the monitor's next answer tells the builder to stop.
@@ -148,12 +147,12 @@ def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
     def cancel(signum: int, frame: FrameType | None) -> None:
         monitor.cancelled = True
 
-    try:
-        before = signal.signal(signal.SIGINT, cancel)
-    except ValueError:  # not the main thread, to which signals do not come
-        yield monitor
-        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        signals = ()  # they come to the main thread only
+    before = {number: signal.signal(number, cancel) for number in signals}
     try:
         yield monitor
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -49,9 +51,7 @@ def test_a_packed_batch_is_its_images_one_by_one(grid: list[tuple[int, int, int]
     encoder = encoder_from_state_dict(HEAD_DIM_80, random_state_dict(HEAD_DIM_80, seed=1, dtype=torch.float64))
     pixels, rows = batch(grid, HEAD_DIM_80)
     bounds = np.cumsum([0, *rows.prod(axis=1)])
-    pieces = [
-        run(encoder, pixels[a:b], rows[i : i + 1]) for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
-    ]
+    pieces = [run(encoder, pixels[a:b], rows[i : i + 1]) for i, (a, b) in enumerate(itertools.pairwise(bounds))]
     np.testing.assert_allclose(run(encoder, pixels, rows), np.concatenate(pieces), rtol=0, atol=1e-12)
 
 

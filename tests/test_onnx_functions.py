@@ -19,8 +19,8 @@ from tests.configs import relative_l2
 
 SEGMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=7)
 SHAPES: dict[str, list[str]] = {
-    **dict.fromkeys("qkv", ["N", "heads", "head_dim"]),
-    **dict.fromkeys(("cos", "sin"), ["N", "half"]),
+    **{key: ["N", "heads", "head_dim"] for key in "qkv"},
+    **{key: ["N", "half"] for key in ("cos", "sin")},
     "cu_seqlens": ["bounds"],
 }
 TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}

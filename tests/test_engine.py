@@ -1,0 +1,277 @@
+"""Building engines: the lowering, the request's rules, and real builds with TensorRT-RTX, which needs no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from mmvision_export.compute_capability import current_compute_capability
+from mmvision_export.engine import (
+    attention_body_for_tensorrt,
+    build_engine,
+    checked_profile,
+    choose_tensorrt,
+    lowered_model,
+)
+from mmvision_export.errors import BackendError, EngineError, ExportError, ManifestError, OutputError
+from mmvision_export.manifest import Manifest, file_record
+from mmvision_export.onnx_export import export_model_directory
+from mmvision_export.onnx_files import check_against, derive_fp16
+from mmvision_export.progress import Progress
+from mmvision_export.sidecar import EngineRecord, Profile
+from mmvision_export.weights import WeightSource
+from tests.configs import HEAD_DIM_48, HEAD_DIM_64, HEAD_DIM_80, copy_of
+
+PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+
+
+class Notes(Progress):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.notes: list[str] = []
+        self.advanced = 0.0
+
+    def step(self, description: str, total: float | None = None) -> None:
+        self.steps.append(description)
+
+    def advance(self, amount: float = 1.0) -> None:
+        self.advanced += amount
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture(scope="module")
+def directory(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_of(exported, tmp_path_factory.mktemp("engine") / "m")
+
+
+def build(directory: Path, **options: Any) -> tuple[Path, EngineRecord]:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    return build_engine(directory, **{"profile": PROFILE, "backend": "tensorrt-rtx", "force": True, **options})
+
+
+def test_fp16_engine_for_a_gpu_that_is_not_here(directory: Path) -> None:
+    notes = Notes()
+    engine, record = build(directory, precision="fp16", compute_capabilities=["89"], progress=notes)
+    assert engine.parent == directory / "plans"
+    assert engine.name.endswith("-sm89-fp16.engine")
+    assert engine.name.startswith("tensorrt-rtx-")
+    assert engine.stat().st_size > 100_000
+    assert EngineRecord.read(engine) == record
+    assert record.engine == file_record(engine)
+    assert record.compute_capabilities == ["8.9"]
+    assert record.attention == "attention body, fused"
+    assert record.profile == PROFILE
+    manifest = Manifest.read(directory)
+    assert record.graph == {"name": "model.fp16.onnx", "sha256": manifest.files["model.fp16.onnx"].sha256}
+    manifest.verify(directory, manifest.files)
+    assert "comparing model.fp16.onnx with model.onnx" in notes.steps
+    assert "building engine" in notes.steps
+    assert any("has not been compared with PyTorch" in note for note in notes.notes)
+
+
+def test_one_engine_for_several_gpus(directory: Path) -> None:
+    engine, record = build(directory, precision="fp16", compute_capabilities=["12.0", "8.6"])
+    assert record.compute_capabilities == ["8.6", "12.0"]
+    assert "-sm86-120-" in engine.name
+
+
+def test_without_a_gpu_the_default_is_every_gpu(directory: Path) -> None:
+    if current_compute_capability() is not None:
+        pytest.skip("this machine has a GPU")
+    notes = Notes()
+    _, record = build(directory, precision="fp16", progress=notes)
+    assert {"7.5", "8.6", "8.9", "12.0"} <= set(record.compute_capabilities)
+    assert any("building for all that TensorRT-RTX supports" in note for note in notes.notes)
+
+
+def test_fp32_attention_is_left_to_the_builder(directory: Path) -> None:
+    _, record = build(directory, compute_capabilities=["8.9"])
+    assert (record.precision, record.attention) == ("fp32", "attention body, left to the builder")
+
+
+@pytest.mark.parametrize("config", [HEAD_DIM_64, HEAD_DIM_48], ids=["64", "48"])
+def test_other_head_dims(config: Any, tmp_path: Path) -> None:
+    """48 is where no channel passes the rotation by, and a slice is empty."""
+    export_model_directory(WeightSource(random_config=config, seed=1), tmp_path / "m", precision="fp16")
+    _, record = build(tmp_path / "m", compute_capabilities=["8.6", "12.0"])
+    assert record.attention == "attention body, fused"
+
+
+def test_bf16_engine(tmp_path: Path) -> None:
+    export_model_directory(WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="bf16")
+    _, record = build(tmp_path / "m", compute_capabilities=["8.6", "12.0"])
+    assert record.precision == "bf16"
+    with pytest.raises(EngineError, match=r"does not build bf16 engines for 7\.5"):
+        build(tmp_path / "m", compute_capabilities=["7.5"])
+    with pytest.raises(EngineError, match="is a bf16 model, from which no fp16 engine can be built"):
+        build(tmp_path / "m", precision="fp16")
+
+
+def test_low_opset_engine(tmp_path: Path) -> None:
+    export_model_directory(WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", opset=18)
+    _, record = build(tmp_path / "m", precision="fp16", compute_capabilities=["8.9"])
+    assert record.attention == "matmul body, left to the builder"
+
+
+def test_derived_graph_is_made_once_and_compared(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    manifest = Manifest.read(directory)
+    name = derive_fp16(directory, manifest)
+    stamp = (directory / name).stat().st_mtime_ns
+    assert derive_fp16(directory, Manifest.read(directory)) == name
+    assert (directory / name).stat().st_mtime_ns == stamp
+    check_against(directory, reference="model.onnx", derived=name, config=HEAD_DIM_80)
+    # The control: a derived graph with one layer's weights scaled.
+    model = ir.load(directory / name)
+    value = model.graph.initializers["layers.1.mlp.fc2.weight"]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(value.const_value.numpy() * 2)
+    (tmp_path / "wrong").mkdir()
+    ir.save(model, tmp_path / "wrong" / name, external_data=f"{name}.data")
+    for file in (name, f"{name}.data"):
+        (tmp_path / "wrong" / file).replace(directory / file)
+    with pytest.raises(ExportError, match="does not match model.onnx for two sizes"):
+        check_against(directory, reference="model.onnx", derived=name, config=HEAD_DIM_80)
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "opset", "body"),
+    [
+        ("tensorrt", "10.3.0.26", 18, "matmul"),  # JetPack 6
+        ("tensorrt", "10.3.0.26", 23, "matmul"),
+        ("tensorrt", "10.13.3.9", 23, "matmul"),  # JetPack 7
+        ("tensorrt", "10.14.1.48", 23, "attention"),
+        ("tensorrt", "10.14.1.48", 22, "matmul"),
+        ("tensorrt", "11.0.0.114", 23, "attention"),
+        ("tensorrt-rtx", "1.7.1.116", 23, "attention"),
+        ("tensorrt-rtx", "1.7.1.116", 20, "matmul"),
+    ],
+)
+def test_body_for_each_tensorrt(backend: str, version: str, opset: int, body: str) -> None:
+    assert attention_body_for_tensorrt(backend, version, opset) == body
+
+
+def test_lowering_swaps_the_body_without_a_second_export(exported: Path) -> None:
+    operators = {node.op_type for node in lowered_model(exported / "model.onnx", "matmul").graph}
+    assert "Softmax" in operators
+    assert "Attention" not in operators
+    assert "Attention" in {node.op_type for node in lowered_model(exported / "model.onnx", "attention").graph}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"min_patches": 3}, "--min-patches must be a positive multiple of 4, got 3"),
+        ({"min_patches": 0}, "--min-patches must be a positive multiple of 4, got 0"),
+        ({"opt_patches": 512}, "must ascend, got 4, 512, 256"),
+        ({"max_images": 65}, "--max-images must be between 1 and 64"),
+        ({"max_images": 0}, "--max-images must be between 1 and 64"),
+    ],
+)
+def test_bad_profiles(changes: dict[str, int], message: str) -> None:
+    import dataclasses
+
+    with pytest.raises(EngineError) as caught:
+        checked_profile(dataclasses.replace(PROFILE, **changes), HEAD_DIM_80)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_capabilities": ["9.0"]}, r"does not build fp32 engines for 9\.0, only for"),
+        ({"compute_capabilities": ["ada"]}, "not a compute capability: 'ada'"),
+        ({"precision": "bf16"}, "is a fp32 model, from which no bf16 engine can be built"),
+    ],
+)
+def test_requests_that_cannot_be_met(directory: Path, options: dict[str, Any], message: str) -> None:
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(EngineError, match=message):
+        build(directory, **options)
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_classic_tensorrt_is_not_installed_here(directory: Path) -> None:
+    try:
+        choose_tensorrt("tensorrt")
+    except BackendError as error:
+        assert "tensorrt" in str(error)
+        assert error.hint is not None
+        with pytest.raises(BackendError):
+            build(directory, backend="tensorrt")
+    else:
+        pytest.skip("TensorRT is installed")
+
+
+def test_an_existing_engine_is_kept(directory: Path) -> None:
+    build(directory, compute_capabilities=["8.9"])
+    with pytest.raises(OutputError, match="already exists"):
+        build(directory, compute_capabilities=["8.9"], force=False)
+
+
+def test_damaged_weights_are_not_built_from(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    data = directory / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.raises(ManifestError, match="sha256"):
+        build(directory, compute_capabilities=["8.9"])
+    assert not list(directory.glob("plans/*.engine"))
+
+
+def test_a_parser_error_is_shown_in_full(exported: Path, tmp_path: Path) -> None:
+    """A graph with an operator that no TensorRT has: the error names node and operator."""
+    directory = copy_of(exported, tmp_path / "m")
+    model = ir.load(directory / "model.onnx")
+    node = next(node for node in model.graph if node.op_type == "Gelu")
+    node.op_type, node.domain = "Hypergelu", "acme"
+    model.opset_imports["acme"] = 1
+    ir.save(model, directory / "model.onnx")
+    manifest = Manifest.read(directory)
+    manifest.files["model.onnx"] = file_record(directory / "model.onnx")
+    manifest.write(directory)
+    with pytest.raises(EngineError) as caught:
+        build(directory, compute_capabilities=["8.9"])
+    message = str(caught.value)
+    assert "cannot parse model.onnx" in message
+    assert "layers.0.mlp.activation (Hypergelu)" in message
+    assert not list(directory.glob("plans/*.engine"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_leaves_nothing(exported: Path, tmp_path: Path, signum: signal.Signals) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    directory = copy_of(exported, tmp_path / "m")
+    command = [sys.executable, "-m", "mmvision_export.entry", "build-engine", "--model", str(directory)]
+    command += ["--compute-capability", "8.9"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "building engine" in line:
+                break
+        process.send_signal(signum)
+        error = process.stderr.read()
+    assert process.returncode == 130, error
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert not list(directory.rglob("*.engine"))
+    assert not list(directory.rglob("*.partial"))
+
+
+def test_sidecar_is_json(directory: Path) -> None:
+    engine, _ = build(directory, compute_capabilities=["8.9"])
+    content = json.loads(engine.with_suffix(".json").read_text())
+    assert content["profile"]["max_patches"] == 256
+    assert content["config"]["hidden_size"] == 160

@@ -1,0 +1,164 @@
+"""Model directories and sidecars: found, verified, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmvision_export.config import EncoderConfig
+from mmvision_export.errors import ManifestError
+from mmvision_export.manifest import FileRecord, Manifest, file_record, find_model_directory
+from mmvision_export.sidecar import EngineRecord, Profile, refuse_foreign_engine, sidecar_path
+from tests.configs import copy_of
+
+ENGINE = "tensorrt-rtx-1.7.1.116-sm89-fp16.engine"
+
+
+def write_engine(folder: Path, **changes: Any) -> Path:
+    """Some bytes with a sidecar that fits them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = folder / ENGINE
+    engine.write_bytes(b"executable content")
+    record = EngineRecord(
+        backend="tensorrt-rtx",
+        tensorrt_version="1.7.1.116",
+        compute_capabilities=["8.6", "8.9"],
+        platform="linux-x86_64",
+        precision="fp16",
+        attention="attention body, fused",
+        profile=Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8),
+        graph={"name": "model.onnx", "sha256": "0" * 64},
+        engine=file_record(engine),
+        config=EncoderConfig(),
+        versions={},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    dataclasses.replace(record, **changes).write(sidecar_path(engine))
+    return engine
+
+
+HERE = {
+    "backend": "tensorrt-rtx",
+    "tensorrt_version": "1.7.1.116",
+    "compute_capability": "8.9",
+    "platform": "linux-x86_64",
+    "manifest": None,
+}
+
+
+def test_sidecar_round_trips(tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    assert sidecar_path(engine).name == ENGINE.replace(".engine", ".json")
+    record = EngineRecord.read(engine)
+    assert record.profile == Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+    refuse_foreign_engine(engine, record, **HERE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [
+        ({"compute_capability": "12.0"}, "built for compute capability 8.6, 8.9, this GPU has 12.0"),
+        ({"tensorrt_version": "1.8.0"}, "built for TensorRT version 1.7.1.116, this machine has 1.8.0"),
+        ({"backend": "tensorrt"}, "built for TensorRT kind tensorrt-rtx, this machine has tensorrt"),
+        ({"platform": "linux-aarch64"}, "built for platform linux-x86_64, this machine has linux-aarch64"),
+    ],
+)
+def test_foreign_engines_are_refused_with_both_values(here: dict[str, Any], message: str, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    with pytest.raises(ManifestError, match=message) as caught:
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **{**HERE, **here})
+    assert "mmvision build-engine" in str(caught.value.hint)
+
+
+def test_engine_of_another_graph(exported: Path, tmp_path: Path) -> None:
+    manifest = Manifest.read(exported)
+    engine = write_engine(tmp_path)
+    with pytest.raises(
+        ManifestError, match=f"sha256 {'0' * 64}, the model directory has {manifest.files['model.onnx'].sha256}"
+    ):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **{**HERE, "manifest": manifest})  # type: ignore[arg-type]
+
+
+def test_changed_engine_files(tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    engine.write_bytes(b"executable Content")
+    with pytest.raises(ManifestError, match="its sidecar says"):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **HERE)  # type: ignore[arg-type]
+    engine.write_bytes(b"executable")
+    with pytest.raises(ManifestError, match="has 10 bytes, its sidecar says 18"):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **HERE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "profile": {}, "engine": {}}'])
+def test_malformed_sidecars(content: str, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    sidecar_path(engine).write_text(content)
+    with pytest.raises(ManifestError):
+        EngineRecord.read(engine)
+    sidecar_path(engine).unlink()
+    with pytest.raises(ManifestError, match="nothing says what"):
+        EngineRecord.read(engine)
+    with pytest.raises(ManifestError, match="no such engine"):
+        EngineRecord.read(tmp_path / "other.engine")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"format": 99}', '{"format": 1, "config": {"depth": 3}, "files": {}}']
+)
+def test_malformed_manifests(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ManifestError):
+        Manifest.read(tmp_path)
+
+
+def test_no_model_directory(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such model directory"):
+        Manifest.read(tmp_path / "nothing")
+    with pytest.raises(ManifestError, match=r"manifest\.json is missing"):
+        Manifest.read(tmp_path)
+
+
+def test_verify_names_what_differs(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    manifest = Manifest.read(directory)
+    manifest.verify(directory, manifest.files)
+    data = directory / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ManifestError, match=r"model\.onnx\.data has sha256"):
+        manifest.verify(directory, ["model.onnx.data"])
+    data.write_bytes(content[:-1])
+    with pytest.raises(ManifestError, match="bytes, the manifest says"):
+        manifest.verify(directory, ["model.onnx.data"])
+    data.unlink()
+    with pytest.raises(ManifestError, match=r"model\.onnx\.data is missing"):
+        manifest.verify(directory, ["model.onnx.data"])
+    with pytest.raises(ManifestError, match=r"does not list model\.cpu\.onnx"):
+        manifest.verify(directory, ["model.cpu.onnx"])
+
+
+def test_the_only_model_directory_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no model directory under"):
+        find_model_directory(None, tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+        if name == "a":
+            (tmp_path / "not a model").mkdir()
+            assert find_model_directory(None, tmp_path) == tmp_path / "a"
+    with pytest.raises(ManifestError, match="2 model directories under") as caught:
+        find_model_directory(None, tmp_path)
+    assert "--model" in str(caught.value.hint)
+    assert find_model_directory(tmp_path / "b", tmp_path) == tmp_path / "b"
+
+
+def test_manifest_file_is_plain_json(exported: Path) -> None:
+    content = json.loads((exported / "manifest.json").read_text())
+    assert content["format"] == 1
+    assert content["files"]["model.onnx"] == dataclasses.asdict(file_record(exported / "model.onnx"))
+    assert isinstance(Manifest.read(exported).files["model.onnx"], FileRecord)

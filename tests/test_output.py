@@ -1,0 +1,66 @@
+"""Nothing half-written is left behind."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from mmvision_export.errors import OutputError
+from mmvision_export.output import new_directory, new_files
+
+
+def test_directory_appears_only_when_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with new_directory(target, marker="m") as temporary:
+        (temporary / "m").write_text("1")
+        assert not target.exists()
+    assert (target / "m").read_text() == "1"
+    assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+def test_failure_leaves_the_old_directory(error: BaseException, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "m").write_text("old")
+    with pytest.raises(type(error)), new_directory(target, marker="m", force=True) as temporary:
+        (temporary / "m").write_text("new")
+        raise error
+    assert (target / "m").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_replacement(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for text in ("old", "new"):
+        with new_directory(target, marker="m", force=True) as temporary:
+            (temporary / "m").write_text(text)
+    assert (target / "m").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with new_directory(tmp_path / "model", marker="m") as temporary:
+        (temporary / "m").write_text("1")
+    assert (tmp_path / "model" / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"), [(errno.ENOSPC, "no space left while writing"), (errno.EACCES, "cannot write")]
+)
+def test_operating_system_errors(code: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=message), new_files(tmp_path) as new:
+        (new / "half").write_text("x")
+        raise OSError(code, "as a full disk would")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_replace_their_namesakes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with new_files(tmp_path) as new:
+        (new / "a").write_text("new")
+        (new / "b").write_text("longer")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new", "b": "longer"}
