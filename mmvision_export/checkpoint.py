@@ -23,7 +23,15 @@ from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import CheckpointError
 from mmvision_export.progress import Progress
 
-__all__ = ["Checkpoint", "checkpoint_from_folder", "encoder_from_state_dict", "released_name", "vision_shards"]
+__all__ = [
+    "Checkpoint",
+    "checkpoint_from_folder",
+    "digest_of_tensor",
+    "digest_of_tensors",
+    "encoder_from_state_dict",
+    "released_name",
+    "vision_shards",
+]
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -147,7 +155,7 @@ def checkpoint_from_folder(folder: Path, *, dtype: torch.dtype, progress: Progre
                         mis_shaped.append(f"{stored}: expected a float type, got {tensor.dtype}")
                         digests[name] = b""
                         continue
-                    digests[name] = _digest(tensor)
+                    digests[name] = digest_of_tensor(tensor)
                     if not tensor.isfinite().all():
                         not_finite.append(stored)
                     # A copy in any case, so that no tensor keeps the shard mapped.
@@ -172,10 +180,7 @@ def checkpoint_from_folder(folder: Path, *, dtype: torch.dtype, progress: Progre
             f"{folder}: weights outside the range of {dtype}: {', '.join(out_of_range)}",
             hint="export with --bf16, whose range is float32's",
         )
-    whole = hashlib.sha256()
-    for name in sorted(digests):
-        whole.update(name.encode() + digests[name])
-    return Checkpoint(config, state, whole.hexdigest(), shards)
+    return Checkpoint(config, state, digest_of_tensors(digests), shards)
 
 
 def encoder_from_state_dict(config: EncoderConfig, state_dict: Mapping[str, Tensor]) -> VisionEncoderModule:
@@ -213,7 +218,16 @@ def _same_matrix(stored: torch.Size, expected: torch.Size) -> bool:
     return stored == expected or (len(stored) == 5 and len(expected) == 2 and stored[0] == expected[0])
 
 
-def _digest(tensor: Tensor) -> bytes:
+def digest_of_tensors(digests: Mapping[str, bytes]) -> str:
+    """One hexadecimal SHA-256 for many named tensors, whatever order they were read in."""
+    whole = hashlib.sha256()
+    for name in sorted(digests):
+        whole.update(name.encode() + digests[name])
+    return whole.hexdigest()
+
+
+def digest_of_tensor(tensor: Tensor) -> bytes:
+    """SHA-256 of a tensor's dtype, shape and values."""
     header = f"{tensor.dtype}{list(tensor.shape)}".encode()
     return hashlib.sha256(header + hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).digest()).digest()
 

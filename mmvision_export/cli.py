@@ -12,10 +12,9 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
@@ -40,7 +39,7 @@ class Interrupted(BaseException):
 class Commands(TyperGroup):
     """The subcommands."""
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> Any:
         """Run one, and let `main` answer an interrupt."""
         try:
             return super().invoke(ctx)
@@ -185,7 +184,7 @@ def parity(
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in result.rows], indent=2))
     else:
-        console.print(_parity_table(result))
+        _print_parity(result)
         for precision in dict.fromkeys(row.precision for row in result.rows):
             console.print(f"{precision} gate: {GATES[precision].describe()}", markup=False)
     for row in result.rows:
@@ -195,24 +194,19 @@ def parity(
         raise typer.Exit(1)
 
 
-def _parity_table(result: ParityResult) -> Table:
-    table = Table(title="distance from PyTorch in float64", box=box.SIMPLE_HEAD, title_justify="left")
-    for heading in ("runner", "grid", "patches", "max abs", "relative L2", "min cosine", ""):
-        table.add_column(heading, no_wrap=True, justify="right" if heading == "patches" else "left")
+def _print_parity(result: ParityResult) -> None:
+    console.print(f"{'distance from PyTorch in float64':34}patches  max abs  relative L2  min cosine")
     before = None
     for row in result.rows:
+        if row.runner != before:
+            console.print(f"[bold]{escape(row.runner)}")
+            before = row.runner
         distance, is_torch = row.metrics, row.runner.startswith("pytorch-")
-        table.add_row(
-            escape(row.runner) if row.runner != before else "",
-            row.grid,
-            str(row.patches),
-            f"{distance.max_abs:.1e}",
-            f"{distance.relative_l2:.2e}",
-            f"{distance.min_cosine:.8f}",
-            "" if is_torch else "[red]FAIL" if row.failures else "[green]pass",
+        verdict = "" if is_torch else "[red]FAIL" if row.failures else "[green]pass"
+        console.print(
+            f"  {row.grid:32}{row.patches:7}  {distance.max_abs:7.1e}  {distance.relative_l2:11.2e}  "
+            f"{distance.min_cosine:10.7f}  {verdict}"
         )
-        before = row.runner
-    return table
 
 
 @app.command("build-engine")
@@ -233,7 +227,9 @@ def build_engine(
         ),
     ] = None,
     min_patches: Annotated[int, typer.Option(help="Fewest patches of a batch.")] = 4,
-    opt_patches: Annotated[int, typer.Option(help="Patches the kernels are chosen for.")] = 1024,
+    opt_patches: Annotated[
+        Optional[int], typer.Option(help="Patches the kernels are chosen for. Default: 1024, or the maximum if less.")
+    ] = None,
     max_patches: Annotated[int, typer.Option(help="Most patches of a batch, all images together.")] = 4096,
     max_images: Annotated[int, typer.Option(help="Most images of a batch.")] = 64,
     check: Annotated[
@@ -251,7 +247,12 @@ def build_engine(
     from mmvision_export.sidecar import Profile
 
     directory = _model(model)
-    profile = Profile(min_patches=min_patches, opt_patches=opt_patches, max_patches=max_patches, max_images=max_images)
+    profile = Profile(
+        min_patches=min_patches,
+        opt_patches=min(1024, max_patches) if opt_patches is None else opt_patches,
+        max_patches=max_patches,
+        max_images=max_images,
+    )
     with progress_display() as progress:
         engine, record = build(
             directory,

@@ -329,7 +329,7 @@ def _refuse_other_weights(manifest: Manifest, source: Mapping[str, Any]) -> None
     exported, loaded = manifest.source.get("sha256"), source.get("sha256")
     if exported and loaded and exported != loaded:
         raise ParityError(
-            f"the checkpoint's tensors have sha256 {loaded}, the exported ones had {exported}",
+            f"the weights have sha256 {loaded}, those that were exported had {exported}",
             hint="name the checkpoint that was exported with --checkpoint, or export again",
         )
 

@@ -9,6 +9,7 @@ bfloat16, the type the released weights are stored in.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ from torch import Tensor
 from mmvision_export.config import EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
 
-__all__ = ["random_state_dict"]
+__all__ = ["random_state_dict", "random_tensors"]
 
 _RESIDUAL_BRANCH_ENDS = ("self_attn.out_proj.weight", "mlp.fc2.weight")
 
 
-def random_state_dict(config: EncoderConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights for every parameter of the encoder.
+def random_tensors(config: EncoderConfig, *, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Name and bfloat16 values of every parameter of the encoder, made one at a time.
 
     Each tensor depends on the seed and its own name only, so that the same seed gives the same weights whatever else
     the encoder has.
@@ -30,14 +31,16 @@ def random_state_dict(config: EncoderConfig, *, seed: int, dtype: torch.dtype) -
     Args:
         config: The dimensions.
         seed: Any integer.
-        dtype: Type of the result; float16 and float32 hold the same bfloat16 values but where float16's exponent ends.
-
-    Returns:
-        A state dict for `VisionEncoderModule`.
     """
     with torch.device("meta"):
         parameters = dict(VisionEncoderModule(config).named_parameters())
-    return {name: _random(name, p.shape, config, seed).to(dtype) for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        yield name, _random(name, parameter.shape, config, seed)
+
+
+def random_state_dict(config: EncoderConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict of `random_tensors`, converted: exactly, but where float16's exponent ends."""
+    return {name: tensor.to(dtype) for name, tensor in random_tensors(config, seed=seed)}
 
 
 def _random(name: str, shape: torch.Size, config: EncoderConfig, seed: int) -> Tensor:

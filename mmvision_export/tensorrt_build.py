@@ -72,6 +72,8 @@ def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progr
                 raise KeyboardInterrupt from None
             reasons = list(dict.fromkeys([*messages, str(error)]))
             raise EngineError("the engine was not built:\n  " + "\n  ".join(reasons)) from error
+    if monitor.cancelled:
+        raise KeyboardInterrupt
     return bytes(plan)
 
 
@@ -147,9 +149,9 @@ def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
     def cancel(signum: int, frame: FrameType | None) -> None:
         monitor.cancelled = True
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        signals = ()  # they come to the main thread only
+    # Signals come to the main thread only.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
     before = {number: signal.signal(number, cancel) for number in signals}
     try:
         yield monitor

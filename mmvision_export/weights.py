@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 
-from mmvision_export.checkpoint import checkpoint_from_folder, encoder_from_state_dict
+from mmvision_export.checkpoint import (
+    checkpoint_from_folder,
+    digest_of_tensor,
+    digest_of_tensors,
+    encoder_from_state_dict,
+)
 from mmvision_export.config import PRESETS, EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import CheckpointError
 from mmvision_export.hub import folder_from_hub, is_hub_id
 from mmvision_export.manifest import PREPROCESSOR
 from mmvision_export.progress import Progress
-from mmvision_export.random_weights import random_state_dict
+from mmvision_export.random_weights import random_tensors
 
 __all__ = ["DTYPES", "LoadedEncoder", "WeightSource"]
 
@@ -78,8 +83,11 @@ class WeightSource:
         progress = progress or Progress()
         if self.random_config is not None:
             progress.step("making random weights")
-            state = random_state_dict(self.random_config, seed=self.seed, dtype=dtype)
+            state, digests = {}, {}
+            for name, tensor in random_tensors(self.random_config, seed=self.seed):
+                state[name], digests[name] = tensor.to(dtype), digest_of_tensor(tensor)
             source: dict[str, Any] = {"kind": "random", "preset": self.preset, "seed": self.seed}
+            source["sha256"] = digest_of_tensors(digests)
             return LoadedEncoder(encoder_from_state_dict(self.random_config, state), source, None)
 
         assert self.checkpoint is not None

@@ -68,8 +68,9 @@ def run_transformers(config: EncoderConfig, state: State, attention: str, pixels
         text_config={"hidden_size": config.text_hidden_size, "num_hidden_layers": 1},
         projector_hidden_size=config.projector_hidden_size,
     )
-    settings.vision_config._attn_implementation = attention
-    tower, projector = MiniMaxM3VLVisionModel(settings.vision_config), MiniMaxM3VLMultiModalProjector(settings)
+    vision: Any = settings.vision_config
+    vision._attn_implementation = attention
+    tower, projector = MiniMaxM3VLVisionModel(vision), MiniMaxM3VLMultiModalProjector(settings)
     for module, prefix in ((tower, "vision_tower."), (projector, "multi_modal_projector.")):
         part = {k.removeprefix(prefix): v for k, v in as_transformers(state).items() if k.startswith(prefix)}
         module.load_state_dict(part, strict=True)

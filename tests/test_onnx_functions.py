@@ -30,7 +30,7 @@ def session(function: onnx.FunctionProto, dtype: str, scale: float | None = None
     """A graph of one node that calls the function."""
     float_inputs = {name: TYPES[dtype] for name in function.input if name in ("q", "k", "v")}
     others = {"cu_seqlens": TensorProto.INT32, "cos": TensorProto.FLOAT, "sin": TensorProto.FLOAT}
-    types = {name: float_inputs.get(name, others.get(name)) for name in function.input}
+    types = {name: float_inputs.get(name, others.get(name, 0)) for name in function.input}
     node = helper.make_node(function.name, function.input, function.output, domain="mmvision")
     if scale is not None:
         node.attribute.append(helper.make_attribute("scale", scale))
@@ -55,6 +55,7 @@ def qkv(n: int, heads: int, head_dim: int, dtype: str) -> dict[str, Any]:
     return dict(zip("qkv", values, strict=True))
 
 
+Case = tuple[AttentionBody, int, str]
 BODIES: list[tuple[AttentionBody, int]] = [("attention", 23), ("matmul", 18), ("matmul", 23)]
 SESSIONS = {
     (body, opset, dtype): session(function_from_body("VarlenAttention", body, opset), dtype, 80**-0.5)
@@ -65,32 +66,32 @@ SESSIONS = {
 
 @settings(deadline=None, max_examples=40)
 @given(case=st.sampled_from(sorted(SESSIONS)), lengths=SEGMENTS)
-def test_attention(case: tuple[str, int, str], lengths: list[int]) -> None:
+def test_attention(case: Case, lengths: list[int]) -> None:
     inputs = qkv(sum(lengths), 2, 80, case[2])
     bounds = np.cumsum([0, *lengths]).astype(np.int32)
     (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
-    expected = reference.varlen_attention(*(inputs[name] for name in "qkv"), bounds, scale=80**-0.5)
+    expected = reference.varlen_attention(inputs["q"], inputs["k"], inputs["v"], bounds, scale=80**-0.5)
     assert out.dtype == np.dtype(case[2])
     # Two products and a softmax, each rounded to the dtype: a few roundings of the result.
     assert relative_l2(out, expected) <= 4 * np.finfo(case[2]).eps
 
 
 @pytest.mark.parametrize("case", sorted(SESSIONS), ids=str)
-def test_a_leak_between_images_is_seen(case: tuple[str, int, str]) -> None:
+def test_a_leak_between_images_is_seen(case: Case) -> None:
     inputs = qkv(24, 2, 80, case[2])
     (whole,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": np.array([0, 24], np.int32)})
-    expected = reference.varlen_attention(*(inputs[name] for name in "qkv"), [0, 10, 24], scale=80**-0.5)
+    expected = reference.varlen_attention(inputs["q"], inputs["k"], inputs["v"], [0, 10, 24], scale=80**-0.5)
     assert relative_l2(whole, expected) > 0.1
 
 
 @pytest.mark.parametrize("case", [case for case in sorted(SESSIONS) if case[2] == "float16"], ids=str)
-def test_attention_of_large_scores_stays_finite_in_float16(case: tuple[str, int, str]) -> None:
+def test_attention_of_large_scores_stays_finite_in_float16(case: Case) -> None:
     """Scores before scaling beyond float16's maximum of 65504, as outlier channels give."""
     inputs = qkv(16, 2, 80, "float16")
     inputs["q"], inputs["k"] = inputs["q"] * np.float16(40), inputs["k"] * np.float16(40)
     bounds = np.array([0, 6, 16], np.int32)
     (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
-    expected = reference.varlen_attention(*(inputs[name] for name in "qkv"), bounds, scale=80**-0.5)
+    expected = reference.varlen_attention(inputs["q"], inputs["k"], inputs["v"], bounds, scale=80**-0.5)
     assert np.isfinite(out).all()
     assert relative_l2(out, expected) < 0.05
 

@@ -119,7 +119,7 @@ def test_checkpoint_is_loaded_again_and_must_be_the_same(tmp_path: Path) -> None
 
     other = {name: tensor * 2 for name, tensor in STATE.items()}
     write_checkpoint(tmp_path / "other", LAYOUTS["released"](other))
-    with pytest.raises(ParityError, match="the checkpoint's tensors have sha256"):
+    with pytest.raises(ParityError, match="the weights have sha256"):
         check(directory, source=WeightSource(checkpoint=str(tmp_path / "other")))
 
 

@@ -29,7 +29,8 @@ def test_attention_to_equal_keys_is_the_mean_of_the_segment() -> None:
 
 
 def test_rows_in_no_segment_are_undefined() -> None:
-    out = reference.varlen_attention(*np.ones((3, 5, 1, 4)), [0, 3], scale=1.0)
+    q, k, v = np.ones((3, 5, 1, 4))
+    out = reference.varlen_attention(q, k, v, [0, 3], scale=1.0)
     assert np.isfinite(out[:3]).all()
     assert np.isnan(out[3:]).all()
 
@@ -55,7 +56,8 @@ def test_scores_depend_on_relative_positions_only() -> None:
     def scores(shift: int) -> np.ndarray:
         angles = reference.rotary_angles(positions + shift, HEAD_DIM_80)
         rotated = reference.qk_rotary_embedding(q, k, np.cos(angles), np.sin(angles))
-        return np.einsum("qhd,khd->hqk", *rotated)
+        result: np.ndarray = np.einsum("qhd,khd->hqk", *rotated)
+        return result
 
     np.testing.assert_allclose(scores(0), scores(11), rtol=1e-12)
 

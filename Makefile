@@ -1,0 +1,62 @@
+# Thin wrappers over the commands that CONTRIBUTING.md lists.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL := engines/demo
+DEMO := .demo
+
+.PHONY: help setup demo test test-slow check format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       set up, then export, check and run a small model on a photograph"
+	@echo "make test       the tests, on all cores"
+	@echo "make test-slow  the tests that take longer: the full-size model among them"
+	@echo "make check      ruff, mypy, import-linter"
+	@echo "make clean      remove what these made"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f'Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# A reference in the tests, of which one file is read; what the package itself requires is a training stack.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nemo-automodel
+	touch $@
+
+demo: setup
+	@echo; echo "== 1/5 A small encoder with seeded random weights, exported to ONNX"
+	$(BIN)/mmvision export --onnx --preset tiny --random-weights --seed 0 --output $(MODEL) --force
+	@echo; echo "== 2/5 A float16 TensorRT-RTX engine for a GPU that need not be in this machine (Ada, 8.9)"
+	$(BIN)/mmvision build-engine --fp16 --model $(MODEL) --backend tensorrt-rtx --compute-capability 8.9 \
+		|| { test "`uname -sm`" != "Linux x86_64" && echo "skipped: TensorRT-RTX has no wheel for `uname -sm`"; }
+	@echo; echo "== 3/5 Is each graph the same function as PyTorch in float64?"
+	$(BIN)/mmvision parity --model $(MODEL)
+	@echo; echo "== 4/5 A photograph"
+	$(BIN)/python scripts/demo_photo.py $(DEMO)/photo.png
+	@echo; echo "== 5/5 The photograph through ONNX Runtime on this CPU"
+	$(BIN)/python -m mmvision_export.run --model $(MODEL) --backend onnxruntime-cpu \
+		--image $(DEMO)/photo.png --output $(DEMO)/image_embeds.npy --force
+	@echo; echo "Where everything is:"
+	@ls -d $(DEMO)/* $(MODEL)/* $(MODEL)/plans/*.engine 2>/dev/null || true
+
+test: setup
+	$(BIN)/python -m pytest --numprocesses auto
+
+test-slow: setup
+	$(BIN)/python -m pytest --slow -m slow
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(DEMO) $(MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
