@@ -14,12 +14,12 @@ import onnx_ir as ir
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import ExportError
-from mmvision_export.grids import CHECK_GRIDS, sample_batch
 from mmvision_export.manifest import GRAPH, FileRecord, Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_passes import retype
 from mmvision_export.output import new_files
 from mmvision_export.progress import Progress
+from mmvision_export.sample_batches import CHECK_GRIDS, sample_batch
 
 __all__ = ["FP16_GRAPH", "check_against", "derive_fp16", "save_graph"]
 

@@ -29,13 +29,13 @@ from mmvision_export.compute_capability import current_compute_capability
 from mmvision_export.config import EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import BackendError, ManifestError, ParityError
-from mmvision_export.grids import PARITY_GRIDS, Grid, sample_batch
 from mmvision_export.manifest import GRAPH, PLANS, Manifest
 from mmvision_export.metrics import Metrics, metrics
 from mmvision_export.onnx_files import FP16_GRAPH, FP16_MIN_COSINE
 from mmvision_export.polygraphy_setup import captured_messages
 from mmvision_export.progress import Progress
 from mmvision_export.runtime import VisionEncoder
+from mmvision_export.sample_batches import PARITY_GRIDS, Grid, sample_batch
 from mmvision_export.weights import DTYPES, WeightSource
 
 __all__ = ["GATES", "Gate", "ParityResult", "ParityRow", "check_parity"]

@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 
 from mmvision_export.errors import CheckpointError, ManifestError, ParityError
-from mmvision_export.grids import CHECK_GRIDS, PARITY_GRIDS, sample_batch
 from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.onnx_files import derive_fp16
 from mmvision_export.parity import GATES, ParityResult, check_parity
+from mmvision_export.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
 from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80, copy_of
 from tests.test_checkpoint import LAYOUTS, STATE, write_checkpoint
