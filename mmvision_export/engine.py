@@ -19,8 +19,8 @@ from mmvision_export.backends.tensorrt import TENSORRT_MODULES, current_platform
 from mmvision_export.compute_capability import current_compute_capability, parse_compute_capability, supported_by_rtx
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import BackendError, EngineError, OutputError
-from mmvision_export.manifest import GRAPH, PLANS, Manifest, file_record
-from mmvision_export.onnx_files import FP16_GRAPH, check_against, derive_fp16
+from mmvision_export.manifest import DATA, GRAPH, PLANS, Manifest, file_record
+from mmvision_export.onnx_files import derive_fp16
 from mmvision_export.onnx_functions import ATTENTION_OPSET, AttentionBody, attach_functions
 from mmvision_export.onnx_passes import inline_functions
 from mmvision_export.output import new_files
@@ -195,6 +195,9 @@ def build_engine(
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         record.write(new / sidecar_path(engine).name)
+    # What was measured on an engine of this name was measured on another one.
+    if manifest.parity.pop(f"{PLANS}/{engine.name}", None) is not None:
+        manifest.write(directory)
     return engine, record
 
 
@@ -220,15 +223,11 @@ def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[
 
 
 def _graph_for(directory: Path, manifest: Manifest, precision: str, *, check: bool, progress: Progress) -> str:
-    if precision == manifest.precision:
-        progress.step("verifying the graph's files")
-        manifest.verify(directory, [GRAPH, f"{GRAPH}.data"])
-        return GRAPH
-    derived_before = FP16_GRAPH in manifest.files
-    name = derive_fp16(directory, manifest, progress)
-    if check and not derived_before:
-        check_against(directory, reference=GRAPH, derived=name, config=manifest.config, progress=progress)
-    return name
+    progress.step("verifying the graph's files")
+    if precision != manifest.precision:
+        return derive_fp16(directory, manifest, check=check, progress=progress)
+    manifest.verify(directory, (GRAPH, DATA))
+    return GRAPH
 
 
 def _capabilities(trt: Any, backend: str, requested: Sequence[str], precision: str, progress: Progress) -> list[str]:

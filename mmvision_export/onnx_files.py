@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from mmvision_export.backends.onnxruntime import create_session
+from mmvision_export.backends.onnxruntime import PROVIDERS, create_session, require_provider
 from mmvision_export.config import EncoderConfig
-from mmvision_export.errors import ExportError
-from mmvision_export.manifest import GRAPH, FileRecord, Manifest, file_record
+from mmvision_export.errors import BackendError, ExportError
+from mmvision_export.manifest import DATA, GRAPH, Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_passes import retype
 from mmvision_export.output import new_files
@@ -28,6 +28,8 @@ FP16_GRAPH = "model.fp16.onnx"
 
 FP16_MIN_COSINE = 0.999
 """Gate for every token of a float16 graph, against a more precise one."""
+
+_CPU = PROVIDERS["onnxruntime-cpu"]
 
 
 def save_graph(model: ir.Model, directory: Path, name: str, progress: Progress | None = None) -> None:
@@ -53,14 +55,22 @@ def save_graph(model: ir.Model, directory: Path, name: str, progress: Progress |
         raise ExportError(f"{name} is not a valid ONNX model: {error}") from error
 
 
-def derive_fp16(directory: Path, manifest: Manifest, progress: Progress | None = None) -> str:
+def derive_fp16(directory: Path, manifest: Manifest, *, check: bool = True, progress: Progress | None = None) -> str:
     """Write the float16 graph of a float32 model directory, unless it is there already.
 
+    Args:
+        directory: The model directory.
+        manifest: Its manifest; it then lists the new files, in memory and on disk.
+        check: Compare the new graph with the float32 one before keeping it, see `check_against`.
+        progress: Told about each step.
+
     Returns:
-        The graph's file name in the directory; the manifest on disk then lists it.
+        The graph's file name in the directory.
 
     Raises:
-        ExportError: A weight is not finite in float16.
+        ManifestError: Files of the directory are missing or not those of the manifest.
+        ExportError: A weight is not finite in float16, or the new graph does not compute the same.
+        BackendError: The check needs ONNX Runtime, which is not installed.
         OutputError: The files cannot be written.
     """
     names = (FP16_GRAPH, f"{FP16_GRAPH}.data")
@@ -68,21 +78,20 @@ def derive_fp16(directory: Path, manifest: Manifest, progress: Progress | None =
         manifest.verify(directory, names)
         return FP16_GRAPH
     progress = progress or Progress()
+    manifest.verify(directory, (GRAPH, DATA))
     model = ir.load(directory / GRAPH)
     retype(model, ir.DataType.FLOAT16)
-    records: dict[str, FileRecord] = {}
     with new_files(directory) as new:
         save_graph(model, new, FP16_GRAPH, progress)
-        for name in names:
-            records[name] = file_record(new / name)
+        if check:
+            check_against(new / FP16_GRAPH, reference=directory / GRAPH, config=manifest.config, progress=progress)
+        records = {name: file_record(new / name) for name in names}
     manifest.files |= records
     manifest.write(directory)
     return FP16_GRAPH
 
 
-def check_against(
-    directory: Path, *, reference: str, derived: str, config: EncoderConfig, progress: Progress | None = None
-) -> None:
+def check_against(derived: Path, *, reference: Path, config: EncoderConfig, progress: Progress | None = None) -> None:
     """Compare a derived float16 graph with the one it was derived from, on small batches in ONNX Runtime.
 
     Finds what a wrong derivation or an overflow does; the full comparison, with PyTorch, is `mmvision parity`.
@@ -92,21 +101,25 @@ def check_against(
         ExportError: An output is not finite, or a token's cosine similarity is below 0.999.
     """
     progress = progress or Progress()
-    progress.step(f"comparing {derived} with {reference}")
+    progress.step(f"comparing {derived.name} with {reference.name}")
+    try:
+        require_provider(_CPU)
+    except BackendError as error:
+        hint = f"{error.hint}, or leave the comparison out with --no-check"
+        raise BackendError(f"{derived.name} cannot be compared: {error}", hint=hint) from error
     batches = [sample_batch(grid, config, seed=0) for grid in CHECK_GRIDS.values()]
 
-    def results(name: str, dtype: type[np.floating]) -> list[np.ndarray]:
+    def results(graph: Path, dtype: type[np.floating]) -> list[np.ndarray]:
         # One session at a time: two would hold the weights twice.
-        session = create_session(directory / name, provider="CPUExecutionProvider")
+        session = create_session(graph, provider=_CPU)
         return [session.run(None, {"pixel_values": x.astype(dtype), "grid_thw": grid})[0] for x, grid in batches]
 
-    for grid, got, wanted in zip(
-        CHECK_GRIDS, results(derived, np.float16), results(reference, np.float32), strict=True
-    ):
+    compared = zip(CHECK_GRIDS, results(derived, np.float16), results(reference, np.float32), strict=True)
+    for grid, got, wanted in compared:
         distance = metrics(got, wanted)
         if distance.non_finite or not distance.min_cosine >= FP16_MIN_COSINE:
             raise ExportError(
-                f"{derived} does not match {reference} for {grid}: {distance.non_finite} values not finite, "
+                f"{derived.name} does not match {reference.name} for {grid}: {distance.non_finite} values not finite, "
                 f"minimum cosine {distance.min_cosine:.6f} (gate {FP16_MIN_COSINE})",
-                hint="export with --bf16, or build with --fp32",
+                hint="export with --bf16, or build without --fp16",
             )
