@@ -37,6 +37,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+_FLOAT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _TOWER = "vision_tower.vision_model"
 # Layout by layout: prefix as stored -> prefix as released. The first that fits decides.
 _PREFIXES = (
@@ -96,7 +97,7 @@ def read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         well_formed = all(isinstance(file, str) for file in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors index: {error!r}") from error
     if not well_formed:
         raise CheckpointError(f"{path}: not a safetensors index: a file name is not a string")
@@ -146,13 +147,15 @@ def checkpoint_from_folder(folder: Path, *, dtype: torch.dtype, progress: Progre
                     if name not in expected or name in digests:
                         unexpected.append(stored)
                         continue
-                    if shape.numel() != expected[name].numel() or not _same_matrix(shape, expected[name]):
-                        mis_shaped.append(f"{stored}: expected {list(expected[name])}, got {list(shape)}")
+                    stored_shapes = _stored_shapes(name, expected[name], config)
+                    if shape not in stored_shapes:
+                        wanted = " or ".join(str(list(candidate)) for candidate in stored_shapes)
+                        mis_shaped.append(f"{stored}: expected {wanted}, got {list(shape)}")
                         digests[name] = b""
                         continue
                     tensor = file.get_tensor(stored)
-                    if not tensor.is_floating_point():
-                        mis_shaped.append(f"{stored}: expected a float type, got {tensor.dtype}")
+                    if tensor.dtype not in _FLOAT_TYPES:
+                        mis_shaped.append(f"{stored}: expected bfloat16, float16 or float32, got {tensor.dtype}")
                         digests[name] = b""
                         continue
                     digests[name] = digest_of_tensor(tensor)
@@ -213,9 +216,13 @@ def _expected_shapes(config: EncoderConfig) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in VisionEncoderModule(config).named_parameters()}
 
 
-def _same_matrix(stored: torch.Size, expected: torch.Size) -> bool:
-    # The patch embedding is stored as a convolution kernel [hidden, C, T, P, P], which flattens to its matrix.
-    return stored == expected or (len(stored) == 5 and len(expected) == 2 and stored[0] == expected[0])
+def _stored_shapes(name: str, expected: torch.Size, config: EncoderConfig) -> list[torch.Size]:
+    if not name.endswith("patch_embedding.weight"):
+        return [expected]
+    # Stored as a convolution kernel, which flattens to the matrix in the order of its axes.
+    side = config.patch_size
+    kernel = torch.Size((config.hidden_size, config.num_channels, config.temporal_patch_size, side, side))
+    return [kernel, expected]
 
 
 def digest_of_tensors(digests: Mapping[str, bytes]) -> str:

@@ -5,19 +5,17 @@ Heavy packages are imported by the command that uses them, so that `mmvision --h
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import json
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperGroup
 
 from mmvision_export import __version__
 from mmvision_export.console import console, messages, print_error, progress_display
@@ -31,29 +29,19 @@ __all__ = ["app", "main"]
 
 HUB_CHECKPOINT = "MiniMaxAI/MiniMax-M3"
 
+_INTERRUPTED = 130
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, on its way past typer, which would answer KeyboardInterrupt in its own words."""
-
-
-class Commands(TyperGroup):
-    """The subcommands."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run one, and let `main` answer an interrupt."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise Interrupted from None
+# Which extra brings a package that a command turned out to need.
+_EXTRA_OF = {"torch": "export", "huggingface_hub": "export", "onnxscript": "export", "onnxruntime": "cpu"}
 
 
 app = typer.Typer(
     name="mmvision",
-    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Take the MiniMax-M3-VL vision encoder from a PyTorch checkpoint to an engine that is the same function.",
 )
 
@@ -122,10 +110,12 @@ def export(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Seeded random weights instead of a checkpoint.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.", min=0)] = 0,
+    seed: Annotated[Optional[int], typer.Option(help="Seed of the random weights. Default: 0.", min=0)] = None,
     output: Annotated[
         Optional[Path],
-        typer.Option(metavar="DIR", help="Model directory to make. Default: engines/<checkpoint or preset>."),
+        typer.Option(
+            metavar="DIR", help="Model directory to make. Default: engines/ and the name of the checkpoint or preset."
+        ),
     ] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="float32 graph (default).")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="float16 graph.")] = False,
@@ -138,19 +128,21 @@ def export(
     precision = _precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
     if random_weights and (checkpoint or revision):
         raise typer.BadParameter("--random-weights takes no --checkpoint or --revision")
-    if preset and not random_weights:
-        raise typer.BadParameter("--preset goes with --random-weights; a checkpoint has its own dimensions")
+    if (preset or seed is not None) and not random_weights:
+        raise typer.BadParameter("--preset and --seed go with --random-weights")
+    if checkpoint == "":
+        raise typer.BadParameter("--checkpoint is empty")
 
     from mmvision_export.onnx_export import export_model_directory
     from mmvision_export.weights import WeightSource
 
     if random_weights:
         name = preset or Preset.full
-        source = WeightSource.random(name.value, seed)
+        source = WeightSource.random(name.value, seed or 0)
         output = output or Path("engines") / name.value
     else:
         source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
-        output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).name
+        output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).resolve().name
     with progress_display() as progress:
         manifest = export_model_directory(
             source, output, precision=precision, opset=opset, force=force, progress=progress
@@ -174,7 +166,7 @@ def parity(
 
     The result is written into manifest.json. Exits with 1 if a difference is beyond its gate.
     """
-    from mmvision_export.parity import GATES, check_parity
+    from mmvision_export.parity import GATES, check_parity, record_parity
     from mmvision_export.weights import WeightSource
 
     directory = _model(model)
@@ -182,11 +174,12 @@ def parity(
     with progress_display() as progress:
         result = check_parity(directory, source=source, progress=progress)
     if as_json:
-        print(json.dumps([dataclasses.asdict(row) for row in result.rows], indent=2))
+        print(json.dumps([row.to_dict() for row in result.rows], indent=2))
     else:
         _print_parity(result)
         for precision in dict.fromkeys(row.precision for row in result.rows):
             console.print(f"{precision} gate: {GATES[precision].describe()}", markup=False)
+    record_parity(directory, result)
     for row in result.rows:
         for failure in row.failures:
             print_error(f"{row.runner}, {row.grid}: {failure}", None)
@@ -233,7 +226,10 @@ def build_engine(
     max_patches: Annotated[int, typer.Option(help="Most patches of a batch, all images together.")] = 4096,
     max_images: Annotated[int, typer.Option(help="Most images of a batch.")] = 64,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Compare a derived fp16 graph with the fp32 one before building.")
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Compare a derived fp16 graph first, and refuse one that failed parity."
+        ),
     ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine of the same name.")] = False,
     verbose: Verbose = False,
@@ -302,19 +298,46 @@ def doctor(verbose: Verbose = False) -> None:
 def main() -> None:
     """Entry point: runs the command and turns its errors into messages and exit codes."""
     verbose = "--verbose" in sys.argv
+    interrupted = False
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
 
-    # So that a killed command cleans up what it was writing, as an interrupted one does.
-    signal.signal(signal.SIGTERM, interrupt)
+    # A killed command cleans up what it was writing, as an interrupted one does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
-        app(standalone_mode=True)
-    except MmvisionError as error:
-        if verbose:
-            raise
+        # Not standalone: typer's own handling would print errors of usage and interrupts in its own ways.
+        code = app(standalone_mode=False)
+        interrupted = interrupted or code == _INTERRUPTED  # typer's answer to KeyboardInterrupt
+    except BaseException as error:
+        # An interrupt may arrive as the error of a library that was in the middle of something.
+        if not (interrupted or isinstance(error, KeyboardInterrupt)):
+            if verbose or not isinstance(error, Exception):
+                raise
+            sys.exit(_answer(error))
+        interrupted = True
+    if interrupted:
+        print_error("interrupted; what was not finished is not kept", None)
+        sys.exit(_INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _answer(error: Exception) -> int:
+    """Print an error and give its exit code."""
+    if isinstance(error, MmvisionError):
         print_error(str(error), error.hint)
-        sys.exit(1)
-    except Interrupted:
-        print_error("interrupted; nothing was kept", None)
-        sys.exit(130)
+        return 1
+    if hasattr(error, "format_message"):  # wrong usage; the class is one that typer keeps to itself
+        command = getattr(getattr(error, "ctx", None), "command_path", "mmvision")
+        print_error(error.format_message(), f"{command} --help")
+        return 2
+    if isinstance(error, ImportError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        print_error(f"{package} is not installed", f"pip install '.[{_EXTRA_OF.get(package, 'parity')}]'")
+        return 1
+    reason = next(iter(str(error).splitlines()), "")
+    print_error(f"{type(error).__name__}: {reason}", "this was not foreseen; --verbose shows where it happened")
+    return 1

@@ -111,8 +111,8 @@ class EncoderConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> EncoderConfig:
         """The inverse of `to_dict`; use `config_from_dict` for a checkpoint's `config.json`."""
         names = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(fields) - names):
-            raise ConfigError(f"unknown encoder config field(s): {', '.join(unknown)}")
+        if differing := sorted(set(fields) ^ names):
+            raise ConfigError(f"unknown or missing encoder config field(s): {', '.join(differing)}")
         return cls(**fields)
 
 
@@ -141,7 +141,7 @@ def config_from_file(path: Path) -> EncoderConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file", hint="a checkpoint folder holds config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")

@@ -61,7 +61,11 @@ class ConsoleProgress(Progress):
 @contextlib.contextmanager
 def progress_display() -> Iterator[ConsoleProgress]:
     """Show progress while the block runs."""
-    columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=30))
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+    )
     with RichProgress(*columns, TimeElapsedColumn(), console=messages, disable=not messages.is_terminal) as display:
         progress = ConsoleProgress(display)
         yield progress

@@ -50,7 +50,7 @@ def choose_tensorrt(backend: str) -> str:
         return candidate
     raise BackendError(
         "neither tensorrt nor tensorrt_rtx is installed",
-        hint="pip install 'mmvision-export[rtx]', or [tensorrt] for a data-centre GPU; JetPack brings its own",
+        hint="pip install '.[rtx]', or [tensorrt] for a data-centre GPU; JetPack brings its own",
     )
 
 
@@ -83,7 +83,7 @@ def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
         EngineError: A size is not a multiple of the merge block, or they are not in order.
     """
     per_token = config.patches_per_token
-    for name in ("min_patches", "opt_patches", "max_patches"):
+    for name in ("min_patches", "max_patches", "opt_patches"):
         value = getattr(profile, name)
         if value < per_token or value % per_token:
             raise EngineError(f"--{name.replace('_', '-')} must be a positive multiple of {per_token}, got {value}")
@@ -122,7 +122,8 @@ def build_engine(
         backend: `auto`, `tensorrt` or `tensorrt-rtx`.
         compute_capabilities: GPUs to build for, as `8.9` or `89`, with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
-        check: Compare a newly derived float16 graph with the float32 one in ONNX Runtime before building from it.
+        check: Compare a newly derived float16 graph with the float32 one in ONNX Runtime before building from it, and
+            refuse a graph that failed its comparison with PyTorch.
         force: Replace an engine of the same name.
         progress: Told about each step.
 
@@ -156,10 +157,15 @@ def build_engine(
     graph = _graph_for(directory, manifest, precision, check=check, progress=progress)
     if graph not in manifest.parity:
         progress.note(f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}")
+    elif check and not manifest.parity[graph].get("passed"):
+        raise EngineError(
+            f"{graph} did not pass its comparison with PyTorch",
+            hint=f"see: mmvision parity --model {directory}; build it all the same with --no-check",
+        )
     body = attention_body_for_tensorrt(backend, version, manifest.opset)
     progress.step("lowering the graph")
     model = lowered_model(directory / graph, body)
-    with new_files(directory / PLANS) as new:
+    with new_files(directory / PLANS, name=engine.name) as new:
         plan, fused = _plan(
             PlanRequest(
                 model=ir.serde.serialize_model(model).SerializeToString(),
@@ -184,7 +190,11 @@ def build_engine(
             precision=precision,
             attention=f"{body} body, {'fused' if fused else 'left to the builder'}",
             profile=profile,
-            graph={"name": graph, "sha256": manifest.files[graph].sha256},
+            graph={
+                "name": graph,
+                "sha256": manifest.files[graph].sha256,
+                "data_sha256": manifest.files[f"{graph}.data"].sha256,
+            },
             engine=file_record(new / engine.name),
             config=manifest.config,
             versions={
@@ -196,8 +206,8 @@ def build_engine(
         )
         record.write(new / sidecar_path(engine).name)
     # What was measured on an engine of this name was measured on another one.
-    if manifest.parity.pop(f"{PLANS}/{engine.name}", None) is not None:
-        manifest.write(directory)
+    if f"{PLANS}/{engine.name}" in manifest.parity:
+        manifest.update(directory, without_parity=f"{PLANS}/{engine.name}")
     return engine, record
 
 

@@ -11,12 +11,14 @@ def main() -> None:
     """Run the command line."""
     try:
         from mmvision_export.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ImportError as error:
         if error.name not in ("typer", "rich"):
             raise
         print(f"error: {error.name} is not installed, which the mmvision command needs", file=sys.stderr)
         print(
-            "hint: pip install 'mmvision-export[export]' (or [engine], [rtx], [tensorrt], [parity]); "
+            "hint: pip install '.[export]' (or [engine], [rtx], [tensorrt], [parity]); "
             "python -m mmvision_export.run works without it",
             file=sys.stderr,
         )

@@ -32,7 +32,7 @@ def checked_grid(grid_thw: Any, config: EncoderConfig, num_patches: int | None =
         InputError: Wrong rank, width or dtype; no rows; a value that is zero or negative; h or w that is not a multiple
             of the merge size; t beyond the model's temporal segment; a sum that is not `num_patches`.
     """
-    grid = np.asarray(grid_thw)
+    grid = _array("grid_thw", grid_thw)
     if not np.issubdtype(grid.dtype, np.integer):
         raise InputError(f"grid_thw must be integers, got dtype {grid.dtype}")
     if grid.ndim != 2 or grid.shape[1] != 3:
@@ -81,10 +81,11 @@ def checked_pixel_values(pixel_values: Any, config: EncoderConfig, dtype: npt.DT
     Raises:
         InputError: Wrong rank, width or dtype, or values that are not finite.
     """
-    patches = np.asarray(pixel_values)
+    patches = _array("pixel_values", pixel_values)
     wanted = np.dtype(dtype)
-    if patches.dtype not in (wanted, np.dtype(np.float32)):
-        raise InputError(f"pixel_values must be float32 or {wanted}, got {patches.dtype}")
+    accepted = dict.fromkeys((np.dtype(np.float32), wanted))
+    if patches.dtype not in accepted:
+        raise InputError(f"pixel_values must be {' or '.join(map(str, accepted))}, got {patches.dtype}")
     if patches.ndim != 2 or patches.shape[1] != config.patch_dim:
         raise InputError(f"pixel_values must have shape [num_patches, {config.patch_dim}], got {list(patches.shape)}")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -95,6 +96,13 @@ def checked_pixel_values(pixel_values: Any, config: EncoderConfig, dtype: npt.DT
         row = int(np.argwhere(~np.isfinite(patches).all(axis=1))[0, 0])
         raise InputError(f"pixel_values row {row} holds values that are not finite in {wanted}")
     return patches
+
+
+def _array(name: str, values: Any) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of different length
+        raise InputError(f"{name} is not an array: {error}") from error
 
 
 def tokens_per_image(grid_thw: npt.NDArray[np.int64], config: EncoderConfig) -> npt.NDArray[np.int64]:

@@ -42,13 +42,16 @@ def folder_from_hub(repo_id: str, *, revision: str | None = None, progress: Prog
     progress.step(f"looking for {repo_id}")
     offline = not _hub_answers(repo_id)
 
-    def download(name: str) -> Path | None:
+    def download(name: str, *, optional: bool = False) -> Path | None:
         if not offline:
             progress.step(f"fetching {repo_id}/{name}")
         try:
             return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=offline))
         except LocalEntryNotFoundError as error:
-            # huggingface_hub raises this both offline and when the connection fails.
+            # huggingface_hub raises this both offline and when the connection fails. Offline, what is not in the
+            # cache may not be in the repository either.
+            if optional and offline:
+                return None
             raise CheckpointError(
                 f"{repo_id}: cannot reach the Hugging Face hub, and {name} is not in its local cache",
                 hint="name a folder with --checkpoint DIR, or try without weights: --preset tiny --random-weights",
@@ -65,8 +68,8 @@ def folder_from_hub(repo_id: str, *, revision: str | None = None, progress: Prog
     config = download(CONFIG)
     if config is None:
         raise CheckpointError(f"{repo_id} has no {CONFIG}: not a checkpoint that can be exported")
-    download(PREPROCESSOR)
-    index = download(INDEX)
+    download(PREPROCESSOR, optional=True)
+    index = download(INDEX, optional=True)
     shards = vision_shards(read_index(index)) if index else [SINGLE]
     if not shards:
         raise CheckpointError(f"{repo_id}: {INDEX} lists no vision tensors", hint="is this a MiniMax-M3-VL checkpoint?")

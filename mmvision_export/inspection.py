@@ -62,6 +62,8 @@ def _graph(path: Path) -> dict[str, Any]:
     except Exception as error:  # the protobuf parser's exception has no public type
         raise ManifestError(f"{path}: not a readable ONNX file: {error}") from error
     graph = model.graph
+    if not graph.outputs:
+        raise ManifestError(f"{path}: not an ONNX model: it has no outputs")
     weights = [value.const_value for value in graph.initializers.values() if value.const_value is not None]
     return {
         "kind": "graph",
@@ -82,7 +84,10 @@ def _graph(path: Path) -> dict[str, Any]:
 
 
 def _type(value: Any) -> str:
-    return f"{value.dtype.name.lower()}[{', '.join(str(d) for d in value.shape)}]"
+    if value.dtype is None:
+        return str(value.type)
+    shape = "" if value.shape is None else f"[{', '.join(str(d) for d in value.shape)}]"
+    return f"{value.dtype.name.lower()}{shape}"
 
 
 def _operator(domain: str, op_type: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ __all__ = [
     "GRAPH",
     "MANIFEST",
     "PLANS",
+    "PRECISIONS",
     "PREPROCESSOR",
     "FileRecord",
     "Manifest",
     "file_record",
     "find_model_directory",
+    "model_directory_of",
+    "read_json",
     "sha256_of",
 ]
 
@@ -42,6 +45,9 @@ MANIFEST = "manifest.json"
 PREPROCESSOR = "preprocessor_config.json"
 PLANS = "plans"
 _FORMAT = 1
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""Float types of a graph."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +90,49 @@ class Manifest:
     created: str
     parity: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("opset", self.opset, int),
+            ("source", self.source, dict),
+            ("parity", self.parity, dict),
+            ("versions", self.versions, dict),
+        ):
+            if not isinstance(value, kind):
+                raise ManifestError(f"{name} must be {kind.__name__}, got {value!r}")
+        if self.precision not in PRECISIONS:
+            raise ManifestError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        required = {"random": {"seed"}, "checkpoint": {"checkpoint"}}.get(str(self.source.get("kind")))
+        if required is None or not required <= set(self.source):
+            raise ManifestError(f"source must say how to load the weights again, got {self.source!r}")
+
+    def update(
+        self,
+        directory: Path,
+        *,
+        files: Mapping[str, FileRecord] | None = None,
+        parity: Mapping[str, Any] | None = None,
+        without_parity: str | None = None,
+    ) -> None:
+        """Add to a directory's manifest, keeping what another process has added since it was read.
+
+        Args:
+            directory: The model directory.
+            files: Files that are there now.
+            parity: Results, by name of graph or engine.
+            without_parity: A graph or engine whose result no longer holds.
+        """
+        latest = Manifest.read(directory)
+        self.files = {**latest.files, **(files or {})}
+        self.parity = {**latest.parity, **(parity or {})}
+        if without_parity is not None:
+            self.parity.pop(without_parity, None)
+        self.write(directory)
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory, in one piece."""
         content = {"format": _FORMAT, **dataclasses.asdict(self)}
-        with new_files(directory) as new:
-            (new / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with new_files(directory, name=MANIFEST) as new:
+            (new / MANIFEST).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -107,7 +151,7 @@ class Manifest:
             config = EncoderConfig.from_dict(content.pop("config"))
             files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
             manifest = cls(config=config, files=files, **content)
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
             raise ManifestError(f"{path}: malformed: {error}", hint="export the model again") from error
         return manifest
 
@@ -136,6 +180,14 @@ class Manifest:
                 )
 
 
+def model_directory_of(path: Path) -> Path | None:
+    """The model directory that a path is, or that an engine file lies in; None for an engine on its own."""
+    if not path.is_file():
+        return path
+    folder = path.resolve().parent
+    return folder.parent if folder.name == PLANS and (folder.parent / MANIFEST).is_file() else None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -146,7 +198,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(f"{path} is missing", hint="is this a model directory?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -179,7 +231,7 @@ def find_model_directory(given: Path | None, root: Path = Path("engines")) -> Pa
     """
     if given is not None:
         return given
-    found = sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+    found = sorted(path.parent for path in root.glob(f"[!.]*/{MANIFEST}"))
     if len(found) == 1:
         return found[0]
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ class Metrics:
         max_abs: Largest absolute difference.
         relative_l2: L2 norm of the difference over that of the reference.
         min_cosine: Smallest cosine similarity of a token with its reference.
-        non_finite: Values of the result that are NaN or infinite; if there are any, the others are NaN.
+        non_finite: Values of the result or of the reference that are NaN or infinite; if there are any, the other
+            figures are NaN.
     """
 
     max_abs: float
@@ -26,18 +28,22 @@ class Metrics:
     min_cosine: float
     non_finite: int
 
+    def to_dict(self) -> dict[str, float | None]:
+        """As JSON values: NaN, which JSON does not have, is None."""
+        return {name: None if math.isnan(value) else value for name, value in dataclasses.asdict(self).items()}
+
 
 def metrics(result: npt.NDArray[np.floating], reference: npt.NDArray[np.floating]) -> Metrics:
     """Compare in float64.
 
     Args:
         result: `[tokens, channels]`.
-        reference: Same shape, finite.
+        reference: Same shape.
     """
     if result.shape != reference.shape:
         raise ValueError(f"shapes differ: {result.shape} and {reference.shape}")
     a, b = result.astype(np.float64), reference.astype(np.float64)
-    non_finite = int((~np.isfinite(a)).sum())
+    non_finite = int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum())
     if non_finite:
         return Metrics(float("nan"), float("nan"), float("nan"), non_finite)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)

@@ -22,7 +22,7 @@ from mmvision_export.onnx_files import save_graph
 from mmvision_export.onnx_functions import ATTENTION_OPSET, attach_functions, attention_body_of
 from mmvision_export.onnx_passes import name_after_modules, name_dimensions
 from mmvision_export.ops import translation_table
-from mmvision_export.output import new_directory, refuse_existing
+from mmvision_export.output import new_directory
 from mmvision_export.preprocess import PreprocessorConfig
 from mmvision_export.progress import Progress
 from mmvision_export.weights import DTYPES, WeightSource
@@ -123,15 +123,15 @@ def export_model_directory(
     progress = progress or Progress()
     if opset not in OPSETS:
         raise ExportError(f"opset must be between {OPSETS[0]} and {OPSETS[-1]}, got {opset}")
-    refuse_existing(output, marker=MANIFEST, force=force)
-    loaded = source.load(DTYPES[precision], progress)
-    config = loaded.encoder.config
-    preprocessor = PreprocessorConfig.for_encoder(config)
-    if loaded.preprocessor is not None:
-        preprocessor = PreprocessorConfig.read(loaded.preprocessor, config)
-    progress.step("tracing the encoder")
-    model = onnx_from_encoder(loaded.encoder, opset=opset)
+    # The directory first: what cannot be written is an error now, and not after the work.
     with new_directory(output, marker=MANIFEST, force=force) as directory:
+        loaded = source.load(DTYPES[precision], progress)
+        config = loaded.encoder.config
+        preprocessor = PreprocessorConfig.for_encoder(config)
+        if loaded.preprocessor is not None:
+            preprocessor = PreprocessorConfig.read(loaded.preprocessor, config)
+        progress.step("tracing the encoder")
+        model = onnx_from_encoder(loaded.encoder, opset=opset)
         save_graph(model, directory, GRAPH, progress)
         content = json.dumps(preprocessor.to_dict(), indent=2) + "\n"
         (directory / PREPROCESSOR).write_text(content, encoding="utf-8")

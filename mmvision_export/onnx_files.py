@@ -78,17 +78,26 @@ def derive_fp16(directory: Path, manifest: Manifest, *, check: bool = True, prog
         manifest.verify(directory, names)
         return FP16_GRAPH
     progress = progress or Progress()
+    if check:
+        _require_onnxruntime()
     manifest.verify(directory, (GRAPH, DATA))
     model = ir.load(directory / GRAPH)
     retype(model, ir.DataType.FLOAT16)
-    with new_files(directory) as new:
+    with new_files(directory, name=FP16_GRAPH) as new:
         save_graph(model, new, FP16_GRAPH, progress)
         if check:
             check_against(new / FP16_GRAPH, reference=directory / GRAPH, config=manifest.config, progress=progress)
         records = {name: file_record(new / name) for name in names}
-    manifest.files |= records
-    manifest.write(directory)
+    manifest.update(directory, files=records)
     return FP16_GRAPH
+
+
+def _require_onnxruntime() -> None:
+    try:
+        require_provider(_CPU)
+    except BackendError as error:
+        hint = f"{error.hint}; or leave the comparison out with --no-check"
+        raise BackendError(f"{FP16_GRAPH} cannot be compared: {error}", hint=hint) from error
 
 
 def check_against(derived: Path, *, reference: Path, config: EncoderConfig, progress: Progress | None = None) -> None:
@@ -102,11 +111,6 @@ def check_against(derived: Path, *, reference: Path, config: EncoderConfig, prog
     """
     progress = progress or Progress()
     progress.step(f"comparing {derived.name} with {reference.name}")
-    try:
-        require_provider(_CPU)
-    except BackendError as error:
-        hint = f"{error.hint}, or leave the comparison out with --no-check"
-        raise BackendError(f"{derived.name} cannot be compared: {error}", hint=hint) from error
     batches = [sample_batch(grid, config, seed=0) for grid in CHECK_GRIDS.values()]
 
     def results(graph: Path, dtype: type[np.floating]) -> list[np.ndarray]:

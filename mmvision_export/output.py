@@ -18,7 +18,8 @@ from mmvision_export.errors import OutputError
 
 __all__ = ["new_directory", "new_files", "refuse_existing"]
 
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# None is what NumPy and onnx-ir raise for a write that the disk took only a part of.
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}
 
 
 @contextlib.contextmanager
@@ -26,7 +27,7 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
     """A temporary directory that becomes `path` when the block ends without an error.
 
     Args:
-        path: Where the directory shall be. Missing parents are made.
+        path: Where the directory shall be; a symbolic link stands for what it points to. Missing parents are made.
         marker: A file that every directory of this kind has. One without it is somebody else's, and never replaced.
         force: Replace what is there; otherwise it is refused. The old directory stays until the new one is whole.
 
@@ -34,27 +35,37 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
         OutputError: `path` exists and may not be replaced, or it cannot be written.
     """
     refuse_existing(path, marker=marker, force=force)
+    if path.is_symlink():
+        path = path.resolve()
     with _temporary_directory(path.parent, path.name) as temporary:
         yield temporary
-        old = temporary.with_name(temporary.name + ".old")
-        if path.exists():
-            path.rename(old)
-        try:
+        refuse_existing(path, marker=marker, force=force)  # it may have come into being meanwhile
+        if not path.exists():
             temporary.rename(path)
-        except OSError:
-            old.rename(path)
+            return
+        old = temporary.with_suffix(".old")
+        try:
+            path.rename(old)
+            temporary.rename(path)
+        except BaseException:
+            if not path.exists():
+                old.rename(path)
             raise
         shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def new_files(folder: Path) -> Iterator[Path]:
+def new_files(folder: Path, *, name: str) -> Iterator[Path]:
     """A temporary directory whose files move into `folder`, replacing their namesakes, when the block ends well.
+
+    Args:
+        folder: Where the files go. Missing folders are made.
+        name: What is being written, for an error's message.
 
     Raises:
         OutputError: The files cannot be written.
     """
-    with _temporary_directory(folder, "new") as temporary:
+    with _temporary_directory(folder, name) as temporary:
         yield temporary
         # The largest first: a weight file before the graph that points into it.
         for file in sorted(temporary.iterdir(), key=lambda f: -f.stat().st_size):
@@ -76,9 +87,10 @@ def refuse_existing(path: Path, *, marker: str, force: bool) -> None:
 @contextlib.contextmanager
 def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
     temporary: Path | None = None
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent))
+        temporary = Path(tempfile.mkdtemp(prefix=".new.", suffix=".partial", dir=parent))
         # mkdtemp makes a private directory; what takes a public place gets the permissions of any new directory.
         umask = os.umask(0)
         os.umask(umask)
@@ -89,7 +101,11 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
             raise OutputError(
                 f"{parent}: no space left while writing {name}", hint="free some space; nothing was kept"
             ) from error
-        raise OutputError(f"{parent}: cannot write {name}: {error}") from error
+        raise OutputError(f"{parent}: cannot write {name}: {error.strerror}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            # Empty only if the block failed.
+            with contextlib.suppress(OSError):
+                folder.rmdir()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from polygraphy.backend.base import BaseRunner
@@ -36,11 +37,13 @@ from mmvision_export.polygraphy_setup import captured_messages
 from mmvision_export.progress import Progress
 from mmvision_export.runtime import VisionEncoder
 from mmvision_export.sample_batches import PARITY_GRIDS, Grid, sample_batch
+from mmvision_export.sidecar import EngineRecord, Profile
 from mmvision_export.weights import DTYPES, WeightSource
 
-__all__ = ["GATES", "Gate", "ParityResult", "ParityRow", "check_parity"]
+__all__ = ["GATES", "Gate", "ParityResult", "ParityRow", "check_parity", "record_parity"]
 
 REFERENCE = "pytorch-fp64"
+Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,10 @@ class ParityRow:
     metrics: Metrics
     failures: list[str]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**vars(self), "metrics": self.metrics.to_dict()}
+
 
 @dataclasses.dataclass(frozen=True)
 class ParityResult:
@@ -154,11 +161,12 @@ class _TorchRunner(BaseRunner):  # type: ignore[misc]
 class _EngineRunner(BaseRunner):  # type: ignore[misc]
     """An engine as it is deployed, through `VisionEncoder`'s backend, as a Polygraphy runner."""
 
-    def __init__(self, name: str, engine: Path, backend: str, config: EncoderConfig) -> None:
+    def __init__(self, name: str, engine: Path, record: EngineRecord) -> None:
         super().__init__(name=name)
         self._engine = engine
-        self._backend_name = backend
-        self._config = config
+        self._backend_name = record.backend
+        self._config = record.config
+        self.profile = record.profile
 
     def activate_impl(self) -> None:
         self._encoder = VisionEncoder.open(self._engine, backend=self._backend_name)
@@ -183,13 +191,6 @@ def _input_metadata(config: EncoderConfig) -> TensorMetadata:
     return result
 
 
-class _Verdict(Metrics):
-    """Metrics that Polygraphy can ask whether they passed: here always, since the gates need PyTorch's row too."""
-
-    def __bool__(self) -> bool:
-        return True
-
-
 def check_parity(
     directory: Path,
     *,
@@ -198,8 +199,6 @@ def check_parity(
     progress: Progress | None = None,
 ) -> ParityResult:
     """Compare every graph of a model directory, and the engines that fit this machine, with PyTorch in float64.
-
-    The result is written into the manifest, under the name of each graph or engine.
 
     Args:
         directory: The model directory.
@@ -245,30 +244,24 @@ def check_parity(
             continue
         candidates[graph] = precision
         runners.append(OnnxrtRunner(_session_loader(directory / graph), name=graph))
-    for engine, backend, precision in _engines_for_this_machine(directory, progress):
+    for engine, record in _engines_for_this_machine(directory, progress):
         name = f"{PLANS}/{engine.name}"
-        candidates[name] = precision
-        runners.append(_EngineRunner(name, engine, backend, config))
+        candidates[name] = record.precision
+        runners.append(_EngineRunner(name, engine, record))
     if set(candidates) == {f"pytorch-{precision}" for precision in precisions}:
         raise ParityError(f"nothing in {directory} can be run on this machine", hint="see: mmvision doctor")
 
     batches = {name: sample_batch(grid, config, seed=0) for name, grid in grids.items()}
-    feeds: list[OrderedDict[str, npt.NDArray[Any]]] = [
-        OrderedDict(pixel_values=pixels, grid_thw=grid) for pixels, grid in batches.values()
-    ]
-    distances = _distances(runners, feeds, progress)
+    distances = _distances(runners, batches, progress)
 
     rows = []
     for runner, precision in candidates.items():
-        eager = distances.get(f"pytorch-{precision}")
-        for index, (grid, (pixels, _)) in enumerate(batches.items()):
-            distance = distances[runner][index]
+        eager = distances.get(f"pytorch-{precision}", {})
+        for grid, distance in distances[runner].items():
             is_torch = runner.startswith("pytorch-")
-            failures = [] if is_torch else GATES[precision].failures(distance, eager[index] if eager else None)
-            rows.append(ParityRow(runner, precision, grid, len(pixels), distance, failures))
-    result = ParityResult(rows)
-    _record(directory, manifest, result)
-    return result
+            failures = [] if is_torch else GATES[precision].failures(distance, eager.get(grid))
+            rows.append(ParityRow(runner, precision, grid, len(batches[grid][0]), distance, failures))
+    return ParityResult(rows)
 
 
 def _session_loader(graph: Path) -> Callable[[], Any]:
@@ -276,52 +269,79 @@ def _session_loader(graph: Path) -> Callable[[], Any]:
 
 
 def _distances(
-    runners: list[BaseRunner], feeds: list[OrderedDict[str, npt.NDArray[Any]]], progress: Progress
-) -> dict[str, list[Metrics]]:
+    runners: list[BaseRunner], batches: Mapping[str, Batch], progress: Progress
+) -> dict[str, dict[str, Metrics]]:
+    """Runner -> grid -> distance from the first runner. Polygraphy runs them, each loaded only while it runs."""
     from polygraphy.exception import PolygraphyException
 
     class Feeds(list):  # type: ignore[type-arg]
-        """The batches, counted as each runner takes them."""
+        """The batches, counted as the runner takes them."""
 
         def __iter__(self) -> Any:
             for feed in super().__iter__():
                 yield feed
                 progress.advance()
 
-    def compare(reference: Any, result: Any) -> OrderedDict[str, _Verdict]:
-        distance = metrics(result["image_embeds"], reference["image_embeds"])
-        return OrderedDict(image_embeds=_Verdict(**dataclasses.asdict(distance)))
+    found: dict[str, dict[str, Metrics]] = {}
+
+    def run(runner: BaseRunner) -> tuple[list[str], RunResults]:
+        names = [name for name, (pixels, grid) in batches.items() if _accepts(runner, len(pixels), len(grid))]
+        for name in batches.keys() - names:
+            progress.note(f"{runner.name} does not take {name}, which is beyond its profile")
+        progress.step(f"running {runner.name}", total=len(names))
+        feeds = Feeds(OrderedDict(pixel_values=batches[name][0], grid_thw=batches[name][1]) for name in names)
+        return names, Comparator.run([runner], data_loader=feeds)
 
     with captured_messages() as messages:
         try:
-            # Polygraphy runs one runner after another, each loaded only while it runs.
-            results = []
-            for runner in runners:
-                progress.step(f"running {runner.name}", total=len(feeds))
-                results.append(Comparator.run([runner], data_loader=Feeds(feeds)))
-            comparison = Comparator.compare_accuracy(
-                RunResults.concat(results),
-                comparisons=[(0, index) for index in range(1, len(runners))],
-                compare_func=compare,
-            )[0]
+            every, (reference, *_) = run(runners[0])
+            by_grid = dict(zip(every, reference[1], strict=True))
+            for runner in runners[1:]:
+                names, results = run(runner)
+                if not names:
+                    continue
+                wanted = RunResults([(REFERENCE, [by_grid[name] for name in names]), *results])
+                (comparison,) = Comparator.compare_accuracy(wanted, comparisons=[(0, 1)], compare_func=_compare)
+                rows = comparison[REFERENCE, runner.name]
+                found[runner.name] = {n: row["image_embeds"].metrics for n, row in zip(names, rows, strict=True)}
         except PolygraphyException as error:
             raise ParityError("\n  ".join(dict.fromkeys([*messages, str(error)]))) from error
-    return {pair[1]: [row["image_embeds"] for row in rows] for pair, rows in comparison.items()}
+    return found
 
 
-def _engines_for_this_machine(directory: Path, progress: Progress) -> list[tuple[Path, str, str]]:
+@dataclasses.dataclass
+class _Compared:
+    """What Polygraphy keeps of a comparison. It never fails by itself: the gates need PyTorch's own figures too."""
+
+    metrics: Metrics
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def _compare(reference: Any, result: Any) -> OrderedDict[str, _Compared]:
+    return OrderedDict(image_embeds=_Compared(metrics(result["image_embeds"], reference["image_embeds"])))
+
+
+def _accepts(runner: BaseRunner, num_patches: int, num_images: int) -> bool:
+    profile: Profile | None = getattr(runner, "profile", None)
+    return profile is None or (
+        profile.min_patches <= num_patches <= profile.max_patches and num_images <= profile.max_images
+    )
+
+
+def _engines_for_this_machine(directory: Path, progress: Progress) -> list[tuple[Path, EngineRecord]]:
     if current_compute_capability() is None:
         return []
     found = []
     for engine in sorted((directory / PLANS).glob("*.engine")):
-        backend = "tensorrt-rtx" if engine.name.startswith("tensorrt-rtx-") else "tensorrt"
         try:
-            opened = open_backend(backend, engine, device=0, threads=None)
+            record = EngineRecord.read(engine)
+            open_backend(record.backend, engine, device=0, threads=None).close()
         except (BackendError, ManifestError) as error:
             progress.note(f"{engine.name} is not compared: {error}")
             continue
-        found.append((engine, backend, str(opened.info["precision"])))
-        opened.close()
+        found.append((engine, record))
     return found
 
 
@@ -334,19 +354,23 @@ def _refuse_other_weights(manifest: Manifest, source: Mapping[str, Any]) -> None
         )
 
 
-def _record(directory: Path, manifest: Manifest, result: ParityResult) -> None:
+def record_parity(directory: Path, result: ParityResult) -> None:
+    """Write a result into the manifest, under the name of each graph or engine.
+
+    Raises:
+        ManifestError: The manifest is missing or malformed.
+        OutputError: It cannot be written.
+    """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    for runner in dict.fromkeys(row.runner for row in result.rows):
+    parity: dict[str, Any] = {}
+    for runner in dict.fromkeys(row.runner for row in result.rows if not row.runner.startswith("pytorch-")):
         rows = [row for row in result.rows if row.runner == runner]
-        if runner.startswith("pytorch-"):
-            continue
-        manifest.parity[runner] = {
+        parity[runner] = {
             "reference": REFERENCE,
             "date": now,
             "passed": not any(row.failures for row in rows),
             "grids": {
-                row.grid: {**dataclasses.asdict(row.metrics), "patches": row.patches, "failures": row.failures}
-                for row in rows
+                row.grid: {**row.metrics.to_dict(), "patches": row.patches, "failures": row.failures} for row in rows
             },
         }
-    manifest.write(directory)
+    Manifest.read(directory).update(directory, parity=parity)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,9 @@ class PreprocessorConfig:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.min_pixels > self.max_pixels:
             raise ConfigError(f"min_pixels must not exceed max_pixels, got {self.min_pixels} and {self.max_pixels}")
+        factor = self.rescale_factor
+        if not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
+            raise ConfigError(f"rescale_factor must be a positive number, got {factor!r}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if len(values) != 3 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
@@ -183,7 +186,7 @@ def image_from_file(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}", hint=error.hint) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path}: not an image in a format Pillow reads") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -209,7 +212,9 @@ def rgb_from_image(image: Image.Image) -> Image.Image:
                 hint="convert the image to 8-bit RGB",
             )
         return Image.fromarray(np.rint(levels / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in ("La", "RGBa"):  # colours multiplied by alpha, which Pillow turns into RGB only by way of this
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
@@ -222,7 +227,7 @@ def patches_from_image(
     """Resize, normalise and cut one still image.
 
     Args:
-        image: Any Pillow image; converted by `rgb_from_image`.
+        image: Any Pillow image; turned upright by its EXIF orientation, and converted by `rgb_from_image`.
         config: The preprocessing.
 
     Returns:
@@ -232,7 +237,7 @@ def patches_from_image(
     Raises:
         InputError: See `smart_resize` and `rgb_from_image`.
     """
-    image = rgb_from_image(image)
+    image = rgb_from_image(ImageOps.exif_transpose(image))
     height, width = smart_resize(image.height, image.width, config)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -254,22 +259,28 @@ def patches_from_image(
 
 
 def patches_from_images(
-    images: Iterable[Image.Image], config: PreprocessorConfig
+    images: Iterable[Image.Image], config: PreprocessorConfig, *, names: Sequence[str] | None = None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Pack several images, of any sizes, into one batch.
+
+    Args:
+        images: Any Pillow images.
+        config: The preprocessing.
+        names: What an error calls each of them; `image 0` and so on if None.
 
     Returns:
         pixel_values `[num_patches, 3*T*P*P]` float32 and grid_thw `[num_images, 3]` int64.
 
     Raises:
-        InputError: No images, or one cannot be processed; the message says which, counted from 0.
+        InputError: No images, or one cannot be processed; the message says which.
     """
     pieces, rows = [], []
     for index, image in enumerate(images):
         try:
             patches, row = patches_from_image(image, config)
-        except InputError as error:
-            raise InputError(f"image {index}: {error}", hint=error.hint) from error
+        except (InputError, OSError, ValueError) as error:
+            name = f"image {index}" if names is None else names[index]
+            raise InputError(f"{name}: {error}", hint=getattr(error, "hint", None)) from error
         pieces.append(patches)
         rows.append(row)
     if not pieces:

@@ -6,7 +6,9 @@ Prints one JSON object on standard output. Needs numpy, pillow and one backend, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -67,17 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give either --image or --pixel-values with --grid-thw")
     if arguments.threads is not None and arguments.threads < 1:
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        print(json.dumps(_run(arguments), indent=2))
-    except MmvisionError as error:
+        print(json.dumps(_run(arguments), indent=2), flush=True)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
         if arguments.verbose:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        if isinstance(error, MmvisionError):
+            print(f"error: {error}", file=sys.stderr)
+            hint = error.hint
+        else:
+            reason = next(iter(str(error).splitlines()), "")
+            print(f"error: {type(error).__name__}: {reason}", file=sys.stderr)
+            hint = "this was not foreseen; --verbose shows where it happened"
+        if hint:
+            print(f"hint: {hint}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
@@ -89,6 +99,16 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         if output.exists() and not arguments.force:
             raise OutputError(f"{output} already exists", hint="choose another --output, or replace it with --force")
     model = find_model_directory(arguments.model)
+    with contextlib.ExitStack() as stack:
+        # Before the work rather than after it: what cannot be written is an error now.
+        new = None if output is None else stack.enter_context(new_files(output.parent, name=output.name))
+        summary, image_embeds = _encode(arguments, model)
+        if output is not None and new is not None:
+            np.save(new / output.name, image_embeds)
+    return {**summary, "output": None if output is None else str(output)}
+
+
+def _encode(arguments: argparse.Namespace, model: Path) -> tuple[dict[str, Any], npt.NDArray[np.floating]]:
     start = time.perf_counter()
     with VisionEncoder.open(
         model, backend=arguments.backend, device=arguments.device, threads=arguments.threads
@@ -114,10 +134,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         }
     if not np.isfinite(image_embeds).all():
         raise InputError("the embeddings are not finite", hint="check the model with: mmvision parity")
-    if output is not None:
-        with new_files(output.parent) as new:
-            np.save(new / output.name, image_embeds)
-    return {**summary, "output": None if output is None else str(output)}
+    return summary, image_embeds
 
 
 def _inputs(
@@ -129,16 +146,18 @@ def _inputs(
         return [str(path) for path in paths], pixel_values, grid_thw
     if arguments.image:
         images = [image_from_file(path) for path in arguments.image]
-        return [str(path) for path in arguments.image], *patches_from_images(images, encoder.preprocessor)
+        names = [str(path) for path in arguments.image]
+        return names, *patches_from_images(images, encoder.preprocessor, names=names)
     return [_TEST_PATTERN], *patches_from_images([_test_pattern()], encoder.preprocessor)
 
 
 def _array_from_file(path: Path) -> npt.NDArray[Any]:
     try:
-        array = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy's header parser raises whatever Python's tokenizer and zipfile do
         raise InputError(f"{path}: not a readable .npy file: {error}") from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: expected one array in a .npy file, got an archive")

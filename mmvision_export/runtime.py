@@ -18,7 +18,7 @@ from mmvision_export.backends import Backend, open_backend
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import InputError
 from mmvision_export.grid import checked_grid, checked_pixel_values, tokens_per_image
-from mmvision_export.manifest import PREPROCESSOR
+from mmvision_export.manifest import PREPROCESSOR, model_directory_of
 from mmvision_export.preprocess import PreprocessorConfig, patches_from_images
 
 __all__ = ["VisionEncoder"]
@@ -58,10 +58,9 @@ class VisionEncoder:
         path = Path(path)
         opened = open_backend(backend, path, device=device, threads=threads)
         try:
-            # An engine lies in the `plans` folder of its model directory, unless it was copied somewhere on its own.
-            directory = path.parent.parent if path.is_file() else path
+            directory = model_directory_of(path)
             preprocessor = PreprocessorConfig.for_encoder(opened.config)
-            if (directory / PREPROCESSOR).is_file():
+            if directory is not None and (directory / PREPROCESSOR).is_file():
                 preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, opened.config)
         except BaseException:
             opened.close()

@@ -36,6 +36,12 @@ class Profile:
     max_patches: int
     max_images: int
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ManifestError(f"{field.name} must be an integer, got {value!r}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineRecord:
@@ -49,7 +55,7 @@ class EngineRecord:
         precision: fp32, fp16 or bf16.
         attention: How attention was lowered.
         profile: Accepted sizes.
-        graph: Name and hash of the ONNX file it was built from.
+        graph: Of the ONNX file it was built from: `name`, `sha256`, and `data_sha256` of the weights beside it.
         engine: Hash and size of the engine file.
         config: The encoder's dimensions.
         versions: Packages that took part.
@@ -68,6 +74,13 @@ class EngineRecord:
     config: EncoderConfig
     versions: dict[str, str]
     created: str
+
+    def __post_init__(self) -> None:
+        capabilities = self.compute_capabilities
+        if not isinstance(capabilities, list) or not all(isinstance(item, str) for item in capabilities):
+            raise ManifestError(f"compute_capabilities must be a list of strings, got {capabilities!r}")
+        if set(self.graph) != {"name", "sha256", "data_sha256"}:
+            raise ManifestError(f"graph must have name, sha256 and data_sha256, got {self.graph!r}")
 
     def write(self, path: Path) -> None:
         """Write the sidecar to a path that is not yet public (see `output.new_files`)."""
@@ -94,7 +107,7 @@ class EngineRecord:
             record = FileRecord(**content.pop("engine"))
             config = EncoderConfig.from_dict(content.pop("config"))
             return cls(profile=profile, engine=record, config=config, **content)
-        except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
             raise ManifestError(f"{path}: malformed: {error}", hint=_REBUILD) from error
 
 
@@ -140,12 +153,14 @@ def refuse_foreign_engine(
             f"{engine}: built for compute capability {built}, this GPU has {compute_capability}", hint=_REBUILD
         )
     if manifest is not None:
-        name, built = record.graph["name"], record.graph["sha256"]
-        here = manifest.files[name].sha256 if name in manifest.files else "none"
-        if built != here:
-            raise ManifestError(
-                f"{engine}: built from {name} with sha256 {built}, the model directory has {here}", hint=_REBUILD
-            )
+        name = record.graph["name"]
+        # The graph of two checkpoints is the same file: it is the weights that tell them apart.
+        for file, built in ((name, record.graph["sha256"]), (f"{name}.data", record.graph["data_sha256"])):
+            here = manifest.files[file].sha256 if file in manifest.files else "none"
+            if built != here:
+                raise ManifestError(
+                    f"{engine}: built from {file} with sha256 {built}, the model directory has {here}", hint=_REBUILD
+                )
     size = engine.stat().st_size
     if size != record.engine.size_bytes:
         raise ManifestError(

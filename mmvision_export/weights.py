@@ -71,7 +71,7 @@ class WeightSource:
         """The source that a manifest names."""
         if source.get("kind") == "random":
             return cls(random_config=config, preset=source.get("preset"), seed=source["seed"])
-        return cls(checkpoint=source["checkpoint"], revision=source.get("revision"))
+        return cls(checkpoint=source["checkpoint"], revision=source.get("commit") or source.get("revision"))
 
     def load(self, dtype: torch.dtype, progress: Progress | None = None) -> LoadedEncoder:
         """Load or make the weights.
@@ -93,20 +93,25 @@ class WeightSource:
         assert self.checkpoint is not None
         folder = Path(self.checkpoint).expanduser()
         name = str(folder.resolve())
-        if not folder.is_dir():
-            if not is_hub_id(self.checkpoint):
+        commit = None
+        if folder.is_dir():
+            if self.revision is not None:
+                raise CheckpointError(f"{folder} is a folder, which has no revision", hint="leave --revision out")
+        else:
+            if folder.exists() or not is_hub_id(self.checkpoint):
                 raise CheckpointError(
                     f"{self.checkpoint}: no such checkpoint folder",
                     hint="name a folder or a hub id (organisation/model) with --checkpoint, "
                     "or try without weights: --preset tiny --random-weights",
                 )
             folder = folder_from_hub(self.checkpoint, revision=self.revision, progress=progress)
-            name = self.checkpoint
+            name, commit = self.checkpoint, folder.name  # a snapshot folder is named by its commit
         checkpoint = checkpoint_from_folder(folder, dtype=dtype, progress=progress)
         source = {
             "kind": "checkpoint",
             "checkpoint": name,
             "revision": self.revision,
+            "commit": commit,
             "sha256": checkpoint.sha256,
             "shards": checkpoint.shards,
         }

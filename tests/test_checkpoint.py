@@ -126,13 +126,22 @@ def test_everything_wrong_is_listed_in_one_error(tmp_path: Path) -> None:
     assert "missing: multi_modal_projector.linear_1.bias" in message
     assert "unexpected: vision_tower.vision_model.encoder.layers.7.mlp.fc1.bias" in message
     assert "vision_tower.vision_model.pre_layrnorm.bias: expected [160], got [3]" in message
-    assert "patch_merge_mlp.linear_1.bias: expected a float type, got torch.int32" in message
+    assert "patch_merge_mlp.linear_1.bias: expected bfloat16, float16 or float32, got torch.int32" in message
     assert f"not-finite: {FC1}" in message
 
 
 def test_one_tensor_under_two_names(tmp_path: Path) -> None:
     tensors = {**LAYOUTS["released"](STATE), "vision_tower.multi_modal_projector.linear_1.bias": torch.zeros(112)}
     with pytest.raises(CheckpointError, match=r"unexpected: .*multi_modal_projector\.linear_1\.bias"):
+        checkpoint_from_folder(write_checkpoint(tmp_path, tensors), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(160, 14, 14, 3, 2), (160, 2, 3, 14, 14), (1176, 160)])
+def test_a_permuted_patch_kernel(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """As many values in another order would load, and compute something else."""
+    name = "vision_tower.vision_model.embeddings.patch_embedding.weight"
+    tensors = {**STATE, name: STATE[name].reshape(shape)}
+    with pytest.raises(CheckpointError, match=r"patch_embedding\.weight: expected \[160, 3, 2, 14, 14\] or"):
         checkpoint_from_folder(write_checkpoint(tmp_path, tensors), dtype=torch.float32)
 
 

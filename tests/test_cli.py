@@ -126,6 +126,10 @@ def test_checkpoint_folder(mmvision: Command, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["export", "--checkpoint", "./nowhere"], "./nowhere: no such checkpoint folder"),
+        (["export", "--checkpoint", "brackets[/red]"], "brackets[/red]: "),
+        (["export", "--checkpoint", "./x.onnx"], "x.onnx: no such checkpoint folder"),
+        (["export", "--checkpoint", ".", "--revision", "main"], "is a folder, which has no revision"),
+        ([*TINY, "--output", "x.onnx/sub"], "cannot write sub"),
         ([*TINY, "--opset", "17"], "opset must be between 18 and 23, got 17"),
         (["parity"], "no model directory under engines/"),
         (["build-engine", "--fp16", "--model", "nowhere"], "nowhere: no such model directory"),
@@ -147,8 +151,10 @@ def test_errors_are_one_line(mmvision: Command, tmp_path: Path, arguments: list[
     [
         ([*TINY, "--fp16", "--bf16"], "choose one of --fp16, --bf16"),
         ([*TINY, "--checkpoint", "x"], "--random-weights takes no --checkpoint"),
-        (["export", "--preset", "tiny"], "--preset goes with --random-weights"),
+        (["export", "--preset", "tiny"], "--preset and --seed go with --random-weights"),
         ([*TINY, "--seed", "-1"], "--seed"),
+        (["export", "--seed", "3"], "--preset and --seed go with --random-weights"),
+        (["export", "--checkpoint", ""], "--checkpoint is empty"),
         (["export", "--preset", "huge", "--random-weights"], "huge"),
         (["explode"], "explode"),
     ],
@@ -156,7 +162,9 @@ def test_errors_are_one_line(mmvision: Command, tmp_path: Path, arguments: list[
 def test_wrong_usage_exits_with_2(mmvision: Command, arguments: list[str], message: str) -> None:
     result = mmvision(*arguments)
     assert result.code == 2
-    assert message in result.err
+    assert message in result.errors[0]
+    assert "--help" in result.errors[1]
+    assert len(result.err.splitlines()) == 2
 
 
 def test_verbose_shows_the_traceback(mmvision: Command) -> None:
@@ -171,7 +179,7 @@ def test_doctor_explains_every_backend(mmvision: Command) -> None:
     assert result.code == 0
     for name in ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx"):
         assert f"\n{name}\n" in result.out
-    assert "mmvision-export[" in result.out  # hints keep their square brackets
+    assert "'.[gpu]'" in result.out  # hints keep their square brackets
 
 
 def test_help_and_version(mmvision: Command) -> None:
@@ -206,7 +214,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     assert result.returncode == 1, result.stderr
     assert "error: engines: no space left while writing tiny" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not list((tmp_path / "engines").iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -223,7 +231,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path: Path, signum: signal.Sig
         error = process.stderr.read()
     # Either is 130 to a shell: Python 3.10 ends by the signal itself if an interrupt passed through exec().
     assert process.returncode in (130, -signal.SIGINT), error
-    assert "error: interrupted; nothing was kept" in error
+    assert "error: interrupted" in error
     assert "Traceback" not in error
     assert not list(tmp_path.rglob("*.onnx*"))
 

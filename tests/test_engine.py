@@ -75,7 +75,11 @@ def test_fp16_engine_for_a_gpu_that_is_not_here(directory: Path) -> None:
     assert record.attention == "attention body, fused"
     assert record.profile == PROFILE
     manifest = Manifest.read(directory)
-    assert record.graph == {"name": "model.fp16.onnx", "sha256": manifest.files["model.fp16.onnx"].sha256}
+    assert record.graph == {
+        "name": "model.fp16.onnx",
+        "sha256": manifest.files["model.fp16.onnx"].sha256,
+        "data_sha256": manifest.files["model.fp16.onnx.data"].sha256,
+    }
     manifest.verify(directory, manifest.files)
     assert "comparing model.fp16.onnx with model.onnx" in notes.steps
     assert "building engine" in notes.steps
@@ -241,9 +245,27 @@ def test_damaged_weights_are_not_built_from(exported: Path, tmp_path: Path) -> N
     directory = copy_of(exported, tmp_path / "m")
     data = directory / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
-    with pytest.raises(ManifestError, match="sha256"):
+    for precision in ("fp32", "fp16"):
+        with pytest.raises(ManifestError, match="sha256"):
+            build(directory, compute_capabilities=["8.9"], precision=precision)
+    assert not list(directory.glob("plans"))
+    assert not list(directory.glob("model.fp16*"))
+
+
+def test_a_graph_that_failed_its_comparison_is_not_built(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    Manifest.read(directory).update(directory, parity={"model.onnx": {"passed": False}})
+    with pytest.raises(EngineError, match=r"model\.onnx did not pass its comparison with PyTorch"):
         build(directory, compute_capabilities=["8.9"])
-    assert not list(directory.glob("plans/*.engine"))
+    build(directory, compute_capabilities=["8.9"], check=False)
+
+
+def test_a_rebuilt_engine_loses_what_was_measured_on_the_old_one(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    engine, _ = build(directory, compute_capabilities=["8.9"])
+    Manifest.read(directory).update(directory, parity={f"plans/{engine.name}": {"passed": True}})
+    build(directory, compute_capabilities=["8.9"])
+    assert Manifest.read(directory).parity == {}
 
 
 def test_a_parser_error_is_shown_in_full(exported: Path, tmp_path: Path) -> None:

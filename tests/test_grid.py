@@ -40,6 +40,7 @@ def test_valid_grids_pass_unchanged(grid: list[tuple[int, int, int]]) -> None:
         ([[1, 4]], None, r"must have shape [num_images, 3], got [1, 2]"),
         ([[1.0, 4.0, 4.0]], None, "must be integers, got dtype float64"),
         ("nonsense", None, "must be integers"),
+        ([[1, 4, 4], [1, 4]], None, "grid_thw is not an array"),
     ],
 )
 def test_bad_grids(grid: Any, patches: int | None, message: str) -> None:
@@ -53,7 +54,7 @@ def test_bad_grids(grid: Any, patches: int | None, message: str) -> None:
     [
         (np.zeros((4, 1175), np.float32), "must have shape [num_patches, 1176], got [4, 1175]"),
         (np.zeros(1176, np.float32), "got [1176]"),
-        (np.zeros((4, 1176)), "must be float32 or float32, got float64"),
+        (np.zeros((4, 1176)), "must be float32, got float64"),
         (np.zeros((4, 1176), np.uint8), "got uint8"),
         (np.full((4, 1176), np.nan, np.float32), "row 0 holds values that are not finite"),
         (np.where(np.arange(4)[:, None] == 2, np.inf, np.zeros((4, 1176))).astype(np.float32), "row 2 holds values"),

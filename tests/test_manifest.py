@@ -11,7 +11,7 @@ import pytest
 
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import ManifestError
-from mmvision_export.manifest import FileRecord, Manifest, file_record, find_model_directory
+from mmvision_export.manifest import FileRecord, Manifest, file_record, find_model_directory, model_directory_of
 from mmvision_export.sidecar import EngineRecord, Profile, refuse_foreign_engine, sidecar_path
 from tests.configs import copy_of
 
@@ -31,7 +31,7 @@ def write_engine(folder: Path, **changes: Any) -> Path:
         precision="fp16",
         attention="attention body, fused",
         profile=Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8),
-        graph={"name": "model.onnx", "sha256": "0" * 64},
+        graph={"name": "model.onnx", "sha256": "0" * 64, "data_sha256": "1" * 64},
         engine=file_record(engine),
         config=EncoderConfig(),
         versions={},
@@ -81,6 +81,69 @@ def test_engine_of_another_graph(exported: Path, tmp_path: Path) -> None:
         ManifestError, match=f"sha256 {'0' * 64}, the model directory has {manifest.files['model.onnx'].sha256}"
     ):
         refuse_foreign_engine(engine, EngineRecord.read(engine), **{**HERE, "manifest": manifest})  # type: ignore[arg-type]
+
+
+def test_engine_of_other_weights(exported: Path, tmp_path: Path) -> None:
+    """The graphs of two checkpoints are the same file; an engine has one's weights inside."""
+    manifest = Manifest.read(exported)
+    graph = {"name": "model.onnx", "sha256": manifest.files["model.onnx"].sha256, "data_sha256": "1" * 64}
+    engine = write_engine(tmp_path, graph=graph)
+    with pytest.raises(ManifestError, match=r"built from model\.onnx\.data with sha256 1111"):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **{**HERE, "manifest": manifest})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("compute_capabilities", "8.9"),
+        ("profile", {"min_patches": "4", "opt_patches": 4, "max_patches": 4, "max_images": 1}),
+        ("graph", {"name": "model.onnx"}),
+        ("config", {}),
+    ],
+)
+def test_sidecars_with_wrong_types(field: str, value: Any, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    content = json.loads(sidecar_path(engine).read_text())
+    sidecar_path(engine).write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ManifestError, match="malformed"):
+        EngineRecord.read(engine)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("source", {}),
+        ("source", "checkpoint"),
+        ("source", {"kind": "random"}),
+        ("parity", []),
+        ("opset", "x"),
+        ("precision", "int4"),
+        ("config", {}),
+    ],
+)
+def test_manifests_with_wrong_types(field: str, value: Any, exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    content = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ManifestError, match="malformed"):
+        Manifest.read(directory)
+
+
+def test_json_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ManifestError, match="not readable as JSON"):
+        Manifest.read(tmp_path)
+
+
+def test_the_model_directory_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = write_engine(tmp_path / "m" / "plans")
+    assert model_directory_of(engine) is None
+    (tmp_path / "m" / "manifest.json").write_text("{}")
+    assert model_directory_of(engine) == tmp_path / "m"
+    monkeypatch.chdir(engine.parent)
+    assert model_directory_of(Path(engine.name)) == tmp_path / "m"
+    alone = write_engine(tmp_path / "m" / "elsewhere")
+    assert model_directory_of(alone) is None
 
 
 def test_changed_engine_files(tmp_path: Path) -> None:
@@ -145,7 +208,7 @@ def test_verify_names_what_differs(exported: Path, tmp_path: Path) -> None:
 def test_the_only_model_directory_is_found(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="no model directory under"):
         find_model_directory(None, tmp_path)
-    for name in ("a", "b"):
+    for name in (".a.partial", "a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text("{}")
         if name == "a":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,39 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from polygraphy.backend.base import BaseRunner
 
 from mmvision_export.errors import CheckpointError, ManifestError, ParityError
 from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.onnx_files import derive_fp16
-from mmvision_export.parity import GATES, ParityResult, check_parity
+from mmvision_export.parity import (
+    GATES,
+    REFERENCE,
+    ParityResult,
+    _distances,
+    _input_metadata,
+    check_parity,
+    record_parity,
+)
 from mmvision_export.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
+from mmvision_export.sidecar import Profile
 from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80, copy_of
 from tests.test_checkpoint import LAYOUTS, STATE, write_checkpoint
 
 
 def check(directory: Path, **options: Any) -> ParityResult:
-    return check_parity(directory, **{"grids": CHECK_GRIDS, **options})
+    result = check_parity(directory, **{"grids": CHECK_GRIDS, **options})
+    record_parity(directory, result)
+    return result
 
 
 def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
     derive_fp16(directory, Manifest.read(directory))
-    result = check_parity(directory)
+    result = check(directory, grids=PARITY_GRIDS)
     assert result.passed
     assert {row.runner for row in result.rows} == {"pytorch-fp32", "pytorch-fp16", "model.onnx", "model.fp16.onnx"}
     assert {row.grid for row in result.rows} == set(PARITY_GRIDS)
@@ -96,6 +109,7 @@ def test_planted_faults_fail(fault: Callable[[ir.Model], None], reason: str, exp
     failures = [failure for row in result.rows if row.runner == "model.onnx" for failure in row.failures]
     assert any(reason in failure for failure in failures)
     assert Manifest.read(directory).parity["model.onnx"]["passed"] is False
+    assert "NaN" not in (directory / "manifest.json").read_text()
 
 
 def test_rewriting_alone_does_not_fail(exported: Path, tmp_path: Path) -> None:
@@ -146,6 +160,7 @@ def test_metrics_by_hand() -> None:
     bad = metrics(np.array([[np.nan, 4.0], [np.inf, 0.0]]), reference)
     assert bad.non_finite == 2
     assert np.isnan(bad.relative_l2)
+    assert metrics(reference, np.array([[np.nan, 4.0], [1.0, 0.0]])).non_finite == 1
     with pytest.raises(ValueError, match="shapes differ"):
         metrics(reference[:1], reference)
 
@@ -166,3 +181,47 @@ def test_sample_batches_are_seeded_and_exact_in_float16() -> None:
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(first, first.astype(np.float16))
     assert grid.prod(axis=1).sum() == len(first)
+
+
+class Doubling(BaseRunner):  # type: ignore[misc]
+    """Stands in for an engine: doubles the reference, within a profile."""
+
+    profile = Profile(min_patches=4, opt_patches=16, max_patches=40, max_images=8)
+
+    def get_input_metadata_impl(self) -> Any:
+        return _input_metadata(HEAD_DIM_80)
+
+    def infer_impl(self, feed_dict: Any) -> Any:
+        self.inference_time = 0.0
+        return OrderedDict(image_embeds=2 * feed_dict["pixel_values"][::4, :96])
+
+
+class Plain(Doubling):
+    """The reference of the above, of any size."""
+
+    profile = Profile(min_patches=4, opt_patches=16, max_patches=4000, max_images=80)
+
+    def infer_impl(self, feed_dict: Any) -> Any:
+        self.inference_time = 0.0
+        return OrderedDict(image_embeds=feed_dict["pixel_values"][::4, :96])
+
+
+def test_grids_beyond_an_engines_profile_are_left_out_with_a_note() -> None:
+    from tests.test_engine import Notes
+
+    batches = {name: sample_batch(grid, HEAD_DIM_80, seed=0) for name, grid in CHECK_GRIDS.items()}
+    notes = Notes()
+    found = _distances([Plain(name=REFERENCE), Doubling(name="engine")], batches, notes)
+    assert set(found["engine"]) == {"one block"}
+    assert found["engine"]["one block"].relative_l2 == pytest.approx(1.0)
+    assert notes.notes == ["engine does not take two sizes, which is beyond its profile"]
+
+
+def test_two_processes_do_not_lose_each_others_results(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    slow = check_parity(directory, grids=CHECK_GRIDS)
+    derive_fp16(directory, Manifest.read(directory))  # another process, while the comparison ran
+    record_parity(directory, slow)
+    manifest = Manifest.read(directory)
+    assert "model.fp16.onnx" in manifest.files
+    assert manifest.parity["model.onnx"]["passed"] is True

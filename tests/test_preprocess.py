@@ -27,6 +27,7 @@ from mmvision_export.preprocess import (
     image_from_file,
     patches_from_image,
     patches_from_images,
+    rgb_from_image,
     smart_resize,
 )
 
@@ -192,6 +193,21 @@ def test_unreadable_images_name_the_file(kind: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_images_opened_elsewhere(tmp_path: Path) -> None:
+    """What `image_from_file` does for a path, the Python API does for an image that Pillow has opened lazily."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(Image.new("RGB", (280, 112), "red"), tmp_path / "a.jpg", exif=exif)
+    with Image.open(path) as lazy:
+        _, row = patches_from_image(lazy, CONFIG)
+    assert row == patches_from_image(image_from_file(path), CONFIG)[1] == (1, 20, 8)
+    path.write_bytes(path.read_bytes()[:-300])
+    with Image.open(path) as lazy, pytest.raises(InputError, match="image 0: "):
+        patches_from_images([lazy], CONFIG)
+    premultiplied = Image.new("RGBA", (60, 60), (0, 0, 0, 0)).convert("RGBa")
+    assert rgb_from_image(premultiplied).getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(Image.new("L", (100, 100)), tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -242,6 +258,8 @@ def test_preprocessor_config(content: dict[str, Any], expected: PreprocessorConf
         ({"image_std": [1, 0, 1]}, "image_std must be positive"),
         ({"image_mean": [1, 2]}, "image_mean must be three numbers"),
         ({"image_mean": 7}, "not iterable"),
+        ({"rescale_factor": "x"}, "rescale_factor must be a positive number"),
+        ({"rescale_factor": 0}, "rescale_factor must be a positive number"),
         ({"min_pixels": 10**9}, "min_pixels must not exceed max_pixels"),
     ],
 )

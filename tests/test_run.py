@@ -122,6 +122,22 @@ def test_a_pickle_in_an_npy_file_is_not_loaded(files: Path, capsys: pytest.Captu
     assert "not a readable .npy file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"PK\x03\x04nonsense", b"\x93NUMPY\x01\x00\x10\x00{'descr': ((\n      ", b""])
+def test_malformed_npy(files: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    Path("bad.npy").write_bytes(content)
+    assert main(["--pixel-values", "bad.npy", "--grid-thw", "g.npy"]) == 1
+    assert "error: bad.npy: not a readable .npy file" in capsys.readouterr().err
+
+
+def test_what_was_not_foreseen_is_one_error(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--threads", "99999999999"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert len(printed.err.splitlines()) == 2
+    with pytest.raises(Exception, match="."):
+        main(["--threads", "99999999999", "--verbose"])
+
+
 def test_force_replaces_the_output(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out.npy").write_text("old")
     run(capsys, "--image", "coffee.jpg", "--output", "out.npy", "--force")

@@ -129,7 +129,7 @@ def test_unknown_backend_and_directory(exported: Path, tmp_path: Path) -> None:
         VisionEncoder.open(exported, backend="openvino")
     with pytest.raises(ManifestError, match="no such model directory"):
         VisionEncoder.open(tmp_path / "nothing")
-    with pytest.raises(BackendError, match="runs model directories"):
+    with pytest.raises(BackendError, match="neither a model directory nor an .engine"):
         VisionEncoder.open(exported / "model.onnx", backend="onnxruntime-cpu")
 
 
@@ -150,6 +150,14 @@ def test_importing_it_loads_no_package_of_the_build_machine() -> None:
     )
     out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert out.strip() == "[]"
+
+
+def test_closing_twice_is_nothing_and_using_it_then_is_an_error(exported: Path) -> None:
+    encoder = VisionEncoder.open(exported, backend="onnxruntime-cpu")
+    encoder.close()
+    encoder.close()
+    with pytest.raises(BackendError, match="closed"):
+        encoder(*batch(GRIDS["single"], HEAD_DIM_80))
 
 
 def test_unknown_attribute_of_the_package() -> None:

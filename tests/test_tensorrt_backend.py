@@ -114,6 +114,21 @@ def test_cuda_errors_are_named_and_free_everything(machine: Machine, call: str) 
     assert machine.holds_nothing()
 
 
+def test_a_second_failure_while_freeing_does_not_hide_the_first(machine: Machine) -> None:
+    machine.trt.fail = "create_execution_context"
+    machine.cuda.fail = "cudaStreamDestroy"
+    with pytest.raises(BackendError, match="reason of create_execution_context"):
+        machine.open()
+
+
+def test_closed(machine: Machine) -> None:
+    encoder = machine.encoder()
+    encoder.close()
+    encoder.close()
+    with pytest.raises(BackendError, match="closed"):
+        encoder(*batch(GRIDS["three"], HEAD_DIM_80))
+
+
 def test_a_foreign_engine_is_never_deserialised(machine: Machine) -> None:
     machine.cuda.capability = (12, 0)
     with pytest.raises(ManifestError, match=r"built for compute capability 8\.6, 8\.9, this GPU has 12\.0"):

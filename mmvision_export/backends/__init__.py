@@ -73,6 +73,8 @@ def open_backend(name: str, path: Path, *, device: int, threads: int | None) -> 
         BackendError: The runtime is not installed, or does not work here.
         ManifestError: The files are missing, damaged, or not for this machine.
     """
+    if path.is_file() and path.suffix != ".engine":
+        raise BackendError(f"{path} is neither a model directory nor an .engine", hint="name the model directory")
     if name == "auto":
         return _open_best(path, device=device, threads=threads)
     if name not in BACKENDS:

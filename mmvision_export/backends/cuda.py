@@ -29,7 +29,7 @@ class Cuda:
             except ImportError as error:
                 raise BackendError(
                     f"cuda-bindings is not installed: {error}",
-                    hint="pip install 'mmvision-export[tensorrt]' (or [rtx])",
+                    hint="pip install '.[tensorrt]' (or [rtx])",
                 ) from error
         self._runtime = runtime
         self.device = device

@@ -41,7 +41,9 @@ class OnnxRuntimeBackend:
                 f"{directory} is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
                 hint="export with --fp32 or --fp16 to run it here",
             )
-        self._session = create_session(directory / GRAPH, provider=PROVIDERS[name], device=device, threads=threads)
+        self._session: onnxruntime.InferenceSession | None = create_session(
+            directory / GRAPH, provider=PROVIDERS[name], device=device, threads=threads
+        )
         self.name: BackendName = "onnxruntime-cuda" if name == "onnxruntime-cuda" else "onnxruntime-cpu"
         self.config = manifest.config
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
@@ -55,6 +57,8 @@ class OnnxRuntimeBackend:
 
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
+        if self._session is None:
+            raise BackendError("the encoder is closed")
         try:
             (image_embeds,) = self._session.run(None, {"pixel_values": pixel_values, "grid_thw": grid_thw})
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -64,7 +68,7 @@ class OnnxRuntimeBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        del self._session
+        self._session = None
 
 
 def _verify(directory: Path, manifest: Manifest) -> None:
@@ -86,14 +90,12 @@ def require_provider(provider: str) -> None:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(
-            f"ONNX Runtime is not installed: {error}", hint="pip install 'mmvision-export[cpu]' (or [gpu])"
-        ) from error
+        raise BackendError(f"ONNX Runtime is not installed: {error}", hint="pip install '.[cpu]' (or [gpu])") from error
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise BackendError(
             f"this ONNX Runtime has no {provider}, only {', '.join(available)}",
-            hint="pip install 'mmvision-export[gpu]'" if "CUDA" in provider else None,
+            hint="pip install '.[gpu]'" if "CUDA" in provider else None,
         )
 
 

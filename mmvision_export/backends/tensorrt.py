@@ -18,7 +18,7 @@ import numpy.typing as npt
 from mmvision_export.backends import BackendName
 from mmvision_export.backends.cuda import Cuda, DeviceBuffer
 from mmvision_export.errors import BackendError, ManifestError
-from mmvision_export.manifest import MANIFEST, PLANS, Manifest
+from mmvision_export.manifest import PLANS, Manifest, model_directory_of
 from mmvision_export.sidecar import EngineRecord, Profile, refuse_foreign_engine
 
 __all__ = ["TENSORRT_MODULES", "TensorRTBackend", "current_platform", "import_tensorrt", "open_engine"]
@@ -36,7 +36,7 @@ def import_tensorrt(backend: str) -> Any:
         BackendError: It is not installed, or its libraries cannot be loaded.
     """
     name = TENSORRT_MODULES[backend]
-    hint = f"pip install 'mmvision-export[{_EXTRAS[backend]}]'"
+    hint = f"pip install '.[{_EXTRAS[backend]}]'"
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -61,8 +61,8 @@ def open_engine(path: Path, *, backend: str, device: int) -> TensorRTBackend:
     trt = import_tensorrt(backend)
     cuda = Cuda(device)
     if path.is_file():
-        directory = path.parent.parent
-        manifest = Manifest.read(directory) if (directory / MANIFEST).is_file() else None
+        directory = model_directory_of(path)
+        manifest = None if directory is None else Manifest.read(directory)
         return TensorRTBackend(path, backend=backend, trt=trt, cuda=cuda, manifest=manifest)
 
     manifest = Manifest.read(path)
@@ -110,11 +110,14 @@ class TensorRTBackend:
             "compute_capability": cuda.compute_capability(),
         }
         self._cuda = cuda
+        self._engine: Any = None
+        self._context: Any = None
         self._cleanup = contextlib.ExitStack()
         try:
             self._open(engine, trt)
         except BaseException:
-            self.close()
+            with contextlib.suppress(BackendError):  # the first error is the one to report
+                self.close()
             raise
 
     def _open(self, engine: Path, trt: Any) -> None:
@@ -134,6 +137,8 @@ class TensorRTBackend:
 
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
+        if self._context is None:
+            raise BackendError("the encoder is closed")
         self._cuda.use()
         tokens = len(pixel_values) // self.config.patches_per_token
         image_embeds = np.empty((tokens, self.config.text_hidden_size), dtype=self.dtype)
@@ -155,9 +160,10 @@ class TensorRTBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._cleanup.close()
         # TensorRT asks that a context go before its engine.
-        self._context = self._engine = None
+        self._context = None
+        self._engine = None
+        self._cleanup.close()
 
 
 def _logger(trt: Any) -> Any:
