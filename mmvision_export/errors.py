@@ -17,6 +17,7 @@ __all__ = [
     "MmvisionError",
     "OutputError",
     "ParityError",
+    "PluginError",
 ]
 
 
@@ -47,6 +48,10 @@ class ExportError(MmvisionError):
 
 class ParityError(MmvisionError):
     """A comparison could not be run, or a difference is beyond its gate."""
+
+
+class PluginError(MmvisionError):
+    """A plugin's kernel could not be compiled."""
 
 
 class EngineError(MmvisionError):
