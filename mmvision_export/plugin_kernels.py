@@ -1,9 +1,9 @@
 """The plugins' Triton kernels, compiled ahead of time for GPUs that need not be here.
 
-A kernel per op is the source of truth (`plugins/<op>/kernel.py`). Here each is compiled to a cubin per architecture, in
-the best tile that spills no register and fits the architecture's shared memory, and what the compiler made of it is read
-back from the binary: registers, spills, shared memory, occupancy, and the tensor-core instructions. No GPU, driver or
-CUDA toolkit is needed: Triton brings its own assembler and disassembler.
+A kernel per op is the source of truth (`plugins/<op>/kernel.py`). Here each is compiled to a cubin per architecture,
+in the best tile that spills no register and fits the shared memory, and what the compiler made of it is read back from
+the binary: registers, spills, shared memory, occupancy, and the tensor-core instructions. No GPU, driver or CUDA
+toolkit is needed: Triton brings its own assembler and disassembler.
 """
 
 from __future__ import annotations
@@ -353,6 +353,7 @@ def resource_table(kernels: Iterable[CompiledKernel]) -> str:
         intensity = f"{k.flops_per_step / k.bytes_per_step:.0f}" if k.tile else "-"
         rows.append(
             f"| {k.op} | {k.sm} ({ARCHITECTURES[k.sm].gpus}) | {k.dtype} | {k.head_dim or 'any'} | {tile} "
-            f"| {k.registers} | {k.spills} | {k.shared_bytes / _KB:.1f} | {k.occupancy:.0%} | {products} | {intensity} |"
+            f"| {k.registers} | {k.spills} | {k.shared_bytes / _KB:.1f} | {k.occupancy:.0%} "
+            f"| {products} | {intensity} |"
         )
     return "\n".join(rows)
