@@ -37,10 +37,10 @@ _EXTRA_OF = {"torch": "export", "huggingface_hub": "export", "onnxscript": "expo
 
 app = typer.Typer(
     name="mmvision",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    # Plain help: at 80 columns the boxed one cuts option names short.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Take the MiniMax-M3-VL vision encoder from a PyTorch checkpoint to an engine that is the same function.",
 )
@@ -73,13 +73,15 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def _precision(*, fp32: bool, fp16: bool, bf16: bool) -> str | None:
@@ -98,7 +100,9 @@ def _model(given: Path | None) -> Path:
 
 @app.command()
 def export(
-    onnx: Annotated[bool, typer.Option("--onnx", help="Write ONNX, the only format there is so far.")] = True,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write ONNX, the only format so far.", show_default=False)
+    ] = True,
     checkpoint: Annotated[
         Optional[str],
         typer.Option(metavar="DIR|HUB_ID", help=f"Checkpoint folder or hub id. Default: {HUB_CHECKPOINT}."),
@@ -128,6 +132,8 @@ def export(
     precision = _precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
     if random_weights and (checkpoint or revision):
         raise typer.BadParameter("--random-weights takes no --checkpoint or --revision")
+    if random_weights and preset is None:
+        raise typer.BadParameter("--random-weights needs --preset tiny or --preset full")
     if (preset or seed is not None) and not random_weights:
         raise typer.BadParameter("--preset and --seed go with --random-weights")
     if checkpoint == "":
@@ -136,10 +142,9 @@ def export(
     from mmvision_export.onnx_export import export_model_directory
     from mmvision_export.weights import WeightSource
 
-    if random_weights:
-        name = preset or Preset.full
-        source = WeightSource.random(name.value, seed or 0)
-        output = output or Path("engines") / name.value
+    if preset is not None:
+        source = WeightSource.random(preset.value, seed or 0)
+        output = output or Path("engines") / preset.value
     else:
         source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
         output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).resolve().name
@@ -162,9 +167,10 @@ def parity(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare every graph of a model directory, and the engines that fit this machine, with PyTorch in float64.
+    """Compare graphs and engines with PyTorch in float64.
 
-    The result is written into manifest.json. Exits with 1 if a difference is beyond its gate.
+    Every graph of the model directory, and the engines that fit this machine, on grids of every kind. The result is
+    written into manifest.json. Exits with 1 if a difference is beyond its gate.
     """
     from mmvision_export.parity import GATES, check_parity, record_parity
     from mmvision_export.weights import WeightSource
@@ -234,10 +240,11 @@ def build_engine(
     force: Annotated[bool, typer.Option("--force", help="Replace an engine of the same name.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build a TensorRT or TensorRT-RTX engine into a model directory's plans/.
+    """Build a TensorRT or TensorRT-RTX engine.
 
-    The precision is the graph's own unless --fp16 is given. With the released preprocessing a still image is at most
-    2304 patches; 4 patches make one image token.
+    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The precision is the
+    graph's own unless --fp16 is given. With the released preprocessing a still image is at most 2304 patches; 4
+    patches make one image token.
     """
     from mmvision_export.engine import build_engine as build
     from mmvision_export.sidecar import Profile
@@ -272,9 +279,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="Model directory, .onnx graph or .engine.")],
     verbose: Verbose = False,
 ) -> None:
-    """Show what a model directory, graph or engine is: inputs, operators, sizes, precision, versions, checks.
+    """Describe a model directory, graph or engine.
 
-    Of a model directory every file is hashed and compared with the manifest.
+    Inputs, operators, sizes, precision, versions and what was checked, as JSON. Of a model directory every file is
+    hashed and compared with the manifest.
     """
     from mmvision_export.inspection import inspect as describe
 
@@ -283,7 +291,7 @@ def inspect(
 
 @app.command()
 def doctor(verbose: Verbose = False) -> None:
-    """Show what is installed, which backends work on this machine, and why the others do not."""
+    """Show which backends work here, and why others do not."""
     from mmvision_export.doctor import examine
 
     report = examine()

@@ -216,7 +216,7 @@ def check_parity(
     manifest = Manifest.read(directory)
     config = manifest.config
     weights = source or WeightSource.from_manifest(manifest.source, config)
-    graphs = dict.fromkeys((GRAPH,), manifest.precision)
+    graphs = {GRAPH: manifest.precision}
     if FP16_GRAPH in manifest.files:
         graphs[FP16_GRAPH] = "fp16"
     manifest.verify(directory, [file for name in graphs for file in (name, f"{name}.data")])
@@ -257,7 +257,7 @@ def check_parity(
     rows = []
     for runner, precision in candidates.items():
         eager = distances.get(f"pytorch-{precision}", {})
-        for grid, distance in distances[runner].items():
+        for grid, distance in distances.get(runner, {}).items():
             is_torch = runner.startswith("pytorch-")
             failures = [] if is_torch else GATES[precision].failures(distance, eager.get(grid))
             rows.append(ParityRow(runner, precision, grid, len(batches[grid][0]), distance, failures))
@@ -286,7 +286,7 @@ def _distances(
 
     def run(runner: BaseRunner) -> tuple[list[str], RunResults]:
         names = [name for name, (pixels, grid) in batches.items() if _accepts(runner, len(pixels), len(grid))]
-        for name in batches.keys() - names:
+        for name in [name for name in batches if name not in names]:
             progress.note(f"{runner.name} does not take {name}, which is beyond its profile")
         progress.step(f"running {runner.name}", total=len(names))
         feeds = Feeds(OrderedDict(pixel_values=batches[name][0], grid_thw=batches[name][1]) for name in names)

@@ -153,6 +153,7 @@ def test_errors_are_one_line(mmvision: Command, tmp_path: Path, arguments: list[
         ([*TINY, "--checkpoint", "x"], "--random-weights takes no --checkpoint"),
         (["export", "--preset", "tiny"], "--preset and --seed go with --random-weights"),
         ([*TINY, "--seed", "-1"], "--seed"),
+        (["export", "--random-weights"], "--random-weights needs --preset tiny or --preset full"),
         (["export", "--seed", "3"], "--preset and --seed go with --random-weights"),
         (["export", "--checkpoint", ""], "--checkpoint is empty"),
         (["export", "--preset", "huge", "--random-weights"], "huge"),
