@@ -157,11 +157,12 @@ def build_engine(
     graph = _graph_for(directory, manifest, precision, check=check, progress=progress)
     if graph not in manifest.parity:
         progress.note(f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}")
-    elif check and not manifest.parity[graph].get("passed"):
-        raise EngineError(
-            f"{graph} did not pass its comparison with PyTorch",
-            hint=f"see: mmvision parity --model {directory}; build it all the same with --no-check",
-        )
+    for name in dict.fromkeys((GRAPH, graph)):
+        if check and not manifest.parity.get(name, {"passed": True}).get("passed"):
+            raise EngineError(
+                f"{name} did not pass its comparison with PyTorch",
+                hint=f"see: mmvision parity --model {directory}; build it all the same with --no-check",
+            )
     body = attention_body_for_tensorrt(backend, version, manifest.opset)
     progress.step("lowering the graph")
     model = lowered_model(directory / graph, body)

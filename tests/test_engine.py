@@ -255,8 +255,9 @@ def test_damaged_weights_are_not_built_from(exported: Path, tmp_path: Path) -> N
 def test_a_graph_that_failed_its_comparison_is_not_built(exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
     Manifest.read(directory).update(directory, parity={"model.onnx": {"passed": False}})
-    with pytest.raises(EngineError, match=r"model\.onnx did not pass its comparison with PyTorch"):
-        build(directory, compute_capabilities=["8.9"])
+    for precision in ("fp32", "fp16"):  # neither from it nor from what is derived from it
+        with pytest.raises(EngineError, match=r"model\.onnx did not pass its comparison with PyTorch"):
+            build(directory, compute_capabilities=["8.9"], precision=precision)
     build(directory, compute_capabilities=["8.9"], check=False)
 
 
