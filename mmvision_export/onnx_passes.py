@@ -75,7 +75,7 @@ def name_dimensions(model: ir.Model) -> None:
     patches, images, tokens = str(pixel_values.shape[0]), str(grid_thw.shape[0]), str(image_embeds.shape[0])
 
     def renamed(dimension: str) -> str:
-        if dimension in (tokens, tokens.strip("()")):
+        if tokens != patches and dimension in (tokens, tokens.strip("()")):
             return "num_image_tokens"
         return re.sub(rf"\b{images}\b", "num_images", re.sub(rf"\b{patches}\b", "num_patches", dimension))
 
