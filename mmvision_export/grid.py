@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import InputError
 
-__all__ = ["checked_grid", "checked_pixel_values", "tokens_per_image"]
+__all__ = ["checked_grid", "checked_pixel_values", "groups_of_images", "tokens_per_image"]
 
 
 def checked_grid(grid_thw: Any, config: EncoderConfig, num_patches: int | None = None) -> npt.NDArray[np.int64]:
@@ -96,6 +96,18 @@ def checked_pixel_values(pixel_values: Any, config: EncoderConfig, dtype: npt.DT
         row = int(np.argwhere(~np.isfinite(patches).all(axis=1))[0, 0])
         raise InputError(f"pixel_values row {row} holds values that are not finite in {wanted}")
     return patches
+
+
+def groups_of_images(grid_thw: npt.NDArray[np.int64], max_patches: int) -> list[slice]:
+    """Cut a valid grid into runs of consecutive rows of at most `max_patches` patches; a larger image is one alone."""
+    groups: list[slice] = []
+    start, patches = 0, 0
+    for row, count in enumerate(grid_thw.prod(axis=1).tolist()):
+        if row > start and patches + count > max_patches:
+            groups.append(slice(start, row))
+            start, patches = row, 0
+        patches += count
+    return [*groups, slice(start, len(grid_thw))]
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import InputError
-from mmvision_export.grid import checked_grid, checked_pixel_values, tokens_per_image
+from mmvision_export.grid import checked_grid, checked_pixel_values, groups_of_images, tokens_per_image
 from tests.configs import grids
 
 CONFIG = EncoderConfig()
@@ -23,6 +23,19 @@ def test_valid_grids_pass_unchanged(grid: list[tuple[int, int, int]]) -> None:
     assert checked.dtype == np.int64
     np.testing.assert_array_equal(checked, rows)
     assert tokens_per_image(checked, CONFIG).sum() * 4 == rows.prod(axis=1).sum()
+
+
+@given(grids(max_images=20))
+def test_groups_keep_every_image_whole_and_in_order(grid: list[tuple[int, int, int]]) -> None:
+    rows = np.array(grid, dtype=np.int64)
+    groups = groups_of_images(rows, 64)
+    np.testing.assert_array_equal(np.concatenate([rows[group] for group in groups]), rows)
+    sizes = [int(rows[group].prod(axis=1).sum()) for group in groups]
+    for group, size in zip(groups, sizes, strict=True):
+        assert size <= 64 or group.stop - group.start == 1
+    # None that could have joined the one before it stands alone.
+    first = [int(rows[group.start].prod()) for group in groups]
+    assert all(size + joining > 64 for size, joining in zip(sizes, first[1:], strict=False))
 
 
 @pytest.mark.parametrize(

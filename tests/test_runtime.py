@@ -19,7 +19,7 @@ from mmvision_export.errors import BackendError, InputError, ManifestError
 from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.preprocess import patches_from_images
 from mmvision_export.weights import WeightSource
-from tests.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids, relative_l2
+from tests.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids, relative_l2, run_graph
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,14 @@ def test_images_of_different_size_come_back_apart(runtime: VisionEncoder) -> Non
         (alone,) = runtime.encode_images([image])
         assert relative_l2(tokens, alone) <= 2e-6
     assert relative_l2(*runtime.encode_images([images[0], images[0].rotate(180)])) > 0.01
+
+
+def test_many_images_are_run_in_groups_that_change_nothing(runtime: VisionEncoder, exported: Path) -> None:
+    """On a CPU a batch is cut between images, since masked attention costs the square of what it is given at once."""
+    grid = [(1, 20, 20), (1, 2, 2), (1, 30, 30), (1, 40, 40), (1, 8, 8)] * 2
+    pixels, rows = batch(grid, HEAD_DIM_80)
+    whole = run_graph(exported / "model.onnx", pixels, rows)
+    np.testing.assert_allclose(runtime(pixels, rows), whole, rtol=0, atol=2e-5)
 
 
 def test_anything_with_dlpack_is_taken(runtime: VisionEncoder) -> None:
