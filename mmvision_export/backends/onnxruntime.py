@@ -22,8 +22,8 @@ __all__ = ["PROVIDERS", "OnnxRuntimeBackend", "create_session", "require_provide
 _ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings are about its own constant folding
 PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
 # On a CPU the images of a batch are run in groups of at most this many patches. The portable graph's attention is
-# masked, so that its work and memory grow with the square of what it is given at once: at full size it is a tenth of all
-# work at 1024 patches, and two thirds at 20,000 (sixteen photographs), where the scores alone take 27 GB.
+# masked, so that its work and memory grow with the square of what it is given at once: at full size it is a tenth of
+# all work at 1024 patches, and two thirds at 20,000 (sixteen photographs), where the scores alone take 27 GB.
 _CPU_GROUP_PATCHES = 1024
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
