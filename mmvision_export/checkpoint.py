@@ -159,11 +159,11 @@ def checkpoint_from_folder(folder: Path, *, dtype: torch.dtype, progress: Progre
                         digests[name] = b""
                         continue
                     digests[name] = digest_of_tensor(tensor)
-                    if not tensor.isfinite().all():
+                    if not _is_finite(tensor):
                         not_finite.append(stored)
                     # A copy in any case, so that no tensor keeps the shard mapped.
                     state[name] = tensor.to(dtype, copy=True).reshape(expected[name])
-                    if not state[name].isfinite().all() and stored not in not_finite:
+                    if stored not in not_finite and not _is_finite(state[name]):
                         out_of_range.append(f"{stored} (largest magnitude {tensor.abs().max():g})")
                     progress.advance()
         except FileNotFoundError:
@@ -223,6 +223,12 @@ def _stored_shapes(name: str, expected: torch.Size, config: EncoderConfig) -> li
     side = config.patch_size
     kernel = torch.Size((config.hidden_size, config.num_channels, config.temporal_patch_size, side, side))
     return [kernel, expected]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The extremes rather than isfinite(), which makes temporaries as large as the tensor. NaN is passed on to both.
+    low, high = torch.aminmax(tensor)
+    return bool(low.isfinite() and high.isfinite())
 
 
 def digest_of_tensors(digests: Mapping[str, bytes]) -> str:
