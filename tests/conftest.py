@@ -8,6 +8,7 @@ from pathlib import Path
 # Triton reads it once, when it is imported: the kernels' tests run in its interpreter.
 os.environ["TRITON_INTERPRET"] = "1"
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,12 @@ from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.random_weights import random_state_dict
 from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80
+
+# Examples are searched anew on every run, but in CI, where the same ones are tried each time, so that a red run is the
+# doing of a change. Times vary too much on shared machines for a deadline.
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -45,7 +45,7 @@ def test_the_comparison_can_fail(name: str) -> None:
     assert relative_l2(run(encoder_from_state_dict(HEAD_DIM_80, state), pixels, rows), expected) > 1e-6
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(grids())
 def test_a_packed_batch_is_its_images_one_by_one(grid: list[tuple[int, int, int]]) -> None:
     encoder = encoder_from_state_dict(HEAD_DIM_80, random_state_dict(HEAD_DIM_80, seed=1, dtype=torch.float64))

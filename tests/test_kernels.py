@@ -76,7 +76,7 @@ def check(lengths: list[int], head_dim: int, dtype: str, heads: int = 2, **block
     assert relative_l2(out.double(), expected) <= limit
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     lengths=st.lists(st.integers(1, 100), min_size=1, max_size=7),
     head_dim=st.sampled_from(HEAD_DIMS),
@@ -128,7 +128,7 @@ def test_large_scores_stay_finite() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 70000), min_size=1, max_size=1024), block_m=st.sampled_from([64, 128]))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_every_tile_has_a_program(lengths: list[int], block_m: int) -> None:
     """The grid that the host computes without reading a length covers every tile of every segment."""
     bounds = np.cumsum([0, *lengths])
@@ -152,7 +152,7 @@ def test_head_parts_waste_nothing() -> None:
     assert ATTENTION.head_parts(80) == (64, 16, 0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     n=st.integers(1, 50),
     head_dim=st.sampled_from(HEAD_DIMS),

@@ -112,7 +112,7 @@ def test_every_optimization_level(exported: Path, level: str, float64_state: dic
     assert relative_l2(out, reference.vision_encoder(float64_state, pixels, grid, HEAD_DIM_80)) <= 2e-6
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(grid=grids())
 def test_any_grid(exported: Path, encoder: VisionEncoderModule, grid: list[tuple[int, int, int]]) -> None:
     """One graph for every number of patches and images, though it was traced with two images."""

@@ -64,7 +64,7 @@ SESSIONS = {
 }
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(case=st.sampled_from(sorted(SESSIONS)), lengths=SEGMENTS)
 def test_attention(case: Case, lengths: list[int]) -> None:
     inputs = qkv(sum(lengths), 2, 80, case[2])
@@ -96,7 +96,7 @@ def test_attention_of_large_scores_stays_finite_in_float16(case: Case) -> None:
     assert relative_l2(out, expected) < 0.05
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 50), half=st.integers(1, 40), dtype=st.sampled_from(sorted(TYPES)), opset=st.sampled_from([18, 23])
 )

@@ -41,7 +41,7 @@ def exact_attention(
     return reference.varlen_attention(q.double(), k.double(), v.double(), bounds.numpy(), scale=scale)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(lengths=SEGMENTS, head_dim=st.sampled_from([16, 64, 80]), dtype=st.sampled_from(["float32", "float16"]))
 def test_attention_error_is_at_most_twice_eager(lengths: list[int], head_dim: int, dtype: str) -> None:
     q, k, v = qkv(sum(lengths), 2, head_dim, getattr(torch, dtype))
@@ -62,7 +62,7 @@ def test_attention_does_not_cross_segments() -> None:
     assert relative_l2(whole, expected) > 0.1  # the control: a leak between images is seen
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(n=st.integers(1, 40), half=st.integers(1, 40), dtype=st.sampled_from(["float32", "float16", "bfloat16"]))
 def test_rotation_rounds_once(n: int, half: int, dtype: str) -> None:
     """Computed in float32 and cast back once: within one rounding of the result's own dtype."""

@@ -28,7 +28,7 @@ def runtime(exported: Path) -> Any:
         yield encoder
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid=grids())
 def test_matches_pytorch(
     runtime: VisionEncoder, encoder: VisionEncoderModule, grid: list[tuple[int, int, int]]
