@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,14 +19,11 @@ import numpy.typing as npt
 import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, RunResults
-from polygraphy.datatype import DataType
 
 from mmvision_export.backends import open_backend
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.compute_capability import current_compute_capability
-from mmvision_export.config import EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import BackendError, ManifestError, ParityError
 from mmvision_export.manifest import GRAPH, PLANS, Manifest
@@ -35,9 +31,9 @@ from mmvision_export.metrics import Metrics, metrics
 from mmvision_export.onnx_files import FP16_GRAPH, FP16_MIN_COSINE
 from mmvision_export.polygraphy_setup import captured_messages
 from mmvision_export.progress import Progress
-from mmvision_export.runtime import VisionEncoder
+from mmvision_export.runners import EngineRunner, TorchRunner, accepts
 from mmvision_export.sample_batches import PARITY_GRIDS, Grid, sample_batch
-from mmvision_export.sidecar import EngineRecord, Profile
+from mmvision_export.sidecar import EngineRecord
 from mmvision_export.weights import DTYPES, WeightSource
 
 __all__ = ["GATES", "Gate", "ParityResult", "ParityRow", "check_parity", "record_parity"]
@@ -132,65 +128,6 @@ class ParityResult:
         return not any(row.failures for row in self.rows)
 
 
-class _TorchRunner(BaseRunner):  # type: ignore[misc]
-    """The PyTorch encoder as a Polygraphy runner; its weights are in memory only while it is active."""
-
-    def __init__(self, name: str, load: Callable[[], VisionEncoderModule], config: EncoderConfig) -> None:
-        super().__init__(name=name)
-        self._load = load
-        self._config = config
-
-    def activate_impl(self) -> None:
-        self._encoder = self._load()
-
-    def deactivate_impl(self) -> None:
-        del self._encoder
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return _input_metadata(self._config)
-
-    def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> OrderedDict[str, npt.NDArray[Any]]:
-        pixel_values = torch.from_numpy(feed_dict["pixel_values"]).to(self._encoder.dtype)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            out = self._encoder(pixel_values, torch.from_numpy(feed_dict["grid_thw"]))
-        self.inference_time = time.perf_counter() - start
-        return OrderedDict(image_embeds=(out.float() if out.dtype == torch.bfloat16 else out).numpy())
-
-
-class _EngineRunner(BaseRunner):  # type: ignore[misc]
-    """An engine as it is deployed, through `VisionEncoder`'s backend, as a Polygraphy runner."""
-
-    def __init__(self, name: str, engine: Path, record: EngineRecord) -> None:
-        super().__init__(name=name)
-        self._engine = engine
-        self._backend_name = record.backend
-        self._config = record.config
-        self.profile = record.profile
-
-    def activate_impl(self) -> None:
-        self._encoder = VisionEncoder.open(self._engine, backend=self._backend_name)
-
-    def deactivate_impl(self) -> None:
-        self._encoder.close()
-
-    def get_input_metadata_impl(self) -> TensorMetadata:
-        return _input_metadata(self._config)
-
-    def infer_impl(self, feed_dict: Mapping[str, npt.NDArray[Any]]) -> OrderedDict[str, npt.NDArray[Any]]:
-        start = time.perf_counter()
-        out = self._encoder(feed_dict["pixel_values"], feed_dict["grid_thw"])
-        self.inference_time = time.perf_counter() - start
-        return OrderedDict(image_embeds=out)
-
-
-def _input_metadata(config: EncoderConfig) -> TensorMetadata:
-    result = TensorMetadata()
-    result.add("pixel_values", dtype=DataType.FLOAT32, shape=(None, config.patch_dim))
-    result.add("grid_thw", dtype=DataType.INT64, shape=(None, 3))
-    return result
-
-
 def check_parity(
     directory: Path,
     *,
@@ -230,12 +167,12 @@ def check_parity(
         return encoder
 
     precisions = sorted(set(graphs.values()), reverse=True)
-    runners: list[BaseRunner] = [_TorchRunner(REFERENCE, load(torch.float32, upcast=True), config)]
+    runners: list[BaseRunner] = [TorchRunner(REFERENCE, load(torch.float32, upcast=True), config)]
     candidates: dict[str, str] = {}
     for precision in precisions:
         name = f"pytorch-{precision}"
         candidates[name] = precision
-        runners.append(_TorchRunner(name, load(DTYPES[precision]), config))
+        runners.append(TorchRunner(name, load(DTYPES[precision]), config))
     for graph, precision in graphs.items():
         if precision == "bf16":
             progress.note(
@@ -247,7 +184,7 @@ def check_parity(
     for engine, record in _engines_for_this_machine(directory, progress):
         name = f"{PLANS}/{engine.name}"
         candidates[name] = record.precision
-        runners.append(_EngineRunner(name, engine, record))
+        runners.append(EngineRunner(name, engine, record))
     if set(candidates) == {f"pytorch-{precision}" for precision in precisions}:
         raise ParityError(f"nothing in {directory} can be run on this machine", hint="see: mmvision doctor")
 
@@ -285,7 +222,7 @@ def _distances(
     found: dict[str, dict[str, Metrics]] = {}
 
     def run(runner: BaseRunner) -> tuple[list[str], RunResults]:
-        names = [name for name, (pixels, grid) in batches.items() if _accepts(runner, len(pixels), len(grid))]
+        names = [name for name, (pixels, grid) in batches.items() if accepts(runner, len(pixels), len(grid))]
         for name in [name for name in batches if name not in names]:
             progress.note(f"{runner.name} does not take {name}, which is beyond its profile")
         progress.step(f"running {runner.name}", total=len(names))
@@ -321,13 +258,6 @@ class _Compared:
 
 def _compare(reference: Any, result: Any) -> OrderedDict[str, _Compared]:
     return OrderedDict(image_embeds=_Compared(metrics(result["image_embeds"], reference["image_embeds"])))
-
-
-def _accepts(runner: BaseRunner, num_patches: int, num_images: int) -> bool:
-    profile: Profile | None = getattr(runner, "profile", None)
-    return profile is None or (
-        profile.min_patches <= num_patches <= profile.max_patches and num_images <= profile.max_images
-    )
 
 
 def _engines_for_this_machine(directory: Path, progress: Progress) -> list[tuple[Path, EngineRecord]]:

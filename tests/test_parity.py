@@ -22,10 +22,10 @@ from mmvision_export.parity import (
     REFERENCE,
     ParityResult,
     _distances,
-    _input_metadata,
     check_parity,
     record_parity,
 )
+from mmvision_export.runners import input_metadata
 from mmvision_export.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
 from mmvision_export.sidecar import Profile
 from mmvision_export.weights import WeightSource
@@ -189,7 +189,7 @@ class Doubling(BaseRunner):  # type: ignore[misc]
     profile = Profile(min_patches=4, opt_patches=16, max_patches=40, max_images=8)
 
     def get_input_metadata_impl(self) -> Any:
-        return _input_metadata(HEAD_DIM_80)
+        return input_metadata(HEAD_DIM_80)
 
     def infer_impl(self, feed_dict: Any) -> Any:
         self.inference_time = 0.0
