@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -113,7 +113,7 @@ def checkpoint_from_folder(folder: Path, *, dtype: torch.dtype, progress: Progre
     Args:
         folder: Holds `config.json` and either `model.safetensors.index.json` with its shards or `model.safetensors`.
         dtype: Type of the loaded weights.
-        progress: Told the bytes read.
+        progress: Told the tensors read.
 
     Raises:
         ConfigError: The config is missing or not implemented.
@@ -245,7 +245,7 @@ def digest_of_tensor(tensor: Tensor) -> bytes:
     return hashlib.sha256(header + hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).digest()).digest()
 
 
-def _refuse(folder: Path, **problems: Iterable[str]) -> None:
+def _refuse(folder: Path, **problems: Sequence[str]) -> None:
     lines = [f"{kind.replace('_', '-')}: {', '.join(names)}" for kind, names in problems.items() if names]
     if lines:
         raise CheckpointError("\n  ".join([f"{folder}: the tensors are not those of the config", *lines]))

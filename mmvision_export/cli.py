@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmvision_export import __version__
-from mmvision_export.console import console, messages, print_error, progress_display
-from mmvision_export.errors import MmvisionError
+from mmvision_export.console import console, messages, progress_display
+from mmvision_export.errors import message_and_hint, print_error
 from mmvision_export.manifest import find_model_directory
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def parity(
     record_parity(directory, result)
     for row in result.rows:
         for failure in row.failures:
-            print_error(f"{row.runner}, {row.grid}: {failure}", None)
+            print_error(f"{row.runner}, {row.grid}: {failure}")
     if not result.passed:
         raise typer.Exit(1)
 
@@ -328,16 +328,13 @@ def main() -> None:
             sys.exit(_answer(error))
         interrupted = True
     if interrupted:
-        print_error("interrupted; what was not finished is not kept", None)
+        print_error("interrupted; what was not finished is not kept")
         sys.exit(_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _answer(error: Exception) -> int:
     """Print an error and give its exit code."""
-    if isinstance(error, MmvisionError):
-        print_error(str(error), error.hint)
-        return 1
     if hasattr(error, "format_message"):  # wrong usage; the class is one that typer keeps to itself
         command = getattr(getattr(error, "ctx", None), "command_path", "mmvision")
         print_error(error.format_message(), f"{command} --help")
@@ -346,6 +343,5 @@ def _answer(error: Exception) -> int:
         package = error.name.partition(".")[0]
         print_error(f"{package} is not installed", f"pip install '.[{_EXTRA_OF.get(package, 'parity')}]'")
         return 1
-    reason = next(iter(str(error).splitlines()), "")
-    print_error(f"{type(error).__name__}: {reason}", "this was not foreseen; --verbose shows where it happened")
+    print_error(*message_and_hint(error))
     return 1

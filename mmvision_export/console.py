@@ -1,9 +1,8 @@
-"""What the `mmvision` command shows: progress on standard error, and errors as one line each."""
+"""What the `mmvision` command shows: results on standard output, progress and notes on standard error."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.progress import Progress as RichProgress
 
 from mmvision_export.progress import Progress
 
-__all__ = ["ConsoleProgress", "console", "messages", "print_error", "progress_display"]
+__all__ = ["ConsoleProgress", "console", "messages", "progress_display"]
 
 console = Console(highlight=False, soft_wrap=True)
 """Results, on standard output."""
@@ -70,10 +69,3 @@ def progress_display() -> Iterator[ConsoleProgress]:
         progress = ConsoleProgress(display)
         yield progress
         progress.finish()
-
-
-def print_error(message: str, hint: str | None) -> None:
-    """One `error:` line and, where there is a next step, one `hint:` line."""
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)

@@ -6,6 +6,8 @@ wording is always *what was wrong, the rule, the value*; the hint is *what to do
 
 from __future__ import annotations
 
+import sys
+
 __all__ = [
     "BackendError",
     "CheckpointError",
@@ -18,6 +20,8 @@ __all__ = [
     "OutputError",
     "ParityError",
     "PluginError",
+    "message_and_hint",
+    "print_error",
 ]
 
 
@@ -72,3 +76,18 @@ class ManifestError(MmvisionError):
 
 class OutputError(MmvisionError):
     """An output path exists, cannot be written, or ran out of space."""
+
+
+def message_and_hint(error: Exception) -> tuple[str, str | None]:
+    """What to tell a user about an error: its own words, or the first line of one that was not foreseen."""
+    if isinstance(error, MmvisionError):
+        return str(error), error.hint
+    reason = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {reason}", "this was not foreseen; --verbose shows where it happened"
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """One `error:` line and, where there is a next step, one `hint:` line, on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmvision_export.errors import ManifestError
-from mmvision_export.manifest import PLANS, Manifest, sha256_of
+from mmvision_export.manifest import PLANS, Manifest
 from mmvision_export.sidecar import EngineRecord
 
 __all__ = ["inspect"]
@@ -49,8 +49,7 @@ def _directory(path: Path) -> dict[str, Any]:
 
 def _engine(path: Path) -> dict[str, Any]:
     record = EngineRecord.read(path)
-    if (digest := sha256_of(path)) != record.engine.sha256:
-        raise ManifestError(f"{path} has sha256 {digest}, its sidecar says {record.engine.sha256}")
+    record.verify(path)
     return {"kind": "engine", "file": path.name, **dataclasses.asdict(record)}
 
 

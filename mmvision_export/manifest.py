@@ -62,6 +62,37 @@ class FileRecord:
     sha256: str
     size_bytes: int
 
+    def verify_size(self, path: Path, *, said_by: str) -> None:
+        """Check that a file is there and as long as it should be, which finds an incomplete copy at no cost.
+
+        Args:
+            path: The file.
+            said_by: What an error calls the place this record is from.
+
+        Raises:
+            ManifestError: It is missing, or has another length.
+        """
+        if not path.is_file():
+            raise ManifestError(f"{path} is missing", hint="copy the whole model directory, or make it again")
+        if (size := path.stat().st_size) != self.size_bytes:
+            raise ManifestError(
+                f"{path} has {size} bytes, {said_by} says {self.size_bytes}",
+                hint="the copy is incomplete, or the file was changed: copy or make it again",
+            )
+
+    def verify(self, path: Path, *, said_by: str) -> None:
+        """Check that a file has this length and this content.
+
+        Raises:
+            ManifestError: See `verify_size`; or its hash is another.
+        """
+        self.verify_size(path, said_by=said_by)
+        if (digest := sha256_of(path)) != self.sha256:
+            raise ManifestError(
+                f"{path} has sha256 {digest}, {said_by} says {self.sha256}",
+                hint="the file was changed or damaged: copy or make it again",
+            )
+
 
 @dataclasses.dataclass(kw_only=True)
 class Manifest:
@@ -155,6 +186,16 @@ class Manifest:
             raise ManifestError(f"{path}: malformed: {error}", hint="export the model again") from error
         return manifest
 
+    def record_of(self, name: str) -> FileRecord:
+        """The record of a file.
+
+        Raises:
+            ManifestError: The manifest does not list it.
+        """
+        if name not in self.files:
+            raise ManifestError(f"the manifest does not list {name}", hint="export the model again")
+        return self.files[name]
+
     def verify(self, directory: Path, names: Iterable[str]) -> None:
         """Check that files are present and are those the manifest describes.
 
@@ -162,22 +203,7 @@ class Manifest:
             ManifestError: A file is missing, not in the manifest, or has another content.
         """
         for name in names:
-            record = self.files.get(name)
-            if record is None:
-                raise ManifestError(f"{directory / MANIFEST} does not list {name}", hint="export the model again")
-            if not (directory / name).is_file():
-                raise ManifestError(f"{directory / name} is missing", hint="export the model again")
-            size = (directory / name).stat().st_size
-            if size != record.size_bytes:
-                raise ManifestError(
-                    f"{directory / name} has {size} bytes, the manifest says {record.size_bytes}",
-                    hint="the copy is incomplete, or the file was changed: copy or export it again",
-                )
-            if (digest := sha256_of(directory / name)) != record.sha256:
-                raise ManifestError(
-                    f"{directory / name} has sha256 {digest}, the manifest says {record.sha256}",
-                    hint="the file was changed or damaged: copy or export it again",
-                )
+            self.record_of(name).verify(directory / name, said_by="the manifest")
 
 
 def model_directory_of(path: Path) -> Path | None:

@@ -24,7 +24,6 @@ from mmvision_export.errors import PluginError
 
 __all__ = [
     "ARCHITECTURES",
-    "DTYPES",
     "PORTABLE_PTX_SM",
     "Architecture",
     "CompiledKernel",
@@ -35,7 +34,6 @@ __all__ = [
     "resource_table",
 ]
 
-DTYPES = ("fp16", "bf16")
 _WARP = 32
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mmvision_export import __version__
 from mmvision_export.backends import BACKENDS
-from mmvision_export.errors import InputError, MmvisionError, OutputError
+from mmvision_export.errors import InputError, OutputError, message_and_hint, print_error
 from mmvision_export.grid import tokens_per_image
 from mmvision_export.manifest import find_model_directory
 from mmvision_export.output import new_files
@@ -73,20 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(json.dumps(_run(arguments), indent=2), flush=True)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print_error("interrupted")
         return 130
     except Exception as error:
         if arguments.verbose:
             raise
-        if isinstance(error, MmvisionError):
-            print(f"error: {error}", file=sys.stderr)
-            hint = error.hint
-        else:
-            reason = next(iter(str(error).splitlines()), "")
-            print(f"error: {type(error).__name__}: {reason}", file=sys.stderr)
-            hint = "this was not foreseen; --verbose shows where it happened"
-        if hint:
-            print(f"hint: {hint}", file=sys.stderr)
+        print_error(*message_and_hint(error))
         return 1
     return 0
 

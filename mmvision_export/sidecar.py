@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import ConfigError, ManifestError
-from mmvision_export.manifest import FileRecord, Manifest, read_json, sha256_of
+from mmvision_export.manifest import FileRecord, Manifest, read_json
 
 __all__ = ["EngineRecord", "Profile", "refuse_foreign_engine", "sidecar_path"]
 
@@ -86,6 +86,14 @@ class EngineRecord:
         """Write the sidecar to a path that is not yet public (see `output.new_files`)."""
         content = {"format": _FORMAT, **dataclasses.asdict(self)}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def verify(self, engine: Path) -> None:
+        """Check that an engine file is the one this sidecar was written for.
+
+        Raises:
+            ManifestError: It is missing, or has another length or content.
+        """
+        self.engine.verify(engine, said_by="its sidecar")
 
     @classmethod
     def read(cls, engine: Path) -> EngineRecord:
@@ -161,11 +169,4 @@ def refuse_foreign_engine(
                 raise ManifestError(
                     f"{engine}: built from {file} with sha256 {built}, the model directory has {here}", hint=_REBUILD
                 )
-    size = engine.stat().st_size
-    if size != record.engine.size_bytes:
-        raise ManifestError(
-            f"{engine} has {size} bytes, its sidecar says {record.engine.size_bytes}",
-            hint="the copy is incomplete: copy it again",
-        )
-    if (digest := sha256_of(engine)) != record.engine.sha256:
-        raise ManifestError(f"{engine} has sha256 {digest}, its sidecar says {record.engine.sha256}", hint=_REBUILD)
+    record.verify(engine)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.backends import BackendName
-from mmvision_export.errors import BackendError, ManifestError
+from mmvision_export.errors import BackendError
 from mmvision_export.grid import groups_of_images
 from mmvision_export.manifest import DATA, GRAPH, Manifest
 from mmvision_export.sidecar import Profile
@@ -40,7 +40,10 @@ class OnnxRuntimeBackend:
 
     def __init__(self, directory: Path, *, name: str, device: int = 0, threads: int | None = None) -> None:
         manifest = Manifest.read(directory)
-        _verify(directory, manifest)
+        # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
+        # longer than everything else here, and `mmvision inspect` does it.
+        manifest.verify(directory, [GRAPH])
+        manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
         if manifest.precision == "bf16" and name == "onnxruntime-cpu":
             raise BackendError(
                 f"{directory} is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
@@ -81,20 +84,6 @@ class OnnxRuntimeBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._session = None
-
-
-def _verify(directory: Path, manifest: Manifest) -> None:
-    # The graph is small and hashed in full. Of the weights only the size is compared, which finds an incomplete copy;
-    # hashing gigabytes would take longer than everything else here, and `mmvision inspect` does it.
-    manifest.verify(directory, [GRAPH])
-    data, record = directory / DATA, manifest.files.get(DATA)
-    if record is None or not data.is_file():
-        raise ManifestError(f"{data} is missing", hint="copy the whole model directory")
-    if (size := data.stat().st_size) != record.size_bytes:
-        raise ManifestError(
-            f"{data} has {size} bytes, the manifest says {record.size_bytes}",
-            hint="the copy is incomplete: copy it again",
-        )
 
 
 def require_provider(provider: str) -> None:

@@ -88,12 +88,13 @@ class TensorRTBackend:
 
     def __init__(self, engine: Path, *, backend: str, trt: Any, cuda: Cuda, manifest: Manifest | None) -> None:
         record = EngineRecord.read(engine)
+        compute_capability = cuda.compute_capability()
         refuse_foreign_engine(
             engine,
             record,
             backend=backend,
             tensorrt_version=str(trt.__version__),
-            compute_capability=cuda.compute_capability(),
+            compute_capability=compute_capability,
             platform=current_platform(),
             manifest=manifest,
         )
@@ -107,7 +108,7 @@ class TensorRTBackend:
             "precision": record.precision,
             "attention": record.attention,
             "tensorrt": record.tensorrt_version,
-            "compute_capability": cuda.compute_capability(),
+            "compute_capability": compute_capability,
         }
         self._cuda = cuda
         self._engine: Any = None
