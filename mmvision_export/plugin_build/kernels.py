@@ -8,97 +8,41 @@ toolkit is needed: Triton brings its own assembler and disassembler.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mmvision_export.errors import PluginError
+from mmvision_export.plugin_build.resources import ARCHITECTURES, CompiledKernel, Tile
 
 __all__ = [
-    "ARCHITECTURES",
+    "DTYPES",
+    "HEAD_DIMS",
     "PORTABLE_PTX_SM",
-    "Architecture",
-    "CompiledKernel",
-    "Tile",
+    "compile_kernels",
     "compile_qk_rotary_embedding",
     "compile_varlen_attention",
     "kernel_module",
-    "resource_table",
+    "plugins_root",
 ]
 
-_WARP = 32
+DTYPES = ("fp16", "bf16")
+HEAD_DIMS = tuple(range(16, 129, 16))
+"""Head sizes the attention kernel is written for."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """One GPU architecture's limits.
-
-    Attributes:
-        sm: Compute capability without its dot, 89 for 8.9.
-        gpus: Where it is found.
-        shared_per_block_bytes: Most shared memory one block can have.
-        shared_per_sm_bytes: Shared memory of one multiprocessor; each block on it takes 1 KB more than it asks for.
-        warps_per_sm: Most resident warps.
-        tensor_core: The instruction (SASS) its matrix products have to be made of.
-
-    References:
-        CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
-    """
-
-    sm: int
-    gpus: str
-    shared_per_block_bytes: int
-    shared_per_sm_bytes: int
-    warps_per_sm: int
-    tensor_core: str
-
-
-_KB = 1024
-ARCHITECTURES: dict[int, Architecture] = {
-    a.sm: a
-    for a in (
-        Architecture(80, "A100", 163 * _KB, 164 * _KB, 64, "HMMA"),
-        Architecture(86, "RTX 30, A10, A40", 99 * _KB, 100 * _KB, 48, "HMMA"),
-        Architecture(87, "Jetson Orin", 163 * _KB, 164 * _KB, 48, "HMMA"),
-        Architecture(89, "RTX 40, L4, L40", 99 * _KB, 100 * _KB, 48, "HMMA"),
-        Architecture(90, "H100, H200", 227 * _KB, 228 * _KB, 64, "HGMMA"),
-        Architecture(100, "B200", 227 * _KB, 228 * _KB, 64, "UTCHMMA"),
-        Architecture(110, "Jetson Thor", 227 * _KB, 228 * _KB, 48, "UTCHMMA"),
-        Architecture(120, "RTX 50", 99 * _KB, 100 * _KB, 48, "HMMA"),
-    )
-}
-"""By compute capability without its dot. HMMA is `mma.sync`, HGMMA `wgmma`, UTCHMMA `tcgen05.mma`."""
-
-_REGISTERS_PER_SM = 65536
 PORTABLE_PTX_SM = 80
 """Architecture whose PTX serves later GPUs: from 90 on Triton emits features of one architecture (`sm_90a`), whose PTX
 runs on no other."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """How one program of the attention kernel is cut.
-
-    Attributes:
-        block_m: Queries.
-        block_n: Keys in one step.
-        num_warps: Warps of the block.
-        num_stages: Steps whose keys and values are in flight.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
 
 # Best first. More queries per program read the keys and values less often; more keys per step rescale the accumulator
 # less often. tcgen05 accumulates in tensor memory rather than in registers, which leaves room for 128 keys.
@@ -106,66 +50,7 @@ _TILES = (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 4, 2), Tile(64,
 _TILES_TCGEN05 = (Tile(128, 128, 8, 2), *_TILES)
 
 
-@dataclasses.dataclass(frozen=True)
-class CompiledKernel:
-    """A cubin, what is needed to launch it, and what it uses.
-
-    Attributes:
-        op: Folder of the kernel.
-        sm: Architecture.
-        dtype: fp16 or bf16.
-        head_dim: Of the attention kernel; 0 for a kernel that serves all.
-        tile: Of the attention kernel.
-        function: Name of the function in the cubin.
-        num_warps: Warps of a block.
-        shared_bytes: Dynamic shared memory to launch with.
-        registers: Per thread.
-        spills: Instructions that move registers to or from local memory.
-        tensor_core: Tensor-core instructions by name.
-        cubin: The binary.
-        ptx: The assembly it was made from.
-    """
-
-    op: str
-    sm: int
-    dtype: str
-    head_dim: int
-    tile: Tile | None
-    function: str
-    num_warps: int
-    shared_bytes: int
-    registers: int
-    spills: int
-    tensor_core: dict[str, int]
-    cubin: bytes = dataclasses.field(repr=False)
-    ptx: str = dataclasses.field(repr=False)
-
-    @property
-    def blocks_per_sm(self) -> int:
-        """Blocks that fit one multiprocessor at once, by registers, shared memory and warps."""
-        architecture = ARCHITECTURES[self.sm]
-        # Registers are handed out in units of 256 per warp.
-        per_warp = -(-self.registers * _WARP // 256) * 256
-        return min(
-            _REGISTERS_PER_SM // (per_warp * self.num_warps),
-            architecture.shared_per_sm_bytes // (self.shared_bytes + _KB),
-            architecture.warps_per_sm // self.num_warps,
-        )
-
-    @property
-    def occupancy(self) -> float:
-        """Resident warps as a share of the most there can be."""
-        return self.blocks_per_sm * self.num_warps / ARCHITECTURES[self.sm].warps_per_sm
-
-    @property
-    def flops_per_step(self) -> int:
-        """Multiplications and additions of one step: two products of `block_m x block_n x head_dim`."""
-        return 0 if self.tile is None else 4 * self.tile.block_m * self.tile.block_n * self.head_dim
-
-    @property
-    def bytes_per_step(self) -> int:
-        """Keys and values read in one step, in bytes."""
-        return 0 if self.tile is None else 2 * self.tile.block_n * self.head_dim * 2
+_WARP = 32
 
 
 def plugins_root() -> Path:
@@ -174,7 +59,7 @@ def plugins_root() -> Path:
     Raises:
         PluginError: It is in neither place.
     """
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for root in (package.parent / "plugins", package / "_plugins"):
         if (root / "varlen_attention" / "kernel.py").is_file():
             return root
@@ -199,6 +84,39 @@ def kernel_module(op: str) -> ModuleType:
     return sys.modules[name]
 
 
+def compile_kernels(sms: Sequence[int], head_dims: Sequence[int], *, processes: int | None = None) -> Iterator[CompiledKernel]:
+    """Compile every kernel for some architectures, several at a time.
+
+    Args:
+        sms: Compute capabilities without their dot, of `ARCHITECTURES`.
+        head_dims: Of the attention kernel, of `HEAD_DIMS`.
+        processes: How many to compile at once; as many as there are cores if None.
+
+    Yields:
+        For each architecture and dtype the attention kernel in each head size, then the rotary kernel.
+
+    Raises:
+        PluginError: A kernel cannot be compiled.
+    """
+    jobs = [(sm, dtype, head_dim) for sm in sms for dtype in DTYPES for head_dim in (*head_dims, 0)]
+    # Triton keeps the assembler's paths and versions in the process, and forking after its threads have started hangs.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_compile_only) as pool:
+        try:
+            yield from pool.map(_compiled, jobs)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _compile_only() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _compiled(job: tuple[int, str, int]) -> CompiledKernel:
+    sm, dtype, head_dim = job
+    return compile_varlen_attention(sm, dtype, head_dim) if head_dim else compile_qk_rotary_embedding(sm, dtype)
+
+
 def compile_varlen_attention(sm: int, dtype: str, head_dim: int) -> CompiledKernel:
     """Compile the attention kernel in the largest tile that spills no register and fits shared memory.
 
@@ -218,6 +136,7 @@ def compile_varlen_attention(sm: int, dtype: str, head_dim: int) -> CompiledKern
             dtype=dtype,
             head_dim=head_dim,
             tile=tile,
+            rows=tile.block_m,
             signature={
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
                 "cu_seqlens_ptr": "*i32",
@@ -252,6 +171,7 @@ def compile_qk_rotary_embedding(sm: int, dtype: str) -> CompiledKernel:
         dtype=dtype,
         head_dim=0,
         tile=None,
+        rows=module.BLOCK_N,
         signature={
             **dict.fromkeys(pointers, f"*{dtype}"),
             **dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32"),
@@ -272,6 +192,7 @@ def _compile(
     dtype: str,
     head_dim: int,
     tile: Tile | None,
+    rows: int,
     signature: dict[str, str],
     constants: dict[str, int],
     multiples_of_16: tuple[str, ...],
@@ -293,10 +214,19 @@ def _compile(
     )
     # Fused multiply-add said outright: Triton's default is about to change.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", sm, _WARP), options=options)
-    except Exception as error:  # Triton's passes raise bare RuntimeErrors
-        raise PluginError(f"{op} cannot be compiled for sm_{sm}, {dtype}, head_dim {head_dim}: {error}") from error
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
+        # Line tables are three quarters of a binary, and name folders of the machine it was made on.
+        triton.knobs.compilation.disable_line_info = True
+        if ARCHITECTURES[sm].cuda == 12:
+            # Triton brings two assemblers. Binaries of its newer one need a driver of CUDA 13, and so would shut out
+            # most machines with TensorRT 10.
+            triton.knobs.nvidia.ptxas_blackwell = triton.knobs.nvidia.ptxas.path
+        try:
+            compiled = triton.compile(source, target=GPUTarget("cuda", sm, _WARP), options=options)
+        except Exception as error:  # Triton's passes raise bare RuntimeErrors
+            raise PluginError(f"{op} cannot be compiled for sm_{sm}, {dtype}, head_dim {head_dim}: {error}") from error
+    if compiled.metadata.global_scratch_size:
+        raise PluginError(f"{op} for sm_{sm} needs scratch memory, which its plugin does not provide")
     cubin = compiled.asm["cubin"]
     registers, instructions = _disassembled(cubin)
     return CompiledKernel(
@@ -305,6 +235,7 @@ def _compile(
         dtype=dtype,
         head_dim=head_dim,
         tile=tile,
+        rows=rows,
         function=compiled.metadata.name,
         num_warps=num_warps,
         shared_bytes=compiled.metadata.shared,
@@ -337,21 +268,3 @@ def _output(*command: str) -> str:
     if result.returncode:
         raise PluginError(f"{Path(command[0]).name} failed: {result.stderr.strip()}")
     return result.stdout
-
-
-def resource_table(kernels: Iterable[CompiledKernel]) -> str:
-    """What compiled kernels use, as a Markdown table."""
-    rows = [
-        "| op | GPU | dtype | head_dim | tile | registers | spills | shared KB | occupancy | tensor core | FLOP/byte |",
-        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | --- | ---: |",
-    ]
-    for k in kernels:
-        tile = f"{k.tile.block_m} x {k.tile.block_n}, {k.num_warps} warps" if k.tile else f"{k.num_warps} warps"
-        products = ", ".join(f"{count} {name}" for name, count in k.tensor_core.items()) or "-"
-        intensity = f"{k.flops_per_step / k.bytes_per_step:.0f}" if k.tile else "-"
-        rows.append(
-            f"| {k.op} | {k.sm} ({ARCHITECTURES[k.sm].gpus}) | {k.dtype} | {k.head_dim or 'any'} | {tile} "
-            f"| {k.registers} | {k.spills} | {k.shared_bytes / _KB:.1f} | {k.occupancy:.0%} "
-            f"| {products} | {intensity} |"
-        )
-    return "\n".join(rows)
