@@ -208,6 +208,13 @@ def _print_parity(result: ParityResult) -> None:
         )
 
 
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{option} must be integers with commas between, got {text!r}") from None
+
+
 @app.command("build-engine")
 def build_engine(
     model: ModelOption = None,
@@ -225,12 +232,22 @@ def build_engine(
             "without one all that TensorRT-RTX supports.",
         ),
     ] = None,
-    min_patches: Annotated[int, typer.Option(help="Fewest patches of a batch.")] = 4,
+    buckets: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="N,N,...",
+            help="Sizes in patches, each with a profile of its own that batches are padded to, as "
+            "256,1024,2304,4096. Instead of --min-, --opt- and --max-patches.",
+        ),
+    ] = None,
+    min_patches: Annotated[Optional[int], typer.Option(help="Fewest patches of a batch. Default: 4.")] = None,
     opt_patches: Annotated[
         Optional[int], typer.Option(help="Patches the kernels are chosen for. Default: 1024, or the maximum if less.")
     ] = None,
-    max_patches: Annotated[int, typer.Option(help="Most patches of a batch, all images together.")] = 4096,
-    max_images: Annotated[int, typer.Option(help="Most images of a batch.")] = 64,
+    max_patches: Annotated[
+        Optional[int], typer.Option(help="Most patches of a batch, all images together. Default: 4096.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(help="Most images of a launch.")] = 64,
     check: Annotated[
         bool,
         typer.Option(
@@ -246,20 +263,31 @@ def build_engine(
     graph's own unless --fp16 is given. With the released preprocessing a still image is at most 2304 patches; 4
     patches make one image token.
     """
+    from mmvision_export.buckets import profiles_from_buckets
     from mmvision_export.engine import build_engine as build
+    from mmvision_export.manifest import Manifest
     from mmvision_export.sidecar import Profile
 
+    sizes = [min_patches, opt_patches, max_patches]
+    if buckets is not None and sizes != [None, None, None]:
+        raise typer.BadParameter("--buckets goes without --min-patches, --opt-patches and --max-patches")
     directory = _model(model)
-    profile = Profile(
-        min_patches=min_patches,
-        opt_patches=min(1024, max_patches) if opt_patches is None else opt_patches,
-        max_patches=max_patches,
-        max_images=max_images,
-    )
+    if buckets is not None:
+        profiles = profiles_from_buckets(_integers("--buckets", buckets), max_images, Manifest.read(directory).config)
+    else:
+        most = 4096 if max_patches is None else max_patches
+        profiles = [
+            Profile(
+                min_patches=4 if min_patches is None else min_patches,
+                opt_patches=min(1024, most) if opt_patches is None else opt_patches,
+                max_patches=most,
+                max_images=max_images,
+            )
+        ]
     with progress_display() as progress:
         engine, record = build(
             directory,
-            profile=profile,
+            profiles=profiles,
             precision="fp16" if fp16 else None,
             backend=backend.value,
             compute_capabilities=compute_capability or (),

@@ -104,7 +104,7 @@ def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
 def build_engine(
     directory: Path,
     *,
-    profile: Profile,
+    profiles: Sequence[Profile],
     precision: str | None = None,
     backend: str = "auto",
     compute_capabilities: Sequence[str] = (),
@@ -116,7 +116,7 @@ def build_engine(
 
     Args:
         directory: The model directory.
-        profile: Accepted sizes.
+        profiles: Accepted sizes, one optimization profile for each entry.
         precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the float16-typed graph
             first.
         backend: `auto`, `tensorrt` or `tensorrt-rtx`.
@@ -138,7 +138,7 @@ def build_engine(
     """
     progress = progress or Progress()
     manifest = Manifest.read(directory)
-    checked_profile(profile, manifest.config)
+    profiles = [checked_profile(profile, manifest.config) for profile in profiles]
     backend = choose_tensorrt(backend)
     trt = import_tensorrt(backend)
     version = str(trt.__version__)
@@ -173,7 +173,7 @@ def build_engine(
                 location=directory / graph,
                 backend=backend,
                 compute_capabilities=capabilities,
-                profile=profile,
+                profiles=profiles,
                 patch_dim=manifest.config.patch_dim,
                 timing_cache=_timing_cache(directory, backend, version),
             ),
@@ -190,7 +190,7 @@ def build_engine(
             platform=current_platform(),
             precision=precision,
             attention=f"{body} body, {'fused' if fused else 'left to the builder'}",
-            profile=profile,
+            profiles=profiles,
             graph={
                 "name": graph,
                 "sha256": manifest.files[graph].sha256,

@@ -21,7 +21,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults
 
-from mmvision_export.backends import open_backend
+from mmvision_export.backends import BackendOptions, open_backend
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.compute_capability import current_compute_capability
 from mmvision_export.encoder import VisionEncoderModule
@@ -267,7 +267,7 @@ def _engines_for_this_machine(directory: Path, progress: Progress) -> list[tuple
     for engine in sorted((directory / PLANS).glob("*.engine")):
         try:
             record = EngineRecord.read(engine)
-            open_backend(record.backend, engine, device=0, threads=None).close()
+            open_backend(record.backend, engine, BackendOptions()).close()
         except (BackendError, ManifestError) as error:
             progress.note(f"{engine.name} is not compared: {error}")
             continue

@@ -21,7 +21,14 @@ from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import ConfigError, InputError
 from mmvision_export.manifest import read_json
 
-__all__ = ["PreprocessorConfig", "image_from_file", "patches_from_image", "patches_from_images", "smart_resize"]
+__all__ = [
+    "PreprocessorConfig",
+    "image_from_file",
+    "patches_from_frames",
+    "patches_from_image",
+    "patches_from_images",
+    "smart_resize",
+]
 
 _MAX_ASPECT_RATIO = 200
 _BICUBIC = 3
@@ -72,6 +79,20 @@ class PreprocessorConfig:
     def factor(self) -> int:
         """Pixels that both sides of a resized image are a multiple of."""
         return self.patch_size * self.merge_size
+
+    def within(self, max_patches: int) -> PreprocessorConfig:
+        """The same, with images of at most so many patches.
+
+        Raises:
+            InputError: That is less than the smallest image has.
+        """
+        most = max_patches * self.patch_size**2
+        if most < self.min_pixels:
+            raise InputError(
+                f"images have at least {self.min_pixels} pixels, which is more than {max_patches} patches",
+                hint="build an engine with a larger bucket",
+            )
+        return dataclasses.replace(self, max_pixels=min(self.max_pixels, most))
 
     @classmethod
     def for_encoder(cls, config: EncoderConfig) -> PreprocessorConfig:
@@ -237,25 +258,44 @@ def patches_from_image(
     Raises:
         InputError: See `smart_resize` and `rgb_from_image`.
     """
-    image = rgb_from_image(ImageOps.exif_transpose(image))
-    height, width = smart_resize(image.height, image.width, config)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    merge, side, frames = config.merge_size, config.patch_size, config.temporal_patch_size
-    h, w = height // side, width // side
+    return patches_from_frames([rgb_from_image(ImageOps.exif_transpose(image))], config)
 
-    levels = np.asarray(image, dtype=np.uint8).reshape(h // merge, merge, side, w // merge, merge, side, 3)
-    # [block_row, row, y, block_column, column, x, C] -> [block_row, block_column, row, column, C, y, x] -> [N, C, P*P]
-    levels = levels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, side * side)
+
+def patches_from_frames(
+    frames: Sequence[Image.Image], config: PreprocessorConfig
+) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
+    """Resize, normalise and cut consecutive frames, the last one repeated to fill a temporal patch.
+
+    Args:
+        frames: 8-bit RGB, all of one size.
+        config: The preprocessing.
+
+    Returns:
+        pixel_values `[t*h*w, 3*T*P*P]` float32, temporal patches outermost, else as of `patches_from_image`; and the
+        grid row (t, h, w), in patches.
+
+    Raises:
+        InputError: See `smart_resize`.
+    """
+    height, width = smart_resize(frames[0].height, frames[0].width, config)
+    merge, side, depth = config.merge_size, config.patch_size, config.temporal_patch_size
+    t, h, w = -(-len(frames) // depth), height // side, width // side
     # An 8-bit level has only 256 normalised values: look them up. [3, 256]
     scaled = np.arange(256) * config.rescale_factor
     normalised = (scaled - np.array(config.image_mean)[:, None]) / np.array(config.image_std)[:, None]
     table = normalised.astype(np.float32)
 
-    patches = np.empty((h * w, 3, frames, side * side), dtype=np.float32)
-    for channel in range(3):
-        patches[:, channel] = table[channel][levels[:, channel, None]]
-    return patches.reshape(h * w, -1), (1, h, w)
+    patches = np.empty((t, h * w, 3, depth, side * side), dtype=np.float32)
+    for index, frame in enumerate(frames):
+        image = frame if frame.size == (width, height) else frame.resize((width, height), Image.Resampling.BICUBIC)
+        levels = np.asarray(image, dtype=np.uint8).reshape(h // merge, merge, side, w // merge, merge, side, 3)
+        # [block_row, row, y, block_column, column, x, C] -> [.., row, column, C, y, x] -> [N, C, P*P]
+        levels = levels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, side * side)
+        # The last frame fills what is left of its temporal patch, all of it for a still image.
+        depths = slice(index % depth, None if index == len(frames) - 1 else index % depth + 1)
+        for channel in range(3):
+            patches[index // depth, :, channel, depths] = table[channel][levels[:, channel, None]]
+    return patches.reshape(t * h * w, -1), (t, h, w)
 
 
 def patches_from_images(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         self._engine = engine
         self._backend_name = record.backend
         self._config = record.config
-        self.profile = record.profile
+        self.profiles = record.profiles
 
     def activate_impl(self) -> None:
         self._encoder = VisionEncoder.open(self._engine, backend=self._backend_name)
@@ -83,8 +83,6 @@ def input_metadata(config: EncoderConfig) -> TensorMetadata:
 
 
 def accepts(runner: BaseRunner, num_patches: int, num_images: int) -> bool:
-    """Whether a batch of this size is within the profile of a runner, if it has one."""
-    profile: Profile | None = getattr(runner, "profile", None)
-    return profile is None or (
-        profile.min_patches <= num_patches <= profile.max_patches and num_images <= profile.max_images
-    )
+    """Whether a runner takes a batch of this size, in one launch if it has profiles."""
+    profiles: Sequence[Profile] | None = getattr(runner, "profiles", None)
+    return profiles is None or any(profile.takes(num_patches, num_images) for profile in profiles)

@@ -16,31 +16,47 @@ from mmvision_export.manifest import FileRecord, Manifest, read_json
 
 __all__ = ["EngineRecord", "Profile", "refuse_foreign_engine", "sidecar_path"]
 
-_FORMAT = 1
+_FORMAT = 2
 _REBUILD = "build it again here with: mmvision build-engine"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The optimization profile: the sizes an engine accepts and the one it is fastest at.
+    """An optimization profile: the sizes an engine accepts in it and the one it is fastest at.
+
+    A profile of one size only is a *bucket*: smaller batches are padded to it (see `buckets.padding_rows`), so that
+    every shape is static and one CUDA graph serves them all.
 
     Attributes:
         min_patches: Fewest patches of a batch.
         opt_patches: Patches the kernels are chosen for.
         max_patches: Most patches of a batch, all images together.
-        max_images: Most images of a batch.
+        max_images: Most rows of `grid_thw`, in a bucket the padding's row among them.
+        min_images: Fewest rows of `grid_thw`.
     """
 
     min_patches: int
     opt_patches: int
     max_patches: int
     max_images: int
+    min_images: int = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ManifestError(f"{field.name} must be an integer, got {value!r}")
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether it accepts one size only."""
+        return self.min_patches == self.max_patches and self.min_images == self.max_images
+
+    def takes(self, num_patches: int, num_images: int) -> bool:
+        """Whether a batch fits, in a bucket after padding: the padding, if there is any, takes a row of its own."""
+        if self.is_bucket:
+            return num_patches <= self.max_patches and num_images + (num_patches < self.max_patches) <= self.max_images
+        return self.min_patches <= num_patches <= self.max_patches and self.min_images <= num_images <= self.max_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +70,7 @@ class EngineRecord:
         platform: Operating system and machine it was built on, as `linux-x86_64`.
         precision: fp32, fp16 or bf16.
         attention: How attention was lowered.
-        profile: Accepted sizes.
+        profiles: Accepted sizes, one entry for each optimization profile, in the engine's order.
         graph: Of the ONNX file it was built from: `name`, `sha256`, and `data_sha256` of the weights beside it.
         engine: Hash and size of the engine file.
         config: The encoder's dimensions.
@@ -68,7 +84,7 @@ class EngineRecord:
     platform: str
     precision: str
     attention: str
-    profile: Profile
+    profiles: list[Profile]
     graph: dict[str, str]
     engine: FileRecord
     config: EncoderConfig
@@ -79,8 +95,15 @@ class EngineRecord:
         capabilities = self.compute_capabilities
         if not isinstance(capabilities, list) or not all(isinstance(item, str) for item in capabilities):
             raise ManifestError(f"compute_capabilities must be a list of strings, got {capabilities!r}")
+        if not self.profiles:
+            raise ManifestError("profiles must have at least one entry")
         if set(self.graph) != {"name", "sha256", "data_sha256"}:
             raise ManifestError(f"graph must have name, sha256 and data_sha256, got {self.graph!r}")
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention is one masked product over the whole batch, which costs its square."""
+        return not self.attention.startswith(("plugin", "packed"))
 
     def write(self, path: Path) -> None:
         """Write the sidecar to a path that is not yet public (see `output.new_files`)."""
@@ -108,13 +131,16 @@ class EngineRecord:
         if not path.is_file():
             raise ManifestError(f"{path} is missing: nothing says what {engine.name} is valid for", hint=_REBUILD)
         content = read_json(path)
-        if content.pop("format", None) != _FORMAT:
-            raise ManifestError(f"{path}: not a sidecar of format {_FORMAT}", hint=_REBUILD)
+        form = content.pop("format", None)
+        if form not in (1, _FORMAT):
+            raise ManifestError(f"{path}: not a sidecar of format {_FORMAT} or earlier", hint=_REBUILD)
         try:
-            profile = Profile(**content.pop("profile"))
+            if form == 1:  # an engine had one profile
+                content["profiles"] = [content.pop("profile")]
+            profiles = [Profile(**profile) for profile in content.pop("profiles")]
             record = FileRecord(**content.pop("engine"))
             config = EncoderConfig.from_dict(content.pop("config"))
-            return cls(profile=profile, engine=record, config=config, **content)
+            return cls(profiles=profiles, engine=record, config=config, **content)
         except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
             raise ManifestError(f"{path}: malformed: {error}", hint=_REBUILD) from error
 

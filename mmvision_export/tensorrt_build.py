@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,7 +29,7 @@ class PlanRequest:
         location: The file it comes from, beside which the parser finds the weights.
         backend: `tensorrt` or `tensorrt-rtx`.
         compute_capabilities: Targets, as `8.9`; used by TensorRT-RTX.
-        profile: Accepted sizes.
+        profiles: Accepted sizes, one optimization profile for each entry.
         patch_dim: Values in one patch row.
         timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times nothing when it builds.
     """
@@ -38,7 +38,7 @@ class PlanRequest:
     location: Path
     backend: str
     compute_capabilities: list[str]
-    profile: Profile
+    profiles: Sequence[Profile]
     patch_dim: int
     timing_cache: Path | None
 
@@ -98,15 +98,11 @@ def _parser_error(error: Any) -> str:
 
 def _config(request: PlanRequest, monitor: Any) -> Any:
     from polygraphy.backend.trt import CreateConfig
-    from polygraphy.backend.trt import Profile as TensorProfile
 
-    profile = request.profile
-    patches = (profile.min_patches, profile.opt_patches, profile.max_patches)
-    images = (1, min(4, profile.max_images), profile.max_images)
-    tensors = TensorProfile()
-    tensors.add("pixel_values", *((n, request.patch_dim) for n in patches))
-    tensors.add("grid_thw", *((n, 3) for n in images))
-    options: dict[str, Any] = {"profiles": [tensors], "progress_monitor": monitor}
+    options: dict[str, Any] = {
+        "profiles": [_tensor_profile(profile, request.patch_dim) for profile in request.profiles],
+        "progress_monitor": monitor,
+    }
     if request.timing_cache is not None and request.timing_cache.is_file():
         options["load_timing_cache"] = str(request.timing_cache)
     if request.backend == "tensorrt":
@@ -115,6 +111,17 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
 
     pairs = [tuple(int(part) for part in text.split(".")) for text in request.compute_capabilities]
     return CreateConfigRTX(compute_capabilities=pairs, **options)
+
+
+def _tensor_profile(profile: Profile, patch_dim: int) -> Any:
+    from polygraphy.backend.trt import Profile as TensorProfile
+
+    patches = (profile.min_patches, profile.opt_patches, profile.max_patches)
+    images = (profile.min_images, max(profile.min_images, min(4, profile.max_images)), profile.max_images)
+    tensors = TensorProfile()
+    tensors.add("pixel_values", *((n, patch_dim) for n in patches))
+    tensors.add("grid_thw", *((n, 3) for n in images))
+    return tensors
 
 
 @contextlib.contextmanager

@@ -99,10 +99,34 @@ def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_pat
     assert "compute capability 8.9" in built.out
     (engine,) = (tmp_path / "engines/m/plans").glob("*.engine")
     inspected = json.loads(mmvision("inspect", str(engine)).out)
-    assert inspected["profile"] == {"min_patches": 4, "opt_patches": 512, "max_patches": 512, "max_images": 9}
-    again = mmvision("build-engine", "--fp16", "--compute-capability", "8.9", "--max-patches", "512")
+    assert inspected["profiles"] == [
+        {"min_patches": 4, "opt_patches": 512, "max_patches": 512, "max_images": 9, "min_images": 1}
+    ]
+    again = mmvision("build-engine", "--fp16", "--compute-capability", "8.9", "--buckets", "512,16")
     assert again.code == 1
     assert "already exists" in again.errors[0]
+    buckets = mmvision("build-engine", "--fp16", "--compute-capability", "8.9", "--buckets", "512,16", "--force")
+    assert buckets.code == 0, buckets.err
+    profiles = json.loads(mmvision("inspect", str(engine)).out)["profiles"]
+    assert [(p["min_patches"], p["max_patches"], p["max_images"]) for p in profiles] == [(16, 16, 4), (512, 512, 65)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--buckets", "256,x"], 2, "--buckets must be integers with commas between, got '256,x'"),
+        (["--buckets", ""], 2, "--buckets must be integers"),
+        (["--buckets", "256", "--max-patches", "512"], 2, "--buckets goes without"),
+        (["--buckets", "255"], 1, "a bucket must be a positive multiple of 4 patches, got 255"),
+    ],
+)
+def test_bad_buckets(
+    mmvision: Command, exported: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    copy_of(exported, tmp_path / "engines" / "m")
+    result = mmvision("build-engine", *arguments)
+    assert result.code == code
+    assert message in result.err
 
 
 def test_a_failed_parity_check_exits_with_1(mmvision: Command, exported: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def directory(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(directory: Path, **options: Any) -> tuple[Path, EngineRecord]:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    return build_engine(directory, **{"profile": PROFILE, "backend": "tensorrt-rtx", "force": True, **options})
+    return build_engine(directory, **{"profiles": [PROFILE], "backend": "tensorrt-rtx", "force": True, **options})
 
 
 def test_fp16_engine_for_a_gpu_that_is_not_here(directory: Path) -> None:
@@ -73,7 +73,7 @@ def test_fp16_engine_for_a_gpu_that_is_not_here(directory: Path) -> None:
     assert record.engine == file_record(engine)
     assert record.compute_capabilities == ["8.9"]
     assert record.attention == "attention body, fused"
-    assert record.profile == PROFILE
+    assert record.profiles == [PROFILE]
     manifest = Manifest.read(directory)
     assert record.graph == {
         "name": "model.fp16.onnx",
@@ -84,6 +84,16 @@ def test_fp16_engine_for_a_gpu_that_is_not_here(directory: Path) -> None:
     assert "comparing model.fp16.onnx with model.onnx" in notes.steps
     assert "building engine" in notes.steps
     assert any("has not been compared with PyTorch" in note for note in notes.notes)
+
+
+def test_one_engine_with_a_profile_for_each_bucket(directory: Path) -> None:
+    from mmvision_export.buckets import profiles_from_buckets
+
+    profiles = profiles_from_buckets([256, 64, 1024], 8, HEAD_DIM_80)
+    _, record = build(directory, profiles=profiles, precision="fp16", compute_capabilities=["8.9"])
+    assert [p.max_patches for p in record.profiles] == [64, 256, 1024]
+    assert all(p.is_bucket and p.max_images == 9 for p in record.profiles)
+    assert record.attention == "attention body, fused"
 
 
 def test_one_engine_for_several_gpus(directory: Path) -> None:
@@ -312,5 +322,5 @@ def test_interrupting_leaves_nothing(exported: Path, tmp_path: Path, signum: sig
 def test_sidecar_is_json(directory: Path) -> None:
     engine, _ = build(directory, compute_capabilities=["8.9"])
     content = json.loads(engine.with_suffix(".json").read_text())
-    assert content["profile"]["max_patches"] == 256
+    assert content["profiles"][0]["max_patches"] == 256
     assert content["config"]["hidden_size"] == 160

@@ -30,7 +30,7 @@ def write_engine(folder: Path, **changes: Any) -> Path:
         platform="linux-x86_64",
         precision="fp16",
         attention="attention body, fused",
-        profile=Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8),
+        profiles=[Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)],
         graph={"name": "model.onnx", "sha256": "0" * 64, "data_sha256": "1" * 64},
         engine=file_record(engine),
         config=EncoderConfig(),
@@ -54,8 +54,23 @@ def test_sidecar_round_trips(tmp_path: Path) -> None:
     engine = write_engine(tmp_path)
     assert sidecar_path(engine).name == ENGINE.replace(".engine", ".json")
     record = EngineRecord.read(engine)
-    assert record.profile == Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+    assert record.profiles == [Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)]
     refuse_foreign_engine(engine, record, **HERE)  # type: ignore[arg-type]
+
+
+def test_sidecars_of_one_profile_are_still_read(tmp_path: Path) -> None:
+    """Format 1 had one profile, without a least number of images."""
+    engine = write_engine(tmp_path)
+    content = json.loads(sidecar_path(engine).read_text())
+    (profile,) = content.pop("profiles")
+    del profile["min_images"]
+    sidecar_path(engine).write_text(json.dumps({**content, "format": 1, "profile": profile}))
+    expected = [Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)]
+    assert EngineRecord.read(engine).profiles == expected
+    for form in (0, 3, "1", None):
+        sidecar_path(engine).write_text(json.dumps({**content, "format": form, "profile": profile}))
+        with pytest.raises(ManifestError, match="not a sidecar of format 2 or earlier"):
+            EngineRecord.read(engine)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_sample_batches_are_seeded_and_exact_in_float16() -> None:
 class Doubling(BaseRunner):  # type: ignore[misc]
     """Stands in for an engine: doubles the reference, within a profile."""
 
-    profile = Profile(min_patches=4, opt_patches=16, max_patches=40, max_images=8)
+    profiles = (Profile(min_patches=4, opt_patches=16, max_patches=40, max_images=8),)
 
     def get_input_metadata_impl(self) -> Any:
         return input_metadata(HEAD_DIM_80)
@@ -199,7 +199,7 @@ class Doubling(BaseRunner):  # type: ignore[misc]
 class Plain(Doubling):
     """The reference of the above, of any size."""
 
-    profile = Profile(min_patches=4, opt_patches=16, max_patches=4000, max_images=80)
+    profiles = (Profile(min_patches=4, opt_patches=16, max_patches=4000, max_images=80),)
 
     def infer_impl(self, feed_dict: Any) -> Any:
         self.inference_time = 0.0

@@ -5,14 +5,16 @@ Through NVIDIA's `cuda-bindings`, so that running an engine needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mmvision_export.errors import BackendError
 
-__all__ = ["Cuda", "DeviceBuffer"]
+__all__ = ["Cuda"]
 
 
 class Cuda:
@@ -70,7 +72,7 @@ class Cuda:
         self._call("cudaFree", address)
 
     def to_device(self, address: int, array: np.ndarray[Any, Any], stream: int) -> None:
-        """Copy a C-contiguous array to device memory, in stream order."""
+        """Copy a C-contiguous array to device memory, in stream order; it may change once this returns."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, stream)
 
@@ -78,6 +80,66 @@ class Cuda:
         """Copy device memory to a C-contiguous array, in stream order."""
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self._call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, stream)
+
+    def on_device(self, target: int, source: int, size_bytes: int, stream: int) -> None:
+        """Copy device memory to device memory, in stream order."""
+        kind = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", target, source, size_bytes, kind, stream)
+
+    def zero(self, address: int, size_bytes: int, stream: int) -> None:
+        """Fill device memory with zero bytes, in stream order."""
+        self._call("cudaMemsetAsync", address, 0, size_bytes, stream)
+
+    def new_event(self) -> int:
+        """A new event's handle; free it with `free_event`."""
+        flags = self._runtime.cudaEventDisableTiming
+        return int(self._call("cudaEventCreateWithFlags", flags))
+
+    def free_event(self, event: int) -> None:
+        """Destroy an event."""
+        self._call("cudaEventDestroy", event)
+
+    def record(self, event: int, stream: int) -> None:
+        """Let an event stand for all that is in a stream now."""
+        self._call("cudaEventRecord", event, stream)
+
+    def wait(self, stream: int, event: int) -> None:
+        """Let a stream wait for what an event stands for; nothing if it was never recorded."""
+        self._call("cudaStreamWaitEvent", stream, event, 0)
+
+    def captured(self, enqueue: Callable[[], None], stream: int) -> int:
+        """A CUDA graph of what is enqueued, ready to launch; nothing of it is run. Free it with `free_graph`.
+
+        Args:
+            enqueue: Puts work into the stream. It must not allocate, synchronise or use other streams, and every
+                address in it must stay as it is for as long as the graph is launched.
+            stream: Not the default stream.
+        """
+        mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+        try:
+            enqueue()
+        except BaseException:
+            with contextlib.suppress(BackendError):  # the first error is the one to report
+                self._call("cudaGraphDestroy", self._call("cudaStreamEndCapture", stream))
+            raise
+        with contextlib.ExitStack() as failed:
+            graph = self._call("cudaStreamEndCapture", stream)
+            try:
+                executable = int(self._call("cudaGraphInstantiate", graph, 0))
+                failed.callback(self.free_graph, executable)
+            finally:
+                self._call("cudaGraphDestroy", graph)
+            failed.pop_all()
+        return executable
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Run a graph, in stream order."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def free_graph(self, graph: int) -> None:
+        """Destroy a graph."""
+        self._call("cudaGraphExecDestroy", graph)
 
     def _call(self, function: str, *arguments: Any) -> Any:
         try:
@@ -90,26 +152,3 @@ class Cuda:
             parts = [part.decode() if isinstance(part, bytes) else str(part) for part in (name, text)]
             raise BackendError(f"{function} failed with {parts[0]}: {parts[1]}", hint="see: mmvision doctor")
         return results[0] if results else None
-
-
-class DeviceBuffer:
-    """Device memory that grows to the largest size asked of it."""
-
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
-        self._size_bytes = 0
-        self.address = 0
-
-    def reserve(self, size_bytes: int) -> int:
-        """Address of at least that much memory; what it held before is lost if it had to grow."""
-        if size_bytes > self._size_bytes:
-            self.free()
-            self.address = self._cuda.allocate(size_bytes)
-            self._size_bytes = size_bytes
-        return self.address
-
-    def free(self) -> None:
-        """Give the memory back."""
-        if self.address:
-            address, self.address, self._size_bytes = self.address, 0, 0
-            self._cuda.free(address)

@@ -1,14 +1,15 @@
-"""ONNX Runtime on a CPU or a CUDA GPU."""
+"""ONNX Runtime: what its providers share, and the CPU's."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mmvision_export.backends import BackendName
+from mmvision_export.backends import BackendName, BackendOptions
 from mmvision_export.errors import BackendError
 from mmvision_export.grid import groups_of_images
 from mmvision_export.manifest import DATA, GRAPH, Manifest
@@ -17,10 +18,14 @@ from mmvision_export.sidecar import Profile
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["PROVIDERS", "OnnxRuntimeBackend", "create_session", "require_provider"]
+__all__ = ["PROVIDERS", "CpuBackend", "OnnxRuntimeBackend", "create_session", "require_provider", "session_options"]
 
 _ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings are about its own constant folding
-PROVIDERS = {"onnxruntime-cpu": "CPUExecutionProvider", "onnxruntime-cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
 # On a CPU the images of a batch are run in groups of at most this many patches. The portable graph's attention is
 # masked, so that its work and memory grow with the square of what it is given at once: at full size it is a tenth of
 # all work at 1024 patches, and two thirds at 20,000 (sixteen photographs), where the scores alone take 27 GB.
@@ -29,49 +34,44 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxRuntimeBackend:
-    """The portable graph of a model directory in ONNX Runtime. See `Backend`.
+    """The graph of a model directory in ONNX Runtime; a subclass says with which provider. See `Backend`.
 
     Raises:
         ManifestError: Files of the directory are missing or not those of its manifest.
         BackendError: ONNX Runtime is not installed, lacks the provider, or cannot load the graph.
     """
 
-    profile: Profile | None = None
+    name: BackendName
+    profiles: Sequence[Profile] = ()
 
-    def __init__(self, directory: Path, *, name: str, device: int = 0, threads: int | None = None) -> None:
+    def __init__(self, directory: Path, options: BackendOptions) -> None:
         manifest = Manifest.read(directory)
+        graph = self._graph_name(manifest)
         # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
         # longer than everything else here, and `mmvision inspect` does it.
-        manifest.verify(directory, [GRAPH])
+        manifest.verify(directory, [graph])
         manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
-        if manifest.precision == "bf16" and name == "onnxruntime-cpu":
-            raise BackendError(
-                f"{directory} is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
-                hint="export with --fp32 or --fp16 to run it here",
-            )
-        self._session: onnxruntime.InferenceSession | None = create_session(
-            directory / GRAPH, provider=PROVIDERS[name], device=device, threads=threads
-        )
-        self.name: BackendName = "onnxruntime-cuda" if name == "onnxruntime-cuda" else "onnxruntime-cpu"
+        self._session: onnxruntime.InferenceSession | None = self._new_session(directory / graph, options)
         self.config = manifest.config
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
         import onnxruntime
 
         self.info: dict[str, Any] = {
             "model": str(directory),
+            "graph": graph,
             "precision": manifest.precision,
             "onnxruntime": onnxruntime.__version__,
         }
 
+    def _graph_name(self, manifest: Manifest) -> str:
+        """The file of a model directory that this backend runs: the one place where a backend chooses a flavour."""
+        return GRAPH
+
+    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
+        return create_session(graph, provider=PROVIDERS[self.name], device=options.device, threads=options.threads)
+
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        if self.name == "onnxruntime-cuda":
-            return self._run(pixel_values, grid_thw)
-        bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
-        groups = groups_of_images(grid_thw, _CPU_GROUP_PATCHES)
-        return np.concatenate([self._run(pixel_values[bounds[g.start] : bounds[g.stop]], grid_thw[g]) for g in groups])
-
-    def _run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         if self._session is None:
             raise BackendError("the encoder is closed")
         try:
@@ -86,6 +86,29 @@ class OnnxRuntimeBackend:
         self._session = None
 
 
+class CpuBackend(OnnxRuntimeBackend):
+    """ONNX Runtime's CPU provider, on every machine."""
+
+    name: BackendName = "onnxruntime-cpu"
+
+    def _graph_name(self, manifest: Manifest) -> str:
+        if manifest.precision == "bf16":
+            raise BackendError(
+                "this is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
+                hint="export with --fp32 or --fp16 to run it here",
+            )
+        return super()._graph_name(manifest)
+
+    def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
+        groups = groups_of_images(grid_thw, _CPU_GROUP_PATCHES)
+        pieces = [
+            super(CpuBackend, self).run(pixel_values[bounds[g.start] : bounds[g.stop]], grid_thw[g]) for g in groups
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 def require_provider(provider: str) -> None:
     """Raise `BackendError` unless ONNX Runtime is installed and built with this provider."""
     try:
@@ -96,14 +119,28 @@ def require_provider(provider: str) -> None:
     if provider not in available:
         raise BackendError(
             f"this ONNX Runtime has no {provider}, only {', '.join(available)}",
-            hint="pip install '.[gpu]'" if "CUDA" in provider else None,
+            hint=None if provider.startswith("CPU") else "pip install '.[gpu]'",
         )
 
 
 def create_session(
-    graph: Path, *, provider: str, device: int = 0, threads: int | None = None
+    graph: Path,
+    *,
+    provider: str,
+    device: int = 0,
+    threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
+    behind: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on exactly the provider asked for.
+
+    Args:
+        graph: The `.onnx` file.
+        provider: Its name.
+        device: CUDA device, of all but the CPU provider.
+        threads: Threads of the CPU provider; its own choice if None.
+        provider_options: More of the provider's options.
+        behind: Providers for the operators that this one does not take.
 
     Raises:
         BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
@@ -111,16 +148,25 @@ def create_session(
     require_provider(provider)
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    provider_options: dict[str, str] = {"device_id": str(device)} if "CUDA" in provider else {}
+    options = session_options(threads)
+    place = {} if provider.startswith("CPU") else {"device_id": str(device)}
+    providers = [(provider, {**place, **(provider_options or {})}), *((name, place) for name in behind)]
     try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=[(provider, provider_options)])
+        session = onnxruntime.InferenceSession(str(graph), options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
     # A provider that cannot start is replaced by the CPU's with no more than a logged warning.
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on device {device}", hint="see: mmvision doctor")
     return session
+
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """What every session is opened with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options

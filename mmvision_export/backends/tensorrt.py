@@ -1,7 +1,7 @@
-"""TensorRT and TensorRT-RTX engines.
+"""TensorRT engines.
 
-Written against the API that both share (TensorRT 10.0 and later). On the machines this project is developed on there is
-no GPU: the calls are checked against type stubs and driven through a stand-in that enforces TensorRT's rules.
+Written against the API of TensorRT 10.3 and later. On the machines this project is developed on there is no GPU: the
+calls are checked against type stubs and driven through a stand-in that enforces TensorRT's rules.
 """
 
 from __future__ import annotations
@@ -9,19 +9,27 @@ from __future__ import annotations
 import contextlib
 import importlib
 import platform as host
+import queue
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.backends import BackendName
-from mmvision_export.backends.cuda import Cuda, DeviceBuffer
-from mmvision_export.errors import BackendError, ManifestError
-from mmvision_export.manifest import PLANS, Manifest, model_directory_of
+from mmvision_export.backends.cuda import Cuda
+from mmvision_export.backends.device_array import DeviceArray
+from mmvision_export.backends.launch_lane import Lane
+from mmvision_export.buckets import Costs, plan_launches
+from mmvision_export.errors import BackendError
+from mmvision_export.manifest import Manifest
 from mmvision_export.sidecar import EngineRecord, Profile, refuse_foreign_engine
 
-__all__ = ["TENSORRT_MODULES", "TensorRTBackend", "current_platform", "import_tensorrt", "open_engine"]
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["TENSORRT_MODULES", "TensorRTBackend", "current_platform", "import_tensorrt"]
 
 TENSORRT_MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 """Backend -> Python module."""
@@ -51,141 +59,162 @@ def current_platform() -> str:
     return f"{host.system().lower()}-{host.machine().lower()}"
 
 
-def open_engine(path: Path, *, backend: str, device: int) -> TensorRTBackend:
-    """Open an engine file, or the newest one of a model directory that fits this machine.
-
-    Raises:
-        BackendError: TensorRT, its Python package or a GPU is missing.
-        ManifestError: There is no engine, or none that fits; the message says why for each.
-    """
-    trt = import_tensorrt(backend)
-    cuda = Cuda(device)
-    if path.is_file():
-        directory = model_directory_of(path)
-        manifest = None if directory is None else Manifest.read(directory)
-        return TensorRTBackend(path, backend=backend, trt=trt, cuda=cuda, manifest=manifest)
-
-    manifest = Manifest.read(path)
-    engines = sorted((path / PLANS).glob("*.engine"), key=lambda p: p.stat().st_mtime, reverse=True)
-    if not engines:
-        raise ManifestError(f"{path / PLANS} holds no engine", hint="build one with: mmvision build-engine")
-    reasons: list[str] = []
-    for engine in engines:
-        try:
-            return TensorRTBackend(engine, backend=backend, trt=trt, cuda=cuda, manifest=manifest)
-        except ManifestError as error:
-            reasons.append(str(error))
-    raise ManifestError("no engine fits this machine: " + "; ".join(reasons), hint="mmvision build-engine")
-
-
 class TensorRTBackend:
-    """One engine with one execution context and one stream. Not safe for use by several threads at once. See `Backend`.
+    """One engine, with a lane for each stream: contexts, buffers and CUDA graphs of its own. See `Backend`.
+
+    Safe for use by several threads: a call takes a free lane, and waits for one if there is none.
+
+    Args:
+        engine: The engine file.
+        module: `tensorrt`, or what has its API.
+        cuda: The device.
+        manifest: Of the model directory the engine lies in, if it does.
+        streams: Lanes, that is calls that can run at once. The weights are shared, activations are not.
+        cuda_graphs: Whether launches in a bucket are captured once and replayed.
 
     Raises:
         ManifestError: The engine is not for this machine or graph.
         BackendError: TensorRT or CUDA refused a step.
     """
 
-    def __init__(self, engine: Path, *, backend: str, trt: Any, cuda: Cuda, manifest: Manifest | None) -> None:
+    name: BackendName = "tensorrt"
+
+    def __init__(
+        self,
+        engine: Path,
+        *,
+        module: Any,
+        cuda: Cuda,
+        manifest: Manifest | None,
+        streams: int = 1,
+        cuda_graphs: bool = True,
+    ) -> None:
         record = EngineRecord.read(engine)
         compute_capability = cuda.compute_capability()
         refuse_foreign_engine(
             engine,
             record,
-            backend=backend,
-            tensorrt_version=str(trt.__version__),
+            backend=self.name,
+            tensorrt_version=str(module.__version__),
             compute_capability=compute_capability,
             platform=current_platform(),
             manifest=manifest,
         )
-        self.name: BackendName = "tensorrt-rtx" if backend == "tensorrt-rtx" else "tensorrt"
         self.config = record.config
-        self.profile: Profile | None = record.profile
+        self.profiles: Sequence[Profile] = record.profiles
         # NumPy has no bfloat16: a bf16 graph takes and gives float32.
         self.dtype: np.dtype[Any] = np.dtype(np.float16 if record.precision == "fp16" else np.float32)
+        self._costs = Costs(record.config, masked=record.masked)
+        self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
         self.info: dict[str, Any] = {
             "engine": str(engine),
             "precision": record.precision,
             "attention": record.attention,
+            "splitting": "batches are cut between images where counted operations say that is cheaper: attention is "
+            + (
+                "masked and costs the square of a launch"
+                if record.masked
+                else "packed and costs the square of an image"
+            ),
             "tensorrt": record.tensorrt_version,
             "compute_capability": compute_capability,
+            "cuda_graphs": self._cuda_graphs,
+            "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
+            "streams": streams,
         }
         self._cuda = cuda
-        self._engine: Any = None
-        self._context: Any = None
+        self._engine: trt.ICudaEngine | None = None
+        self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
         self._cleanup = contextlib.ExitStack()
         try:
-            self._open(engine, trt)
+            self._open(engine, module, streams)
         except BaseException:
             with contextlib.suppress(BackendError):  # the first error is the one to report
                 self.close()
             raise
 
-    def _open(self, engine: Path, trt: Any) -> None:
-        self._logger = _logger(trt)
-        runtime = _checked(trt.Runtime(self._logger), "create a runtime", self._logger)
-        self._engine = _checked(
-            runtime.deserialize_cuda_engine(engine.read_bytes()), f"deserialise {engine}", self._logger
+    def _open(self, path: Path, module: Any, streams: int) -> None:
+        self._logger = _logger(module)
+        runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
+        self._engine = self._checked(runtime.deserialize_cuda_engine(path.read_bytes()), f"deserialise {path}")
+        built = self._engine.num_optimization_profiles
+        if built != len(self.profiles):
+            raise BackendError(f"{path} has {built} optimization profiles, its sidecar says {len(self.profiles)}")
+        for _ in range(streams):
+            lane = Lane(self._cuda, self._checked, self.config, self.dtype, self.profiles, captures=self._captures)
+            self._cleanup.callback(lane.close)
+            lane.open(self._engine, lambda: self._new_context(module))
+            self._lanes.put(lane)
+
+    @property
+    def _captures(self) -> bool:
+        return self._cuda_graphs
+
+    def _new_context(self, module: Any) -> trt.IExecutionContext:
+        """A context without memory of its own."""
+        assert self._engine is not None
+        strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        context: trt.IExecutionContext = self._checked(
+            self._engine.create_execution_context(strategy), "create a context"
         )
-        self._context = _checked(self._engine.create_execution_context(), "create a context", self._logger)
-        self._stream = self._cuda.new_stream()
-        self._cleanup.callback(self._cuda.free_stream, self._stream)
-        self._buffers = {name: DeviceBuffer(self._cuda) for name in ("pixel_values", "grid_thw", "image_embeds")}
-        for buffer in self._buffers.values():
-            self._cleanup.callback(buffer.free)
-        _checked(self._context.set_optimization_profile_async(0, self._stream), "select profile 0", self._logger)
-        self._cuda.synchronize(self._stream)
+        return context
 
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        if self._context is None:
-            raise BackendError("the encoder is closed")
-        self._cuda.use()
         tokens = len(pixel_values) // self.config.patches_per_token
         image_embeds = np.empty((tokens, self.config.text_hidden_size), dtype=self.dtype)
-        for name, array in (("pixel_values", pixel_values), ("grid_thw", grid_thw)):
-            _checked(
-                self._context.set_input_shape(name, tuple(array.shape)),
-                f"accept {name} of shape {list(array.shape)}",
-                self._logger,
-            )
-            self._cuda.to_device(self._buffers[name].reserve(array.nbytes), array, self._stream)
-        self._buffers["image_embeds"].reserve(image_embeds.nbytes)
-        for name, buffer in self._buffers.items():
-            address = buffer.address
-            _checked(self._context.set_tensor_address(name, address), f"take the address of {name}", self._logger)
-        _checked(self._context.execute_async_v3(self._stream), "enqueue the engine", self._logger)
-        self._cuda.to_host(image_embeds, self._buffers["image_embeds"].address, self._stream)
-        self._cuda.synchronize(self._stream)
+        self.run_into(image_embeds, pixel_values, grid_thw, stream=None)
         return image_embeds
+
+    def run_into(
+        self,
+        image_embeds: npt.NDArray[np.floating] | DeviceArray,
+        pixel_values: npt.NDArray[np.floating] | DeviceArray,
+        grid_thw: npt.NDArray[np.int64],
+        *,
+        stream: int | None,
+    ) -> None:
+        """See `DeviceBackend.run_into`."""
+        plan = plan_launches(grid_thw, self.profiles, self._costs)
+        with self._lane() as lane:
+            self._cuda.use()
+            lane.run(plan, pixel_values, grid_thw, image_embeds, stream=stream)
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        if self._engine is None:
+            raise BackendError("the encoder is closed")
+        lane = self._lanes.get()
+        try:
+            yield lane
+        finally:
+            self._lanes.put(lane)
 
     def close(self) -> None:
         """See `Backend.close`."""
-        # TensorRT asks that a context go before its engine.
-        self._context = None
-        self._engine = None
+        # TensorRT asks that contexts go before their engine.
         self._cleanup.close()
+        self._engine = None
+
+    def _checked(self, result: Any, what: str) -> Any:
+        """Turn TensorRT's None or False into an error with what it logged."""
+        if result is None or result is False:
+            reason = "; ".join(self._logger.errors) or "it gave no reason"
+            self._logger.errors.clear()
+            raise BackendError(f"TensorRT could not {what}: {reason}", hint="see: mmvision doctor")
+        return result
 
 
-def _logger(trt: Any) -> Any:
+def _logger(module: Any) -> Any:
     """A TensorRT logger that keeps the errors, for the message of the exception that follows."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            module.ILogger.__init__(self)
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
                 self.errors.append(message)
 
     return Logger()
-
-
-def _checked(result: Any, what: str, logger: Any) -> Any:
-    """Turn TensorRT's None or False into an error with what it logged."""
-    if result is None or result is False:
-        reason = "; ".join(logger.errors) or "it gave no reason"
-        logger.errors.clear()
-        raise BackendError(f"TensorRT could not {what}: {reason}", hint="see: mmvision doctor")
-    return result
