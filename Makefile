@@ -22,9 +22,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f'Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	# A reference in the tests, of which one file is read; what the package itself requires is a training stack.
+	# Of these the tests read files: a reference in the one, TensorRT's headers in the other. What the packages themselves
+	# require is a training stack.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
-		"nemo-automodel; python_version >= '3.11'"
+		"nemo-automodel; python_version >= '3.11'" kernel-lens
 	touch $@
 
 demo: setup

@@ -61,6 +61,22 @@ class Backend(str, enum.Enum):
     tensorrt_rtx = "tensorrt-rtx"
 
 
+class Attention(str, enum.Enum):
+    """How an engine does attention."""
+
+    auto = "auto"
+    plugin = "plugin"
+    native = "native"
+    packed = "packed"
+
+
+class Machine(str, enum.Enum):
+    """CPU of a plugin library."""
+
+    x86_64 = "x86_64"
+    aarch64 = "aarch64"
+
+
 ModelOption = Annotated[
     Optional[Path], typer.Option("--model", metavar="DIR", help="Model directory. Default: the only one in engines/.")
 ]
@@ -215,6 +231,64 @@ def _integers(option: str, text: str) -> list[int]:
         raise typer.BadParameter(f"{option} must be integers with commas between, got {text!r}") from None
 
 
+@app.command("build-plugins")
+def build_plugins(
+    sm: Annotated[
+        Optional[list[int]],
+        typer.Option(
+            metavar="CC",
+            help="GPU to compile for, as 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
+        ),
+    ] = None,
+    head_dim: Annotated[
+        Optional[list[int]],
+        typer.Option(metavar="D", help="Head size of the attention kernel; may be repeated. Default: all, 16 to 128."),
+    ] = None,
+    machine: Annotated[
+        Optional[Machine],
+        typer.Option(help="CPU the library will run on. Default: this one's; another is cross-compiled."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(metavar="DIR", help="Folder for the library. Default: engines/plugins/ and the CPU."),
+    ] = None,
+    tensorrt_include: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            envvar="TENSORRT_INCLUDE_DIR",
+            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the library if it exists.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build libmmvision_plugins.so, which makes TensorRT's attention cost what the images cost one by one.
+
+    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels for.
+    No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels take
+    two minutes on two cores.
+    """
+    from mmvision_export.plugin_build.library import build_plugins as build
+
+    with progress_display() as progress:
+        library, record = build(
+            sms=sm or (),
+            head_dims=head_dim or (),
+            machine=None if machine is None else machine.value,
+            output=output,
+            tensorrt_include=tensorrt_include,
+            force=force,
+            progress=progress,
+        )
+    console.print(
+        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, compute capability "
+        f"{', '.join(str(sm / 10) for sm in record.sms)}, head_dim {', '.join(map(str, record.head_dims))}; "
+        f"what each kernel uses: {library.parent / 'kernels.md'}",
+        markup=False,
+    )
+
+
 @app.command("build-engine")
 def build_engine(
     model: ModelOption = None,
@@ -231,6 +305,17 @@ def build_engine(
             help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
             "without one all that TensorRT-RTX supports.",
         ),
+    ] = None,
+    attention: Annotated[
+        Attention,
+        typer.Option(
+            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked product, which "
+            "costs the square of the whole batch. auto: plugin where it can be, else native."
+        ),
+    ] = Attention.auto,
+    plugin_library: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="libmmvision_plugins.so. Default: where build-plugins puts it."),
     ] = None,
     buckets: Annotated[
         Optional[str],
@@ -291,6 +376,8 @@ def build_engine(
             precision="fp16" if fp16 else None,
             backend=backend.value,
             compute_capabilities=compute_capability or (),
+            attention=attention.value,
+            plugin_library=plugin_library,
             check=check,
             force=force,
             progress=progress,

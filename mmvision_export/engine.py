@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import platform
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,16 @@ from mmvision_export.backends.tensorrt import TENSORRT_MODULES, current_platform
 from mmvision_export.compute_capability import current_compute_capability, parse_compute_capability, supported_by_rtx
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import BackendError, EngineError, OutputError
+from mmvision_export.lowering import choose_lowering, lowered_model
 from mmvision_export.manifest import DATA, GRAPH, PLANS, Manifest, file_record
 from mmvision_export.onnx_files import derive_fp16
-from mmvision_export.onnx_functions import ATTENTION_OPSET, AttentionBody, attach_functions
-from mmvision_export.onnx_passes import inline_functions
 from mmvision_export.output import new_files
+from mmvision_export.plugin_library import LIBRARY, PLUGINS, load_plugin_library
 from mmvision_export.progress import Progress
-from mmvision_export.sidecar import EngineRecord, Profile, sidecar_path
+from mmvision_export.sidecar import EngineRecord, PluginFile, Profile, sidecar_path
 from mmvision_export.tensorrt_build import PlanRequest, plan_from_model
 
-__all__ = ["attention_body_for_tensorrt", "build_engine", "checked_profile", "choose_tensorrt", "lowered_model"]
+__all__ = ["build_engine", "checked_profile", "choose_tensorrt"]
 
 _NO_FUSED_KERNEL = "not supported by a dedicated kernel"
 
@@ -52,28 +54,6 @@ def choose_tensorrt(backend: str) -> str:
         "neither tensorrt nor tensorrt_rtx is installed",
         hint="pip install '.[rtx]', or [tensorrt] for a data-centre GPU; JetPack brings its own",
     )
-
-
-def attention_body_for_tensorrt(backend: str, version: str, opset: int) -> AttentionBody:
-    """How attention is written for a TensorRT's ONNX parser.
-
-    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before, and in a graph of a
-    lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and fuses by itself.
-    """
-    parts = tuple(int(part) for part in version.split(".")[:2])
-    knows_attention = backend == "tensorrt-rtx" or parts >= (10, 14)
-    return "attention" if knows_attention and opset >= ATTENTION_OPSET else "matmul"
-
-
-def lowered_model(graph: Path, body: AttentionBody) -> ir.Model:
-    """The graph with its custom ops replaced by their definitions, ready for a parser that has no plugin for them.
-
-    Weights stay in their file: only the graph is in memory.
-    """
-    model = ir.load(graph)
-    attach_functions(model, body)
-    inline_functions(model)
-    return model
 
 
 def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
@@ -108,6 +88,8 @@ def build_engine(
     precision: str | None = None,
     backend: str = "auto",
     compute_capabilities: Sequence[str] = (),
+    attention: str = "auto",
+    plugin_library: Path | None = None,
     check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -122,6 +104,9 @@ def build_engine(
         backend: `auto`, `tensorrt` or `tensorrt-rtx`.
         compute_capabilities: GPUs to build for, as `8.9` or `89`, with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
+        attention: How attention is done, of `lowering.ATTENTION_WAYS`.
+        plugin_library: Where the plugin library is; where `build-plugins` puts it if None. The engine's folder gets a
+            copy.
         check: Compare a newly derived float16 graph with the float32 one in ONNX Runtime before building from it, and
             refuse a graph that failed its comparison with PyTorch.
         force: Replace an engine of the same name.
@@ -163,9 +148,21 @@ def build_engine(
                 f"{name} did not pass its comparison with PyTorch",
                 hint=f"see: mmvision parity --model {directory}; build it all the same with --no-check",
             )
-    body = attention_body_for_tensorrt(backend, version, manifest.opset)
+    lowering = choose_lowering(
+        attention,
+        backend=backend,
+        version=version,
+        opset=manifest.opset,
+        precision=precision,
+        config=manifest.config,
+        compute_capabilities=capabilities,
+        library=plugin_library or PLUGINS / platform.machine() / LIBRARY,
+        progress=progress,
+    )
+    if lowering.library is not None:
+        load_plugin_library(trt, lowering.library[0], lowering.library[1].library.sha256)
     progress.step("lowering the graph")
-    model = lowered_model(directory / graph, body)
+    model = lowered_model(directory / graph, lowering)
     with new_files(directory / PLANS, name=engine.name) as new:
         plan, fused = _plan(
             PlanRequest(
@@ -178,18 +175,23 @@ def build_engine(
                 timing_cache=_timing_cache(directory, backend, version),
             ),
             # No TensorRT has a fused attention kernel in float32.
-            may_fuse=body == "attention" and precision != "fp32",
+            may_fuse=lowering.body == "attention" and precision != "fp32",
             progress=progress,
         )
         progress.step("writing the engine")
         (new / engine.name).write_bytes(plan)
+        plugins = None
+        if lowering.library is not None:
+            # Beside the engine, so that its folder is all there is to copy.
+            plugins = PluginFile.of(lowering.library[1].library)
+            shutil.copyfile(lowering.library[0], new / plugins.name)
         record = EngineRecord(
             backend=backend,
             tensorrt_version=version,
             compute_capabilities=capabilities,
             platform=current_platform(),
             precision=precision,
-            attention=f"{body} body, {'fused' if fused else 'left to the builder'}",
+            attention=lowering.describe(fused=fused),
             profiles=profiles,
             graph={
                 "name": graph,
@@ -197,6 +199,7 @@ def build_engine(
                 "data_sha256": manifest.files[f"{graph}.data"].sha256,
             },
             engine=file_record(new / engine.name),
+            plugin_library=plugins,
             config=manifest.config,
             versions={
                 "mmvision-export": __version__,

@@ -2,7 +2,8 @@
 
 A runtime without our plugins runs the function; TensorRT with our plugins ignores it. `VarlenAttention` has two bodies,
 equal in meaning: `attention`, on ONNX's own `Attention` (opset 23), which TensorRT 10.14 and later fuses, and `matmul`,
-MatMul-Softmax-MatMul for what came before. Both keep the softmax in float32 whatever the dtype of q, k and v.
+MatMul-Softmax-MatMul for what came before. Both keep the softmax in float32 whatever the dtype of q, k and v. A third,
+`packed`, is for TensorRT 11 alone, whose own op takes the segments as they are.
 
 The bodies are written in ONNX's textual syntax
 (https://github.com/onnx/onnx/blob/main/docs/Syntax.md): what is read here is what the file holds, node by node.
@@ -10,7 +11,7 @@ The bodies are written in ONNX's textual syntax
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
@@ -27,10 +28,14 @@ __all__ = [
     "function_from_body",
 ]
 
-AttentionBody = Literal["attention", "matmul"]
-"""Which standard ops define `VarlenAttention`."""
+AttentionBody = Literal["attention", "matmul", "packed"]
+"""Which ops define `VarlenAttention`."""
 
-ATTENTION_BODIES: tuple[AttentionBody, ...] = get_args(AttentionBody)
+ATTENTION_BODIES: tuple[AttentionBody, ...] = ("attention", "matmul")
+"""The bodies of standard ops, which every runtime runs."""
+
+_TENSORRT_DOMAIN = "trt"
+_IMPORTS = {"packed": f', "{_TENSORRT_DOMAIN}": 1'}
 
 ATTENTION_OPSET = 23
 """First opset with ONNX `Attention`; the `matmul` body and the rotary op need 18."""
@@ -98,6 +103,14 @@ _VARLEN_ATTENTION: dict[AttentionBody, str] = {
   attended = MatMul (weights, v_heads_first)
   out = Transpose <perm: ints = [1, 0, 2]> (attended)
 """,
+    # TensorRT's op has no scale: one that is given as an attribute is ignored without a word.
+    "packed": """
+  scale_float = Constant <value_float: float = @scale> ()
+  scale = CastLike (scale_float, q)
+  q_scaled = Mul (q, scale)
+  out = trt.TRT_Attention <query_form = "packed_nhd", kv_form = "packed_nhd">
+    (q_scaled, k, v, "", cu_seqlens, cu_seqlens)
+""",
 }
 
 # x [N, H, D] is split into the two halves of its rotated channels and the rest; cos and sin are [N, rope_dim/2].
@@ -153,10 +166,10 @@ def function_from_body(op_type: str, attention: AttentionBody, opset: int) -> on
         )
     body = _QK_ROTARY_EMBEDDING
     if op_type == "VarlenAttention":
-        body = _SEGMENT_MASK + _VARLEN_ATTENTION[attention]
+        body = ("" if attention == "packed" else _SEGMENT_MASK) + _VARLEN_ATTENTION[attention]
     attributes, signature = _SIGNATURES[op_type]
     function = onnx.parser.parse_function(
-        f'<domain: "{DOMAIN}", opset_import: ["": {opset}]>\n'
+        f'<domain: "{DOMAIN}", opset_import: ["": {opset}{_IMPORTS.get(attention, "")}]>\n'
         f'{op_type} <{attributes}plugin_namespace: string = "{DOMAIN}", plugin_version: string = "{OP_VERSION}">\n'
         f"{signature} {{{body}}}"
     )
@@ -181,6 +194,8 @@ def attach_functions(model: ir.Model, attention: AttentionBody) -> None:
         function = ir.serde.deserialize_function(function_from_body(op_type, attention, opset))
         model.functions[function.identifier()] = function
     model.opset_imports[DOMAIN] = OP_VERSION
+    if attention == "packed":
+        model.opset_imports[_TENSORRT_DOMAIN] = 1
 
 
 def attention_body_of(model: ir.Model) -> AttentionBody | None:

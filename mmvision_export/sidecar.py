@@ -14,7 +14,7 @@ from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import ConfigError, ManifestError
 from mmvision_export.manifest import FileRecord, Manifest, read_json
 
-__all__ = ["EngineRecord", "Profile", "refuse_foreign_engine", "sidecar_path"]
+__all__ = ["EngineRecord", "PluginFile", "Profile", "refuse_foreign_engine", "sidecar_path"]
 
 _FORMAT = 2
 _REBUILD = "build it again here with: mmvision build-engine"
@@ -59,6 +59,39 @@ class Profile:
         return self.min_patches <= num_patches <= self.max_patches and self.min_images <= num_images <= self.max_images
 
 
+@dataclasses.dataclass(frozen=True)
+class PluginFile:
+    """The plugin library an engine needs, which lies beside it.
+
+    Attributes:
+        name: File name; part of the hash is in it, so that engines of several libraries share a folder.
+        record: Hash and size.
+    """
+
+    name: str
+    record: FileRecord
+
+    @classmethod
+    def of(cls, record: FileRecord) -> PluginFile:
+        """The name a library has beside engines."""
+        return cls(f"libmmvision_plugins-{record.sha256[:12]}.so", record)
+
+    def verify(self, engine: Path) -> Path:
+        """Check the library beside an engine, and give its path.
+
+        Raises:
+            ManifestError: It is missing, or not the one the engine was built with.
+        """
+        path = engine.parent / self.name
+        if not path.is_file():
+            raise ManifestError(
+                f"{engine} needs the plugin library {path}, which is missing (sha256 {self.record.sha256})",
+                hint="copy it from where the engine was built, or build the engine again here",
+            )
+        self.record.verify(path, said_by=f"the sidecar of {engine.name}")
+        return path
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineRecord:
     """Content of an engine's sidecar.
@@ -76,6 +109,7 @@ class EngineRecord:
         config: The encoder's dimensions.
         versions: Packages that took part.
         created: When, in UTC, ISO 8601.
+        plugin_library: The library its plugins are in, or None if it has none.
     """
 
     backend: str
@@ -90,6 +124,7 @@ class EngineRecord:
     config: EncoderConfig
     versions: dict[str, str]
     created: str
+    plugin_library: PluginFile | None = None
 
     def __post_init__(self) -> None:
         capabilities = self.compute_capabilities
@@ -140,7 +175,9 @@ class EngineRecord:
             profiles = [Profile(**profile) for profile in content.pop("profiles")]
             record = FileRecord(**content.pop("engine"))
             config = EncoderConfig.from_dict(content.pop("config"))
-            return cls(profiles=profiles, engine=record, config=config, **content)
+            plugins = content.pop("plugin_library", None)
+            library = None if plugins is None else PluginFile(plugins["name"], FileRecord(**plugins["record"]))
+            return cls(profiles=profiles, engine=record, config=config, plugin_library=library, **content)
         except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
             raise ManifestError(f"{path}: malformed: {error}", hint=_REBUILD) from error
 

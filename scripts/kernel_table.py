@@ -6,27 +6,15 @@ Run with the head sizes to show: `python scripts/kernel_table.py 64 80`.
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
-from mmvision_export.plugin_kernels import (
-    ARCHITECTURES,
-    CompiledKernel,
-    compile_qk_rotary_embedding,
-    compile_varlen_attention,
-    resource_table,
-)
-
-
-def compiled(sm: int, head_dim: int) -> CompiledKernel:
-    """A float16 kernel: attention, or the rotary one for head_dim 0."""
-    return compile_varlen_attention(sm, "fp16", head_dim) if head_dim else compile_qk_rotary_embedding(sm, "fp16")
+from mmvision_export.plugin_build.kernels import compile_kernels
+from mmvision_export.plugin_build.resources import ARCHITECTURES, resource_table
 
 
 def main() -> None:
-    """Print the table."""
-    jobs = [(sm, head_dim) for head_dim in (*map(int, sys.argv[1:]), 0) for sm in ARCHITECTURES]
-    with ProcessPoolExecutor() as pool:
-        print(resource_table(pool.map(compiled, *zip(*jobs, strict=True))))
+    """Print the table, of float16 kernels."""
+    kernels = [k for k in compile_kernels(list(ARCHITECTURES), list(map(int, sys.argv[1:]))) if k.dtype == "fp16"]
+    print(resource_table(sorted(kernels, key=lambda k: (-k.head_dim, k.sm))))
 
 
 if __name__ == "__main__":

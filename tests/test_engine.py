@@ -15,11 +15,9 @@ import pytest
 
 from mmvision_export.compute_capability import current_compute_capability
 from mmvision_export.engine import (
-    attention_body_for_tensorrt,
     build_engine,
     checked_profile,
     choose_tensorrt,
-    lowered_model,
 )
 from mmvision_export.errors import BackendError, EngineError, ExportError, ManifestError, OutputError
 from mmvision_export.manifest import Manifest, file_record
@@ -174,30 +172,6 @@ def test_checking_without_onnxruntime_says_what_to_do(
         derive_fp16(directory, Manifest.read(directory))
     assert "--no-check" in str(caught.value.hint)
     derive_fp16(directory, Manifest.read(directory), check=False)
-
-
-@pytest.mark.parametrize(
-    ("backend", "version", "opset", "body"),
-    [
-        ("tensorrt", "10.3.0.26", 18, "matmul"),  # JetPack 6
-        ("tensorrt", "10.3.0.26", 23, "matmul"),
-        ("tensorrt", "10.13.3.9", 23, "matmul"),  # JetPack 7
-        ("tensorrt", "10.14.1.48", 23, "attention"),
-        ("tensorrt", "10.14.1.48", 22, "matmul"),
-        ("tensorrt", "11.0.0.114", 23, "attention"),
-        ("tensorrt-rtx", "1.7.1.116", 23, "attention"),
-        ("tensorrt-rtx", "1.7.1.116", 20, "matmul"),
-    ],
-)
-def test_body_for_each_tensorrt(backend: str, version: str, opset: int, body: str) -> None:
-    assert attention_body_for_tensorrt(backend, version, opset) == body
-
-
-def test_lowering_swaps_the_body_without_a_second_export(exported: Path) -> None:
-    operators = {node.op_type for node in lowered_model(exported / "model.onnx", "matmul").graph}
-    assert "Softmax" in operators
-    assert "Attention" not in operators
-    assert "Attention" in {node.op_type for node in lowered_model(exported / "model.onnx", "attention").graph}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmvision_export import reference
-from mmvision_export.plugin_kernels import kernel_module
+from mmvision_export.plugin_build.kernels import kernel_module
 from tests.configs import relative_l2
 from tests.test_ops import cu, eager_attention_error, qkv
 

@@ -24,6 +24,7 @@ from mmvision_export.backends.launch_lane import Lane
 from mmvision_export.buckets import Costs, plan_launches
 from mmvision_export.errors import BackendError
 from mmvision_export.manifest import Manifest
+from mmvision_export.plugin_library import load_plugin_library
 from mmvision_export.sidecar import EngineRecord, Profile, refuse_foreign_engine
 
 if TYPE_CHECKING:
@@ -126,6 +127,9 @@ class TensorRTBackend:
         self._engine: trt.ICudaEngine | None = None
         self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
         self._cleanup = contextlib.ExitStack()
+        if record.plugin_library is not None:
+            load_plugin_library(module, record.plugin_library.verify(engine), record.plugin_library.record.sha256)
+            self.info["plugin_library"] = record.plugin_library.name
         try:
             self._open(engine, module, streams)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Compiled kernels as sources of the plugin library: one assembly file with their bytes, one table that describes them."""
+"""Compiled kernels as sources of the plugin library: an assembly file with their bytes, a table that describes them."""
 
 from __future__ import annotations
 

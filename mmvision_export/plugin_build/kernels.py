@@ -84,7 +84,9 @@ def kernel_module(op: str) -> ModuleType:
     return sys.modules[name]
 
 
-def compile_kernels(sms: Sequence[int], head_dims: Sequence[int], *, processes: int | None = None) -> Iterator[CompiledKernel]:
+def compile_kernels(
+    sms: Sequence[int], head_dims: Sequence[int], *, processes: int | None = None
+) -> Iterator[CompiledKernel]:
     """Compile every kernel for some architectures, several at a time.
 
     Args:

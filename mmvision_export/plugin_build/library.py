@@ -150,6 +150,8 @@ def _run(*command: str) -> None:
         process.wait()
         raise
     if process.returncode:
-        lines = [line for line in log.splitlines() if re.search(r"error|CMake Error", line, re.IGNORECASE)]
-        reason = "; ".join((lines or log.splitlines()[-3:])[:5])
+        # A compiler's error is one line, CMake's is followed by its text.
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        first = next((i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), -3)
+        reason = " ".join(lines[first:][:3])
         raise PluginError(f"{' '.join(command[:2])} failed: {reason}")

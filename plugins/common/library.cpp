@@ -33,8 +33,15 @@ Creators const& creators()
     return *sCreators;
 }
 
+// The registry, if it belongs to the TensorRT of this library's headers: between 10 and 11 its functions moved.
 nvinfer1::IPluginRegistry* registry()
 {
+    using GetMajorVersion = int32_t (*)() noexcept;
+    auto const getMajorVersion = reinterpret_cast<GetMajorVersion>(tensorrtSymbol("getInferLibMajorVersion"));
+    if (getMajorVersion == nullptr || getMajorVersion() != NV_TENSORRT_MAJOR)
+    {
+        return nullptr;
+    }
     using GetPluginRegistry = nvinfer1::IPluginRegistry* (*) () noexcept;
     auto const getPluginRegistry = reinterpret_cast<GetPluginRegistry>(tensorrtSymbol("getPluginRegistry"));
     return getPluginRegistry == nullptr ? nullptr : getPluginRegistry();
