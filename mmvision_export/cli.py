@@ -265,9 +265,9 @@ def build_plugins(
 ) -> None:
     """Build libmmvision_plugins.so, which makes TensorRT's attention cost what the images cost one by one.
 
-    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels for.
-    No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels take
-    two minutes on two cores.
+    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels
+    for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels
+    take two minutes on two cores.
     """
     from mmvision_export.plugin_build.library import build_plugins as build
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -20,12 +21,15 @@ from mmvision_export.engine import (
     choose_tensorrt,
 )
 from mmvision_export.errors import BackendError, EngineError, ExportError, ManifestError, OutputError
+from mmvision_export.lowering import Lowering
 from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.onnx_files import derive_fp16
 from mmvision_export.onnx_passes import retype
+from mmvision_export.plugin_library import PluginLibraryRecord
 from mmvision_export.progress import Progress
 from mmvision_export.sidecar import EngineRecord, Profile
+from mmvision_export.tensorrt_build import PlanRequest
 from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_48, HEAD_DIM_64, HEAD_DIM_80, copy_of
 
@@ -298,3 +302,48 @@ def test_sidecar_is_json(directory: Path) -> None:
     content = json.loads(engine.with_suffix(".json").read_text())
     assert content["profiles"][0]["max_patches"] == 256
     assert content["config"]["hidden_size"] == 160
+
+
+def test_an_engine_with_plugins_brings_its_library(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written, on a TensorRT that builds a plan at once: no TensorRT that takes plugins runs here."""
+    library = tmp_path / "libmmvision_plugins.so"
+    library.write_bytes(b"a library")
+    record = PluginLibraryRecord(
+        library=file_record(library), machine="x86_64", sms=[80], head_dims=[80], dtypes=["fp16"], versions={}
+    )
+    loaded: list[str] = []
+    nodes: list[str] = []
+
+    def plan(request: PlanRequest, **_: Any) -> tuple[bytes, bool]:
+        nodes.extend(node.op_type for node in onnx.load_model_from_string(request.model).graph.node)
+        return b"plan", False
+
+    monkeypatch.setattr("mmvision_export.engine.choose_lowering", lambda *_, **__: Lowering(None, (library, record)))
+    monkeypatch.setattr("mmvision_export.engine.load_plugin_library", lambda _, __, sha256: loaded.append(sha256))
+    monkeypatch.setattr("mmvision_export.engine._plan", plan)
+    engine, written = build(directory, compute_capabilities=["8.9"])
+    assert loaded == [record.library.sha256]
+    assert nodes.count("VarlenAttention") == HEAD_DIM_80.num_hidden_layers
+    assert (written.attention, written.masked) == ("plugin", False)
+
+    read = EngineRecord.read(engine)
+    assert read == written
+    assert read.plugin_library is not None
+    copy = read.plugin_library.verify(engine)
+    assert copy.read_bytes() == b"a library"
+    assert copy.name == f"libmmvision_plugins-{record.library.sha256[:12]}.so"
+    copy.write_bytes(b"b library")
+    with pytest.raises(ManifestError, match="has sha256 .*the sidecar of .* says"):
+        read.plugin_library.verify(engine)
+    copy.unlink()
+    with pytest.raises(ManifestError, match=r"needs the plugin library .*\.so, which is missing"):
+        read.plugin_library.verify(engine)
+
+
+def test_packed_attention_is_refused_by_a_builder_without_a_kernel(directory: Path) -> None:
+    """TensorRT-RTX 1.7 parses the graph and has no packed kernel; another may, so it is asked."""
+    with pytest.raises(EngineError, match="attention|Attention|ATTENTION"):
+        build(directory, precision="fp16", compute_capabilities=["8.9"], attention="packed")
+    assert not list((directory / "plans").glob("*.partial"))

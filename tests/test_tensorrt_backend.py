@@ -6,6 +6,7 @@ What a GPU computes has never been seen by these tests; that is for the test mar
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +23,10 @@ from mmvision_export.backends.tensorrt_rtx import TensorRTRTXBackend
 from mmvision_export.buckets import profiles_from_buckets
 from mmvision_export.compute_capability import current_compute_capability, parse_compute_capability
 from mmvision_export.errors import BackendError, EngineError, InputError, ManifestError
+from mmvision_export.manifest import file_record
 from mmvision_export.preprocess import PreprocessorConfig
 from mmvision_export.runtime import VisionEncoder
-from mmvision_export.sidecar import Profile
+from mmvision_export.sidecar import EngineRecord, PluginFile, Profile
 from tests.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
 from tests.fake_gpu import Cache, Context, Runtime, TensorRT, expected_embeds
 from tests.test_manifest import write_engine
@@ -285,6 +287,29 @@ def test_a_foreign_engine_is_never_deserialised(machine: Machine) -> None:
     with pytest.raises(ManifestError, match="sha256"):
         machine.open()
     assert machine.trt.deserialised == []
+
+
+def test_the_plugin_library_is_loaded_before_the_engine(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = machine.engine.parent / "libmmvision_plugins-abc.so"
+    record = EngineRecord.read(machine.engine)
+    library.write_bytes(b"library")
+    plugins = PluginFile(library.name, file_record(library))
+    dataclasses.replace(record, attention="plugin", plugin_library=plugins).write(machine.engine.with_suffix(".json"))
+    loaded: list[tuple[Path, str]] = []
+
+    def load(module: Any, path: Path, sha256: str) -> None:
+        assert module.deserialised == []  # not a byte of the engine has been touched
+        loaded.append((path, sha256))
+
+    monkeypatch.setattr("mmvision_export.backends.tensorrt.load_plugin_library", load)
+    with machine.encoder() as encoder:
+        check(encoder, [(1, 8, 8)])
+        assert encoder.info["plugin_library"] == library.name
+        assert "the square of an image" in encoder.info["splitting"]
+    assert loaded == [(library, plugins.record.sha256)]
+    library.unlink()
+    with pytest.raises(ManifestError, match=f"needs the plugin library .*{library.name}, which is missing"):
+        machine.open()
 
 
 def test_threads_share_an_encoder(machine: Machine) -> None:
