@@ -10,23 +10,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import BackendError, InputError
 from mmvision_export.preprocess import PreprocessorConfig, patches_from_frames
 from mmvision_export.progress import Progress
-
-if TYPE_CHECKING:
-    from mmvision_export.runtime import VisionEncoder
 
 __all__ = ["VideoConfig", "VideoSegment", "encoded_segments", "sampled_indices"]
 
 _MAX_FRAME_PIXELS = 768 * 28 * 28
 _GROUP_PATCHES = 4096  # of a call where the engine sets no limit
+
+
+class Encoder(Protocol):
+    """What of `VisionEncoder` is used here."""
+
+    @property
+    def config(self) -> EncoderConfig: ...
+
+    @property
+    def max_patches(self) -> int | None: ...
+
+    def __call__(self, pixel_values: Any, grid_thw: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +103,7 @@ def sampled_indices(num_frames: int, video_fps: float, config: VideoConfig) -> n
     return np.arange(count, dtype=np.int64) * num_frames // count
 
 
-def encoded_segments(
-    encoder: VisionEncoder, path: Path, config: VideoConfig, progress: Progress
-) -> Iterator[VideoSegment]:
+def encoded_segments(encoder: Encoder, path: Path, config: VideoConfig, progress: Progress) -> Iterator[VideoSegment]:
     """See `VisionEncoder.encode_video`."""
     with _opened(path) as container:
         stream = container.streams.video[0]
@@ -126,7 +134,7 @@ def encoded_segments(
 
 
 def _encoded(
-    encoder: VisionEncoder, pending: list[tuple[npt.NDArray[np.float32], tuple[int, int, int]]]
+    encoder: Encoder, pending: list[tuple[npt.NDArray[np.float32], tuple[int, int, int]]]
 ) -> list[npt.NDArray[np.floating]]:
     grid = np.array([row for _, row in pending])
     image_embeds = encoder(np.concatenate([patches for patches, _ in pending]), grid)

@@ -109,6 +109,7 @@ class TensorRTBackend:
         self.info: dict[str, Any] = {
             "engine": str(engine),
             "precision": record.precision,
+            "weights_sha256": record.graph["data_sha256"],
             "attention": record.attention,
             "splitting": "batches are cut between images where counted operations say that is cheaper: attention is "
             + (
