@@ -81,8 +81,8 @@ def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.resize_to_fit and arguments.pixel_values is not None:
         parser.error("--resize-to-fit goes with --image or --video: patches cannot be resized")
     arguments.folder = any(path.is_dir() for path in arguments.image or ())
-    if arguments.folder and arguments.output is None:
-        parser.error("a folder of images needs --output, a folder for their embeddings")
+    if arguments.folder and (arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS):
+        parser.error("a folder of images needs --output, a folder for their embeddings; --format says in which files")
     if arguments.format is not None and not arguments.folder:
         parser.error("--format goes with a folder of images")
     return arguments

@@ -107,7 +107,7 @@ def encoded_segments(encoder: Encoder, path: Path, config: VideoConfig, progress
     """See `VisionEncoder.encode_video`."""
     with _opened(path) as container:
         stream = container.streams.video[0]
-        num_frames, video_fps = _measured(path, container, stream)
+        num_frames, video_fps = _measured(path, stream)
         indices = sampled_indices(num_frames, video_fps, config)
         seconds = [int(index) / video_fps for index in indices]
         per_patch, per_segment = config.frame.temporal_patch_size, encoder.config.segment_max_frames
@@ -169,16 +169,16 @@ def _opened(path: Path) -> Any:
     return container
 
 
-def _measured(path: Path, container: Any, stream: Any) -> tuple[int, float]:
+def _measured(path: Path, stream: Any) -> tuple[int, float]:
     """Number of frames, counted where the file does not say it, and average rate."""
     import av
 
     num_frames = stream.frames
     try:
         if not num_frames:
-            # One packet is one frame; nothing is decoded.
-            num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-            container.seek(0)
+            # One packet is one frame; nothing is decoded. In a container of its own, since not every one can go back.
+            with _opened(path) as container:
+                num_frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
     except av.FFmpegError as error:
         raise InputError(f"{path}: not a readable video: {error}") from error
     if not num_frames or not stream.average_rate:

@@ -115,6 +115,7 @@ def test_errors(files: Path, capsys: pytest.CaptureFixture[str], arguments: list
         ["--format", "npy", "--image", "a.jpg"],
         ["--resize-to-fit", "--pixel-values", "x.npy", "--grid-thw", "g.npy"],
         ["--image", "."],
+        ["--image", ".", "--output", "x.npy"],
     ],
 )
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:

@@ -136,7 +136,7 @@ def test_resized_frames_are_close_to_the_processors(tmp_path: Path, runtime: Vis
     path = write_video(tmp_path / "v.mkv", frames)
     with _opened(path) as container:
         stream = container.streams.video[0]
-        assert _measured(path, container, stream) == (8, 4.0)
+        assert _measured(path, stream) == (8, 4.0)
         (batch,) = _batched(_sampled_frames(path, container, stream, np.arange(8)), 8)
     ours, row = patches_from_frames(batch, CONFIG.frame)
     theirs, grid, _ = processed(frames)

@@ -123,9 +123,11 @@ class TensorRTBackend:
             "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
             "streams": streams,
         }
+        self.device = cuda.device
         self._cuda = cuda
         self._engine: trt.ICudaEngine | None = None
         self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self._num_lanes = 0
         self._cleanup = contextlib.ExitStack()
         try:
             self._open(engine, module, streams)
@@ -146,6 +148,7 @@ class TensorRTBackend:
             self._cleanup.callback(lane.close)
             lane.open(self._engine, lambda: self._new_context(module))
             self._lanes.put(lane)
+            self._num_lanes += 1
 
     @property
     def _captures(self) -> bool:
@@ -187,15 +190,21 @@ class TensorRTBackend:
             raise BackendError("the encoder is closed")
         lane = self._lanes.get()
         try:
+            if self._engine is None:  # closed while this call waited
+                raise BackendError("the encoder is closed")
             yield lane
         finally:
             self._lanes.put(lane)
 
     def close(self) -> None:
-        """See `Backend.close`."""
-        # TensorRT asks that contexts go before their engine.
+        """See `Backend.close`. Waits for the calls that are running."""
+        engine, self._engine = self._engine, None
+        idle = [self._lanes.get() for _ in range(self._num_lanes)]
         self._cleanup.close()
-        self._engine = None
+        # TensorRT asks that contexts go before their engine.
+        del engine
+        for lane in idle:  # whoever waits for one is told
+            self._lanes.put(lane)
 
     def _checked(self, result: Any, what: str) -> Any:
         """Turn TensorRT's None or False into an error with what it logged."""
