@@ -13,7 +13,7 @@ help:
 	@echo "make demo       set up, then export, check and run a small model on a photograph"
 	@echo "make test       the tests, on all cores"
 	@echo "make test-slow  the tests that take longer: the full-size model among them"
-	@echo "make check      ruff, mypy, import-linter"
+	@echo "make check      ruff, mypy (TensorRT's calls against its type stubs too), import-linter"
 	@echo "make clean      remove what these made"
 
 setup: $(VENV)/.installed
@@ -54,6 +54,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_tensorrt_types.py
 	$(BIN)/lint-imports
 
 format: setup

@@ -405,9 +405,18 @@ def inspect(
 
 
 @app.command()
-def doctor(verbose: Verbose = False) -> None:
-    """Show which backends work here, and why others do not."""
-    from mmvision_export.doctor import examine
+def doctor(
+    model: Annotated[
+        Optional[Path],
+        typer.Option("--model", metavar="DIR", help="Model directory to choose a backend for, by opening it."),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show which backends work here, and why others do not, fastest first.
+
+    With --model, also which of them --backend auto takes for a model directory, and why it passes over others.
+    """
+    from mmvision_export.doctor import choice_for, examine
 
     report = examine()
     table = Table(box=None, show_header=False)
@@ -416,6 +425,10 @@ def doctor(verbose: Verbose = False) -> None:
     console.print(table)
     for row in report.backends:
         console.print(f"\n[bold]{row.name}[/]\n  build engines: {escape(row.builds)}\n  run: {escape(row.runs)}")
+    if model is not None:
+        console.print(f"\n[bold]auto, for {escape(str(model))}[/]")
+        for name, reason in choice_for(model).items():
+            console.print(f"  {name}: {escape(reason)}")
 
 
 def main() -> None:

@@ -6,24 +6,27 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from mmvision_export.backends import BACKENDS
+from mmvision_export.backends import BACKENDS, BackendOptions, open_backend
 from mmvision_export.backends.cuda import Cuda
 from mmvision_export.backends.tensorrt import import_tensorrt
 from mmvision_export.compute_capability import current_compute_capability, supported_by_rtx
 from mmvision_export.errors import MmvisionError
 
-__all__ = ["BackendReport", "Report", "examine"]
+__all__ = ["BackendReport", "Report", "choice_for", "examine"]
 
 _PACKAGES = (
     "numpy",
     "pillow",
     "onnxruntime",
     "onnxruntime-gpu",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-bindings",
+    "av",
     "torch",
     "onnx",
     "onnx-ir",
@@ -89,9 +92,29 @@ def _runs(backend: str) -> str:
     if backend.startswith("tensorrt"):
         import_tensorrt(backend)
         return f"yes, on compute capability {Cuda(0).compute_capability()}"
+    if backend == "onnxruntime-rtx":
+        from mmvision_export.backends.onnxruntime_gpu import rtx_devices
+
+        return f"yes, on {len(rtx_devices())} device(s)"
     from mmvision_export.backends.onnxruntime import PROVIDERS, require_provider
 
     require_provider(PROVIDERS[backend])
-    if backend == "onnxruntime-cuda":
-        return f"yes, on compute capability {Cuda(0).compute_capability()}"
-    return "yes"
+    if backend == "onnxruntime-cpu":
+        return "yes"
+    return f"yes, on compute capability {Cuda(0).compute_capability()}"
+
+
+def choice_for(model: Path) -> dict[str, str]:
+    """What `backend="auto"` makes of a model directory on this machine, by opening it.
+
+    Returns:
+        By backend, in the order of preference: why it was passed over, or that it was chosen. Those after the chosen
+        one are not tried.
+    """
+    try:
+        backend = open_backend("auto", model, BackendOptions())
+    except MmvisionError as error:
+        return {"none": str(error)}
+    reasons: dict[str, str] = {**backend.info["passed_over"], backend.name: "chosen: the first that works"}
+    backend.close()
+    return reasons

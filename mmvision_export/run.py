@@ -1,6 +1,7 @@
-"""`python -m mmvision_export.run`: images, or patches with their grid, to image embeddings.
+"""`python -m mmvision_export.run`: images, a video, or patches with their grid, to image embeddings.
 
-Prints one JSON object on standard output. Needs numpy, pillow and one backend, nothing else.
+Prints one JSON object on standard output, of a folder of images one line for each. Needs numpy, pillow and one backend;
+for a video PyAV too.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from PIL import Image
 
 from mmvision_export import __version__
 from mmvision_export.backends import BACKENDS
+from mmvision_export.embeds_file import FORMATS, EmbedsFile, embeds_file, refuse_unknown_format
 from mmvision_export.errors import InputError, OutputError, message_and_hint, print_error
 from mmvision_export.grid import tokens_per_image
 from mmvision_export.manifest import find_model_directory
-from mmvision_export.output import new_files
 from mmvision_export.preprocess import image_from_file, patches_from_images
+from mmvision_export.progress import Progress
+from mmvision_export.run_folder import encode_folder, refuse_foreign_output, run_identity
 from mmvision_export.runtime import VisionEncoder
 
 __all__ = ["main"]
@@ -36,41 +39,69 @@ _TEST_PATTERN = "test pattern, 448 x 448"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mmvision_export.run",
-        description="Encode images with the vision encoder and print a summary as JSON. With no input, encodes a test "
-        "pattern, to see that everything works.",
+        description="Encode images or a video with the vision encoder and print a summary as JSON; of a folder, one "
+        "line for each image. With no input, encodes a test pattern, to see that everything works.",
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="model directory, or an .engine file (default: the "
-                        "only one under engines/)")  # fmt: skip
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="runtime (default: %(default)s, "
-                        "the fastest that works here)")  # fmt: skip
-    parser.add_argument("--device", type=int, default=0, metavar="N", help="CUDA device (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
-    parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded in one packed batch")
-    parser.add_argument("--pixel-values", type=Path, metavar="NPY", help="patches [num_patches, 1176], with --grid-thw")
-    parser.add_argument("--grid-thw", type=Path, metavar="NPY", help="integers [num_images, 3]: t, h, w in patches")
-    parser.add_argument("--output", type=Path, metavar="NPY", help="write image embeddings [tokens, text_hidden] here")
-    parser.add_argument("--force", action="store_true", help="replace --output if it exists")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, metavar="DIR", help="model directory, or an .engine file (default: the "
+                       "only one under engines/)")  # fmt: skip
+    model.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="runtime (default: %(default)s, "
+                       "the fastest that works here)")  # fmt: skip
+    model.add_argument("--device", type=int, default=0, metavar="N", help="CUDA device (default: %(default)s)")
+    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
+    inputs = parser.add_argument_group("input")
+    inputs.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded as one batch; with a "
+                        "folder among them, one after the other into the folder --output")  # fmt: skip
+    inputs.add_argument("--video", type=Path, metavar="FILE", help="a video, encoded segment by segment")
+    inputs.add_argument("--fps", type=float, metavar="F", help="frames to sample per second of video (default: 1)")
+    inputs.add_argument("--pixel-values", type=Path, metavar="NPY", help="patches [num_patches, 1176], with --grid-thw")
+    inputs.add_argument("--grid-thw", type=Path, metavar="NPY", help="integers [num_images, 3]: t, h, w in patches")
+    inputs.add_argument("--resize-to-fit", action="store_true", help="make what is too large for the engine as small "
+                        "as it has to be, rather than refuse it")  # fmt: skip
+    outputs = parser.add_argument_group("output")
+    outputs.add_argument("--output", type=Path, metavar="FILE|DIR", help="write image embeddings [tokens, text_hidden] "
+                         "here: .npy, .safetensors or .jsonl; of a folder, a folder")  # fmt: skip
+    outputs.add_argument("--format", choices=FORMATS, help="of the files in a folder (default: npy)")
+    outputs.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
 
+def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    given = [name for name in ("image", "video", "pixel_values") if getattr(arguments, name) is not None]
+    if len(given) > 1 or (arguments.pixel_values is None) != (arguments.grid_thw is None):
+        parser.error("give --image, or --video, or --pixel-values with --grid-thw")
+    if arguments.threads is not None and arguments.threads < 1:
+        parser.error(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.fps is not None and arguments.video is None:
+        parser.error("--fps goes with --video")
+    if arguments.resize_to_fit and arguments.pixel_values is not None:
+        parser.error("--resize-to-fit goes with --image or --video: patches cannot be resized")
+    arguments.folder = any(path.is_dir() for path in arguments.image or ())
+    if arguments.folder and (arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS):
+        parser.error("a folder of images needs --output, a folder for their embeddings; --format says in which files")
+    if arguments.format is not None and not arguments.folder:
+        parser.error("--format goes with a folder of images")
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
+    Args:
+        argv: Arguments without the program's name, `sys.argv` if None.
+
     Returns:
-        The exit code: 0, or 1 after an error. Wrong usage exits with 2 by itself, Ctrl-C gives 130.
+        The exit code: 0; 1 after an error, or if an image of a folder failed; 130 when interrupted.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if (arguments.pixel_values is None) != (arguments.grid_thw is None):
-        parser.error("--pixel-values and --grid-thw go together")
-    if arguments.image and arguments.pixel_values:
-        parser.error("give either --image or --pixel-values with --grid-thw")
-    if arguments.threads is not None and arguments.threads < 1:
-        parser.error(f"--threads must be at least 1, got {arguments.threads}")
+    arguments = _checked_arguments(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if arguments.folder:
+            return _run_folder(arguments)
         print(json.dumps(_run(arguments), indent=2), flush=True)
     except KeyboardInterrupt:
         print_error("interrupted")
@@ -83,50 +114,134 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _opened(arguments: argparse.Namespace) -> VisionEncoder:
+    return VisionEncoder.open(
+        find_model_directory(arguments.model),
+        backend=arguments.backend,
+        device=arguments.device,
+        threads=arguments.threads,
+    )
+
+
+def _run_folder(arguments: argparse.Namespace) -> int:
+    options = {"resize_to_fit": arguments.resize_to_fit}
+    counts = dict.fromkeys(("encoded", "already there", "failed"), 0)
+    with _opened(arguments) as encoder:
+        identity = run_identity(encoder, **options)
+        refuse_foreign_output(arguments.output, arguments.image, identity, force=arguments.force)
+        form = arguments.format or "npy"
+        for report in encode_folder(encoder, arguments.image, arguments.output, form, force=arguments.force, **options):
+            counts[report["status"]] += 1
+            print(json.dumps(report), flush=True)
+            if report["status"] == "failed":
+                print_error(report["error"])
+        print(json.dumps({**encoder.info, "output": str(arguments.output), "files": counts}), flush=True)
+    if not sum(counts.values()):
+        raise InputError(f"no files in {', '.join(map(str, arguments.image))}")
+    return 1 if counts["failed"] else 0
+
+
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     output: Path | None = arguments.output
     if output is not None:
-        if output.suffix != ".npy":
-            raise OutputError(f"--output must end in .npy, got {output}")
+        refuse_unknown_format(output)
         if output.exists() and not arguments.force:
             raise OutputError(f"{output} already exists", hint="choose another --output, or replace it with --force")
-    model = find_model_directory(arguments.model)
-    with contextlib.ExitStack() as stack:
-        # Before the work rather than after it: what cannot be written is an error now.
-        new = None if output is None else stack.enter_context(new_files(output.parent, name=output.name))
-        summary, image_embeds = _encode(arguments, model)
-        if output is not None and new is not None:
-            np.save(new / output.name, image_embeds)
-    return {**summary, "output": None if output is None else str(output)}
-
-
-def _encode(arguments: argparse.Namespace, model: Path) -> tuple[dict[str, Any], npt.NDArray[np.floating]]:
     start = time.perf_counter()
-    with VisionEncoder.open(
-        model, backend=arguments.backend, device=arguments.device, threads=arguments.threads
-    ) as encoder:
+    with contextlib.ExitStack() as stack:
+        encoder = stack.enter_context(_opened(arguments))
         opened = time.perf_counter()
-        inputs, pixel_values, grid_thw = _inputs(arguments, encoder)
-        prepared = time.perf_counter()
-        image_embeds = encoder(pixel_values, grid_thw)
-        encoded = time.perf_counter()
-        summary: dict[str, Any] = {
-            **encoder.info,
-            "inputs": inputs,
-            "pixel_values": list(pixel_values.shape),
-            "grid_thw": grid_thw.tolist(),
-            "image_embeds": list(image_embeds.shape),
-            "dtype": str(image_embeds.dtype),
-            "tokens_per_image": tokens_per_image(grid_thw, encoder.config).tolist(),
-            "milliseconds": {
-                "open": round((opened - start) * 1e3, 3),
-                "preprocess": round((prepared - opened) * 1e3, 3),
-                "encode": round((encoded - prepared) * 1e3, 3),
-            },
-        }
+        # Before the work rather than after it: what cannot be written is an error now.
+        file = None if output is None else stack.enter_context(embeds_file(output))
+        if arguments.video is not None:
+            summary = _encode_video(arguments, encoder, file)
+        else:
+            summary = _encode_batch(arguments, encoder, file)
+    summary["milliseconds"] = {"open": round((opened - start) * 1e3, 3), **summary["milliseconds"]}
+    return {**encoder.info, **summary, "output": None if output is None else str(output)}
+
+
+def _encode_batch(arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None) -> dict[str, Any]:
+    start = time.perf_counter()
+    inputs, pixel_values, grid_thw = _inputs(arguments, encoder)
+    prepared = time.perf_counter()
+    image_embeds = encoder(pixel_values, grid_thw)
+    encoded = time.perf_counter()
+    _refuse_not_finite(image_embeds)
+    tokens = tokens_per_image(grid_thw, encoder.config)
+    if file is not None:
+        names = inputs if len(inputs) == len(tokens) else [f"{inputs[0]}, row {row}" for row in range(len(tokens))]
+        for name, row, embeds in zip(
+            names, grid_thw.tolist(), np.split(image_embeds, np.cumsum(tokens)[:-1]), strict=True
+        ):
+            file.add(name, tuple(row), embeds)
+    return {
+        "inputs": inputs,
+        "pixel_values": list(pixel_values.shape),
+        "grid_thw": grid_thw.tolist(),
+        "image_embeds": list(image_embeds.shape),
+        "dtype": str(image_embeds.dtype),
+        "tokens_per_image": tokens.tolist(),
+        "milliseconds": {
+            "preprocess": round((prepared - start) * 1e3, 3),
+            "encode": round((encoded - prepared) * 1e3, 3),
+        },
+    }
+
+
+def _encode_video(arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None) -> dict[str, Any]:
+    start = time.perf_counter()
+    segments: list[dict[str, Any]] = []
+    tokens = 0
+    fps = 1.0 if arguments.fps is None else arguments.fps
+    for segment in encoder.encode_video(
+        arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=_ProgressLine()
+    ):
+        _refuse_not_finite(segment.image_embeds)
+        if file is not None:
+            file.add(str(arguments.video), segment.grid_thw, segment.image_embeds, segment.timestamps)
+        tokens += len(segment.image_embeds)
+        segments.append(
+            {
+                "timestamps": list(segment.timestamps),
+                "grid_thw": list(segment.grid_thw),
+                "tokens": len(segment.image_embeds),
+            }
+        )
+    return {
+        "inputs": [str(arguments.video)],
+        "segments": segments,
+        "image_embeds": [tokens, encoder.config.text_hidden_size],
+        "dtype": str(encoder.dtype),
+        "milliseconds": {"decode and encode": round((time.perf_counter() - start) * 1e3, 3)},
+    }
+
+
+class _ProgressLine(Progress):
+    """One line on standard error that counts, where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._text, self._total, self._done = "", 0.0, 0.0
+
+    def step(self, description: str, total: float | None = None) -> None:
+        self._text, self._total, self._done = description, total or 0.0, 0.0
+        self._draw()
+
+    def advance(self, amount: float = 1.0) -> None:
+        self._done += amount
+        self._draw()
+
+    def _draw(self) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if self._done >= self._total else ""
+            filled = int(30 * self._done / self._total) if self._total else 0
+            bar = "#" * filled + "." * (30 - filled)
+            print(f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}", end=end, file=sys.stderr, flush=True)
+
+
+def _refuse_not_finite(image_embeds: npt.NDArray[np.floating]) -> None:
     if not np.isfinite(image_embeds).all():
         raise InputError("the embeddings are not finite", hint="check the model with: mmvision parity")
-    return summary, image_embeds
 
 
 def _inputs(
@@ -136,11 +251,12 @@ def _inputs(
         paths = (arguments.pixel_values, arguments.grid_thw)
         pixel_values, grid_thw = (_array_from_file(path) for path in paths)
         return [str(path) for path in paths], pixel_values, grid_thw
+    preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
     if arguments.image:
         images = [image_from_file(path) for path in arguments.image]
         names = [str(path) for path in arguments.image]
-        return names, *patches_from_images(images, encoder.preprocessor, names=names)
-    return [_TEST_PATTERN], *patches_from_images([_test_pattern()], encoder.preprocessor)
+        return names, *patches_from_images(images, preprocessor, names=names)
+    return [_TEST_PATTERN], *patches_from_images([_test_pattern()], preprocessor)
 
 
 def _array_from_file(path: Path) -> npt.NDArray[Any]:

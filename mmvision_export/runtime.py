@@ -168,6 +168,8 @@ class VisionEncoder:
         backend = self._device_backend("arrays on a CUDA device")
         handle = None if stream is None else _handle_of(stream)
         source = device_array(pixel_values, name="pixel_values", stream=_LEGACY_STREAM if handle is None else handle)
+        if source.device != backend.device:
+            raise InputError(f"pixel_values are on CUDA device {source.device}, the encoder is on {backend.device}")
         if source.dtype != self.dtype:
             raise InputError(
                 f"pixel_values on a device must be {self.dtype}, which the engine takes, got {source.dtype}",

@@ -10,23 +10,33 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import BackendError, InputError
 from mmvision_export.preprocess import PreprocessorConfig, patches_from_frames
 from mmvision_export.progress import Progress
-
-if TYPE_CHECKING:
-    from mmvision_export.runtime import VisionEncoder
 
 __all__ = ["VideoConfig", "VideoSegment", "encoded_segments", "sampled_indices"]
 
 _MAX_FRAME_PIXELS = 768 * 28 * 28
 _GROUP_PATCHES = 4096  # of a call where the engine sets no limit
+
+
+class Encoder(Protocol):
+    """What of `VisionEncoder` is used here."""
+
+    @property
+    def config(self) -> EncoderConfig: ...
+
+    @property
+    def max_patches(self) -> int | None: ...
+
+    def __call__(self, pixel_values: Any, grid_thw: Any) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,13 +103,11 @@ def sampled_indices(num_frames: int, video_fps: float, config: VideoConfig) -> n
     return np.arange(count, dtype=np.int64) * num_frames // count
 
 
-def encoded_segments(
-    encoder: VisionEncoder, path: Path, config: VideoConfig, progress: Progress
-) -> Iterator[VideoSegment]:
+def encoded_segments(encoder: Encoder, path: Path, config: VideoConfig, progress: Progress) -> Iterator[VideoSegment]:
     """See `VisionEncoder.encode_video`."""
     with _opened(path) as container:
         stream = container.streams.video[0]
-        num_frames, video_fps = _measured(path, container, stream)
+        num_frames, video_fps = _measured(path, stream)
         indices = sampled_indices(num_frames, video_fps, config)
         seconds = [int(index) / video_fps for index in indices]
         per_patch, per_segment = config.frame.temporal_patch_size, encoder.config.segment_max_frames
@@ -126,7 +134,7 @@ def encoded_segments(
 
 
 def _encoded(
-    encoder: VisionEncoder, pending: list[tuple[npt.NDArray[np.float32], tuple[int, int, int]]]
+    encoder: Encoder, pending: list[tuple[npt.NDArray[np.float32], tuple[int, int, int]]]
 ) -> list[npt.NDArray[np.floating]]:
     grid = np.array([row for _, row in pending])
     image_embeds = encoder(np.concatenate([patches for patches, _ in pending]), grid)
@@ -161,16 +169,16 @@ def _opened(path: Path) -> Any:
     return container
 
 
-def _measured(path: Path, container: Any, stream: Any) -> tuple[int, float]:
+def _measured(path: Path, stream: Any) -> tuple[int, float]:
     """Number of frames, counted where the file does not say it, and average rate."""
     import av
 
     num_frames = stream.frames
     try:
         if not num_frames:
-            # One packet is one frame; nothing is decoded.
-            num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-            container.seek(0)
+            # One packet is one frame; nothing is decoded. In a container of its own, since not every one can go back.
+            with _opened(path) as container:
+                num_frames = sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
     except av.FFmpegError as error:
         raise InputError(f"{path}: not a readable video: {error}") from error
     if not num_frames or not stream.average_rate:

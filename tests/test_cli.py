@@ -280,3 +280,14 @@ def test_missing_command_line_packages_are_named(tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     assert result.stderr.startswith("error: typer is not installed")
+
+
+def test_doctor_says_what_auto_takes_and_why(mmvision: Command, exported: Path) -> None:
+    result = mmvision("doctor", "--model", str(exported))
+    assert result.code == 0, result.err
+    for name in ("tensorrt", "tensorrt-rtx", "onnxruntime-rtx", "onnxruntime-tensorrt", "onnxruntime-cuda"):
+        assert f"\n{name}\n" in result.out
+    assert "chosen: the first that works" in result.out
+    missing = mmvision("doctor", "--model", "nowhere")
+    assert missing.code == 0
+    assert "none: nowhere: no such model directory" in missing.out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,7 +84,7 @@ def test_with_no_options_at_all(files: Path, capsys: pytest.CaptureFixture[str])
         (["--pixel-values", "x.npy", "--grid-thw", "wrong.npy"], "adds up to 4 patches, but pixel_values has"),
         (["--model", "nowhere"], "nowhere: no such model directory"),
         (["--backend", "tensorrt-rtx"], ""),
-        (["--output", "out.txt"], "--output must end in .npy"),
+        (["--output", "out.txt"], "--output must end in .npy, .safetensors or .jsonl"),
         (["--output", "g.npy"], "g.npy already exists"),
         (["--output", "coffee.jpg/out.npy"], "cannot write"),
     ],
@@ -108,6 +110,12 @@ def test_errors(files: Path, capsys: pytest.CaptureFixture[str], arguments: list
         ["--threads", "0"],
         ["--backend", "openvino"],
         ["--nonsense"],
+        ["--video", "v.mp4", "--image", "a.jpg"],
+        ["--fps", "2"],
+        ["--format", "npy", "--image", "a.jpg"],
+        ["--resize-to-fit", "--pixel-values", "x.npy", "--grid-thw", "g.npy"],
+        ["--image", "."],
+        ["--image", ".", "--output", "x.npy"],
     ],
 )
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
@@ -148,3 +156,146 @@ def test_as_a_module(files: Path) -> None:
     command = [sys.executable, "-m", "mmvision_export.run", "--image", "chelsea.jpg", "--threads", "1"]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert json.loads(result.stdout)["backend"]
+
+
+def write_frames(path: Path, frames: int = 12) -> None:
+    from tests.test_video import moving, write_video
+
+    write_video(path, moving(frames))
+
+
+def folder_of_images(files: Path) -> Path:
+    """Two photographs in two folders, with a file that is none and a hidden one."""
+    pytest.importorskip("PIL")
+    folder = files / "photos"
+    (folder / "more").mkdir(parents=True)
+    Image.open("coffee.jpg").resize((120, 80)).save(folder / "coffee.jpg")
+    Image.open("chelsea.jpg").resize((90, 90)).save(folder / "more" / "chelsea.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.jpg").write_text("no image either")
+    return folder
+
+
+def run_folder(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[dict[str, Any]], str]:
+    code = main(arguments)
+    printed = capsys.readouterr()
+    return code, [json.loads(line) for line in printed.out.splitlines()], printed.err
+
+
+def test_a_folder_streams_reports_failures_and_resumes(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of_images(files)
+    arguments = ("--image", "photos", "--output", "embeds", "--backend", "onnxruntime-cpu")
+    code, lines, errors = run_folder(capsys, *arguments)
+    assert code == 1
+    assert [(line.get("status"), Path(line["input"]).name) for line in lines[:-1]] == [
+        ("encoded", "coffee.jpg"),
+        ("failed", "notes.txt"),
+        ("encoded", "chelsea.png"),
+    ]
+    assert "notes.txt: not an image" in errors
+    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 1}
+    with VisionEncoder.open("engines/small", backend="onnxruntime-cpu") as encoder:
+        (alone,) = encoder.encode_images([Image.open(folder / "more" / "chelsea.png")])
+    np.testing.assert_array_equal(np.load("embeds/more/chelsea.png.npy"), alone)
+
+    (folder / "notes.txt").unlink()
+    first = Path("embeds/coffee.jpg.npy").stat()
+    code, lines, _ = run_folder(capsys, *arguments)
+    assert code == 0
+    assert lines[-1]["files"] == {"encoded": 0, "already there": 2, "failed": 0}
+    assert Path("embeds/coffee.jpg.npy").stat() == first
+    # An image that is newer than its embeddings is encoded again.
+    os.utime(folder / "coffee.jpg", (first.st_mtime + 10, first.st_mtime + 10))
+    _, lines, _ = run_folder(capsys, *arguments)
+    assert lines[-1]["files"] == {"encoded": 1, "already there": 1, "failed": 0}
+    _, lines, _ = run_folder(capsys, *arguments, "--force")
+    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 0}
+
+
+def test_embeddings_of_two_models_are_not_mixed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of_images(files)
+    arguments = ("--image", "photos", "--output", "embeds")
+    run_folder(capsys, *arguments)
+    identity = json.loads(Path("embeds/mmvision-run.json").read_text())
+    Path("embeds/mmvision-run.json").write_text(json.dumps({**identity, "weights_sha256": "0"}))
+    code, _, errors = run_folder(capsys, *arguments)
+    assert code == 1
+    assert "embeds holds embeddings of another run: weights_sha256 differs" in errors
+    assert run_folder(capsys, "--image", "photos", "--output", "photos/out")[2].startswith(
+        "error: photos/out lies in a folder of images"
+    )
+    assert "is not a folder of embeddings" in run_folder(capsys, "--image", "photos", "--output", "engines")[2]
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "jsonl"])
+def test_every_format_holds_the_same(files: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    from safetensors import safe_open
+
+    result = run(capsys, "--pixel-values", "x.npy", "--grid-thw", "g.npy", "--output", f"out.{form}")
+    with VisionEncoder.open("engines/small") as encoder:
+        expected = encoder(np.load("x.npy"), np.load("g.npy"))
+    if form == "npy":
+        found = np.load("out.npy")
+    elif form == "safetensors":
+        with safe_open("out.safetensors", "numpy") as file:
+            found = file.get_tensor("image_embeds")
+            np.testing.assert_array_equal(file.get_tensor("grid_thw"), np.load("g.npy"))
+            assert json.loads(file.metadata()["inputs"])[0] == "x.npy, row 0"
+    else:
+        lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+        assert [line["grid_thw"] for line in lines] == result["grid_thw"]
+        found = np.concatenate([np.array(line["image_embeds"], np.float32) for line in lines])
+    np.testing.assert_array_equal(found, expected)
+    assert sorted(path.name for path in files.glob("*out*")) == [f"out.{form}"]
+
+
+@pytest.mark.parametrize("form", ["npy", "jsonl"])
+def test_video(files: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    pytest.importorskip("av")
+    write_frames(files / "v.mkv")
+    result = run(capsys, "--video", "v.mkv", "--fps", "4", "--output", f"v.{form}", "--backend", "onnxruntime-cpu")
+    assert [segment["grid_thw"] for segment in result["segments"]] == [[4, 4, 6], [2, 4, 6]]
+    assert result["segments"][1]["timestamps"] == [2.0, 2.5]
+    assert result["image_embeds"] == [36, 96]
+    if form == "npy":
+        assert np.load("v.npy").shape == (36, 96)
+    else:
+        lines = [json.loads(line) for line in Path("v.jsonl").read_text().splitlines()]
+        assert [line["timestamps"] for line in lines] == [s["timestamps"] for s in result["segments"]]
+
+
+def test_interrupting_leaves_whole_files_only(files: Path) -> None:
+    folder = files / "photos"
+    folder.mkdir()
+    photo = Image.open("coffee.jpg")
+    for index in range(200):
+        photo.save(folder / f"{index:03}.jpg")
+    command = [sys.executable, "-m", "mmvision_export.run", "--image", "photos", "--output", "embeds"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["error: interrupted"] or "model" in errors
+    names = sorted(path.name for path in Path("embeds").iterdir())
+    assert [name for name in names if not name.endswith(".jpg.npy")] == ["mmvision-run.json"]
+    assert 3 <= len(names) - 1 < 200
+    for name in names[:-1]:
+        assert np.load(f"embeds/{name}").ndim == 2
+
+
+def test_two_processes_share_a_model_directory(files: Path) -> None:
+    """At once, into one folder of embeddings too."""
+    folder_of_images(files)
+    (files / "photos" / "notes.txt").unlink()
+    command = [sys.executable, "-m", "mmvision_export.run", "--image", "photos", "--output", "embeds", "--threads", "1"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    for output in outputs:
+        counts = json.loads(output.splitlines()[-1])["files"]
+        assert counts["encoded"] + counts["already there"] == 2
+    assert len(list(Path("embeds").rglob("*.npy"))) == 2
+    assert not list(Path("embeds").rglob("*.partial"))

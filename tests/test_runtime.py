@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -174,3 +179,107 @@ def test_unknown_attribute_of_the_package() -> None:
 
     with pytest.raises(AttributeError, match="has no attribute 'Encoder'"):
         mmvision_export.Encoder  # noqa: B018
+
+
+def test_arrays_come_back_as_they_were_given(runtime: VisionEncoder) -> None:
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    expected = runtime(pixels, rows)
+    assert type(expected) is np.ndarray
+    given = torch.from_numpy(pixels)
+    out = runtime(given, torch.from_numpy(rows))
+    assert isinstance(out, torch.Tensor)
+    np.testing.assert_array_equal(out.numpy(), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0), (15, 1175), (7, 600)])
+def test_one_value_that_is_not_finite_is_named(runtime: VisionEncoder, value: float, place: tuple[int, int]) -> None:
+    pixels = np.zeros((16, 1176), np.float32)
+    pixels[place] = value
+    with pytest.raises(InputError, match=f"row {place[0]} holds values that are not finite"):
+        runtime(pixels, [[1, 4, 4]])
+
+
+def test_the_largest_finite_values_are_finite() -> None:
+    """The check sums; no sum of finite values may overflow."""
+    from mmvision_export.grid import checked_pixel_values
+
+    largest = np.full((4, 1176), np.finfo(np.float32).max)
+    assert checked_pixel_values(largest, HEAD_DIM_80, np.float32) is largest
+    with pytest.raises(InputError, match="row 0 holds values that are not finite in float16"):
+        checked_pixel_values(largest, HEAD_DIM_80, np.float16)
+
+
+def test_threads_share_an_encoder(runtime: VisionEncoder) -> None:
+    batches = [batch([(1, 2, 2 * n), (1, 4, 4)], HEAD_DIM_80, seed=n) for n in range(1, 6)]
+    expected = [runtime(*each) for each in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: runtime(*batches[n % 5]), range(40)))
+    for n, each in enumerate(found):
+        assert relative_l2(each, expected[n % 5]) <= 1e-6
+
+
+def test_device_arrays_and_streams_are_refused_where_they_cannot_be_used(runtime: VisionEncoder) -> None:
+    class OnAGpu:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+        def __dlpack__(self, **_: Any) -> Any:
+            raise AssertionError("not asked for")
+
+    pixels, rows = batch(GRIDS["single"], HEAD_DIM_80)
+    with pytest.raises(BackendError, match="onnxruntime-cpu does not take arrays on a CUDA device"):
+        runtime(OnAGpu(), rows)
+    with pytest.raises(BackendError, match="onnxruntime-cpu does not take a CUDA stream"):
+        runtime(pixels, rows, stream=7)
+
+
+def random_batches_equal_runs_of_one_image(runtime: VisionEncoder, count: int) -> None:
+    generator = np.random.default_rng(0)
+    for seed in range(count):
+        sizes = generator.integers(1, 5, (int(generator.integers(2, 6)), 3))
+        pixels, rows = batch([(int(t), 2 * int(h), 2 * int(w)) for t, h, w in sizes], HEAD_DIM_80, seed)
+        together = runtime(pixels, rows)
+        bounds = np.cumsum([0, *rows.prod(axis=1)])
+        alone = [runtime(pixels[a:b], rows[i : i + 1]) for i, (a, b) in enumerate(itertools.pairwise(bounds))]
+        assert relative_l2(together, np.concatenate(alone)) <= 1e-6, rows.tolist()
+
+
+def test_random_batches_equal_runs_of_one_image(runtime: VisionEncoder) -> None:
+    random_batches_equal_runs_of_one_image(runtime, 50)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_batches_equal_runs_of_one_image(runtime: VisionEncoder) -> None:
+    random_batches_equal_runs_of_one_image(runtime, 1000)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_many_calls(runtime: VisionEncoder) -> None:
+    """Resident memory after 10,000 calls is what it was after 1,000, but for what an allocator keeps."""
+    resource = psutil.Process()
+    batches = [batch([(1, 2, 2 * n)], HEAD_DIM_80, seed=n) for n in range(1, 6)]
+    after = []
+    for call in range(10_000):
+        runtime(*batches[call % 5])
+        if call in (999, 9_999):
+            after.append(resource.memory_info().rss)
+    assert after[1] - after[0] < 4 << 20  # 400 bytes a call, less than the smallest of its arrays
+
+
+@pytest.mark.slow
+def test_with_the_cpu_extra_only(exported: Path, tmp_path: Path) -> None:
+    """A virtual environment with what `pip install '.[cpu]'` brings runs `python -m mmvision_export.run`."""
+    environment, root = tmp_path / "venv", Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = str(environment / "bin" / "python")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    constraints = str(root / "constraints.txt")
+    install = [python, "-m", "pip", "install", "--quiet", "--constraint", constraints, f"{root}[cpu]"]
+    subprocess.run(install, check=True, env=clean)
+    command = [python, "-m", "mmvision_export.run", "--model", str(exported), "--output", str(tmp_path / "out.npy")]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=clean)
+    assert json.loads(result.stdout)["backend"] == "onnxruntime-cpu"
+    assert np.load(tmp_path / "out.npy").shape == (256, 96)
+    absent = [python, "-c", "import torch"]
+    assert subprocess.run(absent, check=False, capture_output=True, cwd=tmp_path, env=clean).returncode == 1

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -325,11 +327,41 @@ def test_threads_share_an_encoder(machine: Machine) -> None:
     assert machine.holds_nothing()
 
 
+def test_closing_waits_for_running_calls_and_tells_waiting_ones(machine: Machine) -> None:
+    encoder = machine.encoder()
+    running, go_on = threading.Event(), threading.Event()
+    execute = Context.execute_async_v3
+
+    def slow(context: Context, stream: int) -> bool:
+        running.set()
+        assert go_on.wait(10)
+        return execute(context, stream)
+
+    def call() -> Any:
+        return encoder(*batch([(1, 2, 2)], HEAD_DIM_80))
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(3) as pool:
+        patch.setattr(Context, "execute_async_v3", slow)
+        first = pool.submit(call)
+        assert running.wait(10)
+        waiting = pool.submit(call)
+        closing = pool.submit(encoder.close)
+        time.sleep(0.1)
+        assert not closing.done()
+        go_on.set()
+        closing.result(10)
+        assert len(first.result(10)) == 1
+        # It waited for the lane: it got either the lane, before closing did, or the error.
+        error = waiting.exception(10)
+        assert error is None or "the encoder is closed" in str(error)
+    assert machine.holds_nothing()
+
+
 class Tensor:
     """A device array of a library like torch, in the fake device's memory."""
 
-    def __init__(self, cuda: Runtime, host: np.ndarray) -> None:
-        self.cuda = cuda
+    def __init__(self, cuda: Runtime, host: np.ndarray, device: int = 0) -> None:
+        self.cuda, self.device = cuda, device
         self.shape, self.dtype = host.shape, host.dtype
         _, self.address = cuda.cudaMalloc(host.nbytes)
         cuda.region(self.address, host.nbytes)[:] = host.reshape(-1).view(np.uint8)
@@ -347,14 +379,15 @@ class Tensor:
         return Tensor(self.cuda, np.zeros(shape, dtype))
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
+        return 2, self.device
 
     def __dlpack__(self, *, stream: int) -> Any:
         # NumPy's capsule of the same bytes, told that they are on a GPU.
         self.asked_for.append(stream)
         size = int(np.prod(self.shape)) * self.dtype.itemsize
         capsule = self.cuda.region(self.address, size).view(self.dtype).reshape(self.shape).__dlpack__()
-        ctypes.cast(_pointer_of(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents.device.device_type = 2
+        tensor = ctypes.cast(_pointer_of(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
+        tensor.device.device_type, tensor.device.device_id = self.__dlpack_device__()
         return capsule
 
 
@@ -393,6 +426,9 @@ def test_host_arrays_in_a_stream_of_the_callers(machine: Machine) -> None:
 def test_bad_device_arrays(machine: Machine) -> None:
     pixels, rows = batch([(1, 6, 8)], HEAD_DIM_80)
     with machine.encoder() as encoder:
+        elsewhere = Tensor(machine.cuda, pixels.astype(np.float16), device=1)
+        with pytest.raises(InputError, match="on CUDA device 1, the encoder is on 0"):
+            encoder(elsewhere, rows)
         with pytest.raises(InputError, match="must be float16, which the engine takes, got float32"):
             encoder(Tensor(machine.cuda, pixels), rows)
         with pytest.raises(InputError, match="must have shape"):

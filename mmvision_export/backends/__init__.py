@@ -100,7 +100,13 @@ class Backend(Protocol):
 
 @runtime_checkable
 class DeviceBackend(Protocol):
-    """A backend that reads and writes device memory, and runs in a stream of the caller's."""
+    """A backend that reads and writes device memory, and runs in a stream of the caller's.
+
+    Attributes:
+        device: Index of its CUDA device.
+    """
+
+    device: int
 
     def run_into(
         self,

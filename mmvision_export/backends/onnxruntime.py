@@ -60,6 +60,7 @@ class OnnxRuntimeBackend:
             "model": str(directory),
             "graph": graph,
             "precision": manifest.precision,
+            "weights_sha256": manifest.record_of(DATA).sha256,
             "onnxruntime": onnxruntime.__version__,
         }
 

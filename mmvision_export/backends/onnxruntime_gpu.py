@@ -81,7 +81,7 @@ def rtx_devices() -> list[Any]:
     Raises:
         BackendError: ONNX Runtime or the plugin is not installed, it cannot be loaded, or it offers none.
     """
-    hint = "pip install onnxruntime onnxruntime-ep-nv-tensorrt-rtx"
+    hint = "pip install '.[gpu-rtx]'"
     try:
         import onnxruntime
 

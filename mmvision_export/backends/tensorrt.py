@@ -110,6 +110,7 @@ class TensorRTBackend:
         self.info: dict[str, Any] = {
             "engine": str(engine),
             "precision": record.precision,
+            "weights_sha256": record.graph["data_sha256"],
             "attention": record.attention,
             "splitting": "batches are cut between images where counted operations say that is cheaper: attention is "
             + (
@@ -123,9 +124,11 @@ class TensorRTBackend:
             "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
             "streams": streams,
         }
+        self.device = cuda.device
         self._cuda = cuda
         self._engine: trt.ICudaEngine | None = None
         self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self._num_lanes = 0
         self._cleanup = contextlib.ExitStack()
         if record.plugin_library is not None:
             load_plugin_library(module, record.plugin_library.verify(engine), record.plugin_library.record.sha256)
@@ -149,6 +152,7 @@ class TensorRTBackend:
             self._cleanup.callback(lane.close)
             lane.open(self._engine, lambda: self._new_context(module))
             self._lanes.put(lane)
+            self._num_lanes += 1
 
     @property
     def _captures(self) -> bool:
@@ -190,15 +194,21 @@ class TensorRTBackend:
             raise BackendError("the encoder is closed")
         lane = self._lanes.get()
         try:
+            if self._engine is None:  # closed while this call waited
+                raise BackendError("the encoder is closed")
             yield lane
         finally:
             self._lanes.put(lane)
 
     def close(self) -> None:
-        """See `Backend.close`."""
-        # TensorRT asks that contexts go before their engine.
+        """See `Backend.close`. Waits for the calls that are running."""
+        engine, self._engine = self._engine, None
+        idle = [self._lanes.get() for _ in range(self._num_lanes)]
         self._cleanup.close()
-        self._engine = None
+        # TensorRT asks that contexts go before their engine.
+        del engine
+        for lane in idle:  # whoever waits for one is told
+            self._lanes.put(lane)
 
     def _checked(self, result: Any, what: str) -> Any:
         """Turn TensorRT's None or False into an error with what it logged."""

@@ -95,9 +95,9 @@ class TensorRTRTXBackend(TensorRTBackend):
     def close(self) -> None:
         """See `Backend.close`. Keeps the runtime cache, if there is anything new in it and it can be written."""
         cache, self._cache = self._cache, None
-        blob = None if cache is None or self._engine is None else cache.serialize()
-        del cache
         super().close()
+        # The cache has to outlive the contexts that use it.
+        blob = None if cache is None else cache.serialize()
         if blob is not None and (content := bytes(blob)) != self._cached:
             # Written in one piece, so that processes which share the directory never read half of one. Where it cannot
             # be written, on a read-only disk, the next process compiles again.

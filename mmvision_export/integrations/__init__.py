@@ -1,0 +1,1 @@
+"""`VisionEncoder` inside other people's models."""

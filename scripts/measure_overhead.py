@@ -1,0 +1,82 @@
+"""What `VisionEncoder` adds to a call, and how long its import takes: `python scripts/measure_overhead.py`.
+
+Overhead: validation, planning and padding of 8 images of 1,024 patches, in a call to a backend that computes nothing:
+by the clock, and as processor time, which a busy machine distorts less. The finite check reads all patches once, so
+that the speed of memory is its limit; it is shown apart, from the same runs. Import: a new interpreter each time.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from mmvision_export.buckets import Costs, padding_rows, plan_launches, profiles_from_buckets
+from mmvision_export.config import EncoderConfig
+from mmvision_export.grid import checked_pixel_values
+from mmvision_export.preprocess import PreprocessorConfig
+from mmvision_export.runtime import VisionEncoder
+
+CALLS = 200
+
+
+class Nothing:
+    """A backend that plans and pads as an engine's does, and then computes nothing."""
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self) -> None:
+        self.config = EncoderConfig()
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self.profiles = profiles_from_buckets([256, 1024, 2304, 4096], 64, self.config)
+        self.info: dict[str, Any] = {}
+        self._costs = Costs(self.config, masked=True)
+        self._out = np.zeros((2048, 1), np.float32)
+
+    def run(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+        """Plan and pad."""
+        for launch in plan_launches(grid_thw, self.profiles, self._costs):
+            rows = grid_thw[launch.images]
+            count = launch.patches.stop - launch.patches.start
+            np.concatenate([rows, padding_rows(count, len(rows), self.profiles[launch.profile], self.config)])
+        return self._out
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    encoder = VisionEncoder(Nothing(), PreprocessorConfig())  # type: ignore[arg-type]
+    pixels = np.random.default_rng(0).standard_normal((8 * 1024, 1176)).astype(np.float32)
+    grid = np.array([(1, 32, 32)] * 8)
+    times: dict[str, list[float]] = {"call": [], "call, processor time": [], "of it, reading the patches once": []}
+    for _ in range(CALLS):
+        clock, processor = time.perf_counter(), time.thread_time()
+        encoder(pixels, grid)
+        times["call"].append(time.perf_counter() - clock)
+        between = time.thread_time()
+        checked_pixel_values(pixels, encoder.config, np.float32)
+        times["call, processor time"].append(between - processor)
+        times["of it, reading the patches once"].append(time.thread_time() - between)
+    statement = "from mmvision_export import VisionEncoder"
+    program = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    imports = [
+        float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+        for _ in range(5)
+    ]
+    overhead = {
+        name: {"median": round(statistics.median(seconds) * 1e3, 3), "minimum": round(min(seconds) * 1e3, 3)}
+        for name, seconds in times.items()
+    }
+    import_ms = round(statistics.median(imports) * 1e3)
+    print(json.dumps({"overhead_ms": overhead, "import_ms": import_ms, "calls": CALLS}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
