@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 from rich.markup import escape
@@ -21,9 +21,6 @@ from mmvision_export import __version__
 from mmvision_export.console import console, messages, progress_display
 from mmvision_export.errors import message_and_hint, print_error
 from mmvision_export.manifest import find_model_directory
-
-if TYPE_CHECKING:
-    from mmvision_export.parity import ParityResult
 
 __all__ = ["app", "main"]
 
@@ -159,53 +156,72 @@ def export(
 
 @app.command()
 def parity(
-    model: ModelOption = None,
+    model: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--model",
+            metavar="DIR|ENGINE",
+            help="Model directory, or one engine in its plans/. Default: the only one in engines/.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Optional[str],
         typer.Option(metavar="DIR|HUB_ID", help="Where the weights are. Default: where they were at export."),
     ] = None,
+    image: Annotated[
+        Optional[list[Path]],
+        typer.Option(metavar="FILE", help="Image to compare on; may be repeated, for one packed batch."),
+    ] = None,
+    pixel_values: Annotated[
+        Optional[Path], typer.Option(metavar="NPY", help="Patches [num_patches, 1176] to compare on, with --grid-thw.")
+    ] = None,
+    grid_thw: Annotated[
+        Optional[Path], typer.Option(metavar="NPY", help="Integers [num_images, 3]: t, h, w in patches.")
+    ] = None,
+    report: Annotated[
+        Optional[Path],
+        typer.Option(metavar="HTML", help="Write a report with plots here, and all numbers as .json beside it."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the report if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare graphs and engines with PyTorch in float64.
+    """Measure how far graphs and engines are from PyTorch in float64.
 
-    Every graph of the model directory, and the engines that fit this machine, on grids of every kind. The result is
-    written into manifest.json. Exits with 1 if a difference is beyond its gate.
+    Every graph of the model directory, and the engines that fit this machine, on the images or patches given, or on
+    grids of every kind; and layer by layer on the worst of them. A summary is written into manifest.json. Exits with 1
+    if a difference is beyond its gate, or a value is not finite.
     """
-    from mmvision_export.parity import GATES, check_parity, record_parity
+    if (pixel_values is None) != (grid_thw is None):
+        raise typer.BadParameter("--pixel-values and --grid-thw go together")
+    if image and pixel_values:
+        raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
+
+    from mmvision_export.accuracy.command import print_parity, samples_from_options
+    from mmvision_export.accuracy.report import checked_report_path, record_from_parity, write_report
+    from mmvision_export.parity import check_parity, record_parity
     from mmvision_export.weights import WeightSource
 
-    directory = _model(model)
+    path = _model(model)
+    if report is not None:
+        checked_report_path(report, force=force)
+    samples = samples_from_options(path, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw)
     source = WeightSource(checkpoint=checkpoint) if checkpoint else None
     with progress_display() as progress:
-        result = check_parity(directory, source=source, progress=progress)
+        result = check_parity(path, source=source, samples=samples, progress=progress)
     if as_json:
-        print(json.dumps([row.to_dict() for row in result.rows], indent=2))
+        print(json.dumps(record_from_parity(result), indent=2))
     else:
-        _print_parity(result)
-        for precision in dict.fromkeys(row.precision for row in result.rows):
-            console.print(f"{precision} gate: {GATES[precision].describe()}", markup=False)
-    record_parity(directory, result)
+        print_parity(result)
+    record_parity(result)
+    if report is not None:
+        write_report(report, result, force=force)
+        messages.print(f"report: {report}", markup=False)
     for row in result.rows:
         for failure in row.failures:
-            print_error(f"{row.runner}, {row.grid}: {failure}")
+            print_error(f"{row.runner}, {row.sample}: {failure}")
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _print_parity(result: ParityResult) -> None:
-    console.print(f"{'distance from PyTorch in float64':34}patches  max abs  relative L2  min cosine")
-    before = None
-    for row in result.rows:
-        if row.runner != before:
-            console.print(f"[bold]{escape(row.runner)}")
-            before = row.runner
-        distance, is_torch = row.metrics, row.runner.startswith("pytorch-")
-        verdict = "" if is_torch else "[red]FAIL" if row.failures else "[green]pass"
-        console.print(
-            f"  {row.grid:32}{row.patches:7}  {distance.max_abs:7.1e}  {distance.relative_l2:11.2e}  "
-            f"{distance.min_cosine:10.7f}  {verdict}"
-        )
 
 
 @app.command("build-engine")

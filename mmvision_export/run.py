@@ -28,7 +28,7 @@ from mmvision_export.output import new_files
 from mmvision_export.preprocess import image_from_file, patches_from_images
 from mmvision_export.runtime import VisionEncoder
 
-__all__ = ["main"]
+__all__ = ["array_from_file", "main"]
 
 _TEST_PATTERN = "test pattern, 448 x 448"
 
@@ -134,7 +134,7 @@ def _inputs(
 ) -> tuple[list[str], npt.NDArray[np.floating], npt.NDArray[np.int64]]:
     if arguments.pixel_values is not None:
         paths = (arguments.pixel_values, arguments.grid_thw)
-        pixel_values, grid_thw = (_array_from_file(path) for path in paths)
+        pixel_values, grid_thw = (array_from_file(path) for path in paths)
         return [str(path) for path in paths], pixel_values, grid_thw
     if arguments.image:
         images = [image_from_file(path) for path in arguments.image]
@@ -143,7 +143,12 @@ def _inputs(
     return [_TEST_PATTERN], *patches_from_images([_test_pattern()], encoder.preprocessor)
 
 
-def _array_from_file(path: Path) -> npt.NDArray[Any]:
+def array_from_file(path: Path) -> npt.NDArray[Any]:
+    """The array of a .npy file; nothing in it is unpickled.
+
+    Raises:
+        InputError: There is no such file, or it is no .npy file.
+    """
     try:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)
