@@ -6,16 +6,18 @@ Heavy packages are imported by the command that uses them, so that `mmvision --h
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from mmvision_export import __version__
 from mmvision_export.console import console, messages, progress_display
@@ -48,6 +50,13 @@ class Preset(str, enum.Enum):
 
     tiny = "tiny"
     full = "full"
+
+
+class RandomWeights(str, enum.Enum):
+    """Kinds of random weights."""
+
+    plain = "plain"
+    outliers = "outliers"
 
 
 class Backend(str, enum.Enum):
@@ -95,7 +104,19 @@ def _model(given: Path | None) -> Path:
     return model
 
 
-@app.command()
+class _ExportCommand(TyperCommand):
+    """Reads `--random-weights` with no value as `--random-weights=plain`; typer has no options with optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flag = "--random-weights"
+        given = [
+            f"{flag}=plain" if argument == flag and (following is None or following.startswith("-")) else argument
+            for argument, following in itertools.zip_longest(args, args[1:])
+        ]
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_ExportCommand)
 def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write ONNX, the only format so far.", show_default=False)
@@ -109,8 +130,13 @@ def export(
         Optional[Preset], typer.Option(help="Dimensions for --random-weights: tiny (7 M parameters) or full (865 M).")
     ] = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Seeded random weights instead of a checkpoint.")
-    ] = False,
+        Optional[RandomWeights],
+        typer.Option(
+            metavar="[plain|outliers]",
+            help="Seeded random weights instead of a checkpoint: plain (also with no value), or with the outlier "
+            "channels and massive activations of trained vision transformers.",
+        ),
+    ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the random weights. Default: 0.", min=0)] = None,
     output: Annotated[
         Optional[Path],
@@ -139,8 +165,8 @@ def export(
     from mmvision_export.onnx_export import export_model_directory
     from mmvision_export.weights import WeightSource
 
-    if preset is not None:
-        source = WeightSource.random(preset.value, seed or 0)
+    if preset is not None and random_weights is not None:
+        source = WeightSource.random(preset.value, seed or 0, random_weights.value)
         output = output or Path("engines") / preset.value
     else:
         source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)

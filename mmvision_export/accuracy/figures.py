@@ -73,11 +73,18 @@ def error_figure(layers: LayerComparison) -> str:
             if graph.jump is not None:
                 at = place[graph.jump.stage]
                 axes.axvline(at, color="#c0392b", alpha=0.5, linewidth=6)
+                side = 1 if at < len(stages) / 2 else -1
                 axes.annotate(
-                    f"{name}:\njumps here", (at, 0.97), xycoords=("data", "axes fraction"), va="top",
-                    ha="left" if at < len(stages) / 2 else "right", color="#c0392b", xytext=(6 if at < len(stages) / 2 else -6, 0),
+                    f"{name}:
+jumps here",
+                    (at, 0.97),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(6 * side, 0),
                     textcoords="offset points",
-                )  # fmt: skip
+                    ha="left" if side > 0 else "right",
+                    va="top",
+                    color="#c0392b",
+                )
         _stage_axis(axes, stages)
         axes.set_ylabel("relative L2 error")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
@@ -100,16 +107,15 @@ def magnitude_figure(layers: LayerComparison) -> str:
         axes.axhline(FLOAT16_MAX, color="#c0392b", linewidth=1.5)
         right = len(stages) - 0.55
         axes.text(right, FLOAT16_MAX * 1.25, f"float16 overflows above {FLOAT16_MAX:.0f}", color="#c0392b", ha="right")
-        axes.text(
-            right, FLOAT16_MAX / 2, f"within a factor of {NEAR_OVERFLOW:g}: too close", color="#9c640c", ha="right", va="center"
-        )  # fmt: skip
+        near = f"within a factor of {NEAR_OVERFLOW:g}: too close"
+        axes.text(right, FLOAT16_MAX / 2, near, color="#9c640c", ha="right", va="center")
         _stage_axis(axes, stages)
         axes.set_ylabel("largest |activation|")
         return _svg(figure)
 
 
 def _token_maps(sample: Sample, errors: npt.NDArray[np.float64], merge: int) -> list[npt.NDArray[np.float64]]:
-    """Each image's errors in their place: `[t, h / merge, w / merge]`. Merge blocks are packed row by row, frame by frame."""
+    """Each image's errors in their place, `[t, h / merge, w / merge]`; tokens are packed row by row, frame by frame."""
     maps, start = [], 0
     for t, h, w in sample.grid_thw.tolist():
         shape = (t, h // merge, w // merge)
@@ -119,8 +125,9 @@ def _token_maps(sample: Sample, errors: npt.NDArray[np.float64], merge: int) -> 
 
 
 def worst_images(sample: Sample, errors: npt.NDArray[np.float64], merge: int) -> list[int]:
-    """Which images a heat map shows: those with the largest errors, values that are not finite first; in packing order."""
-    worst = [float(np.where(np.isnan(m), np.inf, m).max()) for m in _token_maps(sample, errors, merge)]
+    """The images that a heat map shows: those with the largest errors, not finite ones first; in packing order."""
+    unbounded = np.where(np.isnan(errors), np.inf, errors)
+    worst = [float(tokens.max()) for tokens in _token_maps(sample, unbounded, merge)]
     return sorted(sorted(range(len(worst)), key=lambda i: -worst[i])[:_SHOWN_IMAGES])
 
 

@@ -1,12 +1,12 @@
 """A float16 or bfloat16 graph as a float32 one that rounds every intermediate result to the graph's own type.
 
 ONNX Runtime's CPU provider is no judge of a float16 graph: it has few float16 kernels, computes the rest in float32, and
-takes away the casts it put between them, so that values float16 cannot hold pass from one operator to the next, and an
-overflow that a GPU would show stays hidden. Of bfloat16 it runs next to nothing. Here every product, norm and activation
-is computed in float32, as a GPU's are, and its result is rounded, as a GPU's is. The casts are the graph's own, which
-ONNX Runtime (1.17 and later) does not remove.
+takes away the casts it put between them, so that values float16 cannot hold pass from one operator to the next, and
+an overflow that a GPU would show stays hidden. Of bfloat16 it runs next to nothing. Here every product, norm and
+activation is computed in float32, as a GPU's are, and its result is rounded, as a GPU's is. The casts are the graph's
+own, which ONNX Runtime (1.17 and later) does not remove.
 
-What this does not model: a kernel that accumulates in the narrow type, and the rounding inside one fused attention kernel.
+What this does not model: kernels that accumulate in the narrow type, and rounding inside a fused attention kernel.
 """
 
 from __future__ import annotations
@@ -23,7 +23,20 @@ _FLOAT = ir.DataType.FLOAT
 _NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # What these give is among what they take, which has been rounded.
 _MOVEMENT = frozenset(
-    "Concat Expand Flatten Gather Identity Reshape Slice Split Squeeze Transpose Unsqueeze Where".split()
+    [
+        "Concat",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    ]
 )
 # These make a value of the narrow type by themselves, from another type.
 _CONVERSIONS = frozenset({"Cast", "CastLike", "Constant"})

@@ -11,7 +11,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from mmvision_export.config import EncoderConfig
-from mmvision_export.errors import InputError
 from mmvision_export.grid import checked_grid, checked_pixel_values
 from mmvision_export.preprocess import PreprocessorConfig, image_from_file, patches_from_images, rgb_from_image
 from mmvision_export.run import array_from_file
