@@ -223,9 +223,9 @@ def parity(
     if image and pixel_values:
         raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
 
-    from mmvision_export.accuracy.command import print_parity, samples_from_options
-    from mmvision_export.accuracy.report import checked_report_path, record_from_parity, write_report
     from mmvision_export.parity import check_parity, record_parity
+    from mmvision_export.report.page import checked_report_path, record_from_parity, write_report
+    from mmvision_export.report.terminal import print_parity, samples_from_options
     from mmvision_export.weights import WeightSource
 
     path = _model(model)

@@ -16,7 +16,7 @@ LARGEST_FINITE = {"fp32": 3.4028234663852886e38, "fp16": FLOAT16_MAX, "bf16": 3.
 """Largest finite value of each float type (IEEE 754 binary32 and binary16; bfloat16 has binary32's exponent)."""
 
 NEAR_OVERFLOW = 4.0
-"""Activations within this factor of a type's largest value are reported: another image may exceed what these reached."""
+"""Activations within this factor of a type's largest value are reported: another image may exceed what these did."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

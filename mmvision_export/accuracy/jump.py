@@ -13,7 +13,7 @@ from mmvision_export.metrics import Metrics
 __all__ = ["EXCESS", "Jump", "StageDistance", "expected_errors", "first_jump"]
 
 EXCESS = 2.0
-"""How many times the expected error a stage may be off. It is the factor that the gates of float16 and bfloat16 allow at
+"""How many times the expected error a stage may be off. It is what the gates of float16 and bfloat16 allow at
 the output, so that an output that fails by it always has a first stage to name. Healthy graphs measure 0.9 to 1.2."""
 
 

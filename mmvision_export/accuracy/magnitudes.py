@@ -40,8 +40,8 @@ def observed_magnitudes(encoder: VisionEncoderModule) -> Iterator[dict[str, Magn
     """While the block runs, collect stage -> largest magnitude among all that the stage's modules take and give.
 
     That is every intermediate tensor but two. Rotation keeps the norm of each pair of channels, so that rotated q and k
-    exceed q and k by sqrt(2) at most. Attention's scores, which a fused kernel keeps in float32 and the graph's `matmul`
-    body does not, are bounded by Cauchy and Schwarz: `scale * max|q_i| * max|k_j|` over the tokens of a head.
+    exceed q and k by sqrt(2) at most. Attention's scores, which a fused kernel keeps in float32 and the `matmul` body
+    does not, are bounded by Cauchy and Schwarz: `scale * max|q_i| * max|k_j|` over the tokens of a head.
     """
     found: dict[str, Magnitude] = {}
 

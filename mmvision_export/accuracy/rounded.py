@@ -1,7 +1,7 @@
 """A float16 or bfloat16 graph as a float32 one that rounds every intermediate result to the graph's own type.
 
-ONNX Runtime's CPU provider is no judge of a float16 graph: it has few float16 kernels, computes the rest in float32, and
-takes away the casts it put between them, so that values float16 cannot hold pass from one operator to the next, and
+ONNX Runtime's CPU provider is no judge of a float16 graph: it has few float16 kernels, computes the rest in float32,
+and takes away the casts it put between them, so that values float16 cannot hold pass from one operator to the next, and
 an overflow that a GPU would show stays hidden. Of bfloat16 it runs next to nothing. Here every product, norm and
 activation is computed in float32, as a GPU's are, and its result is rounded, as a GPU's is. The casts are the graph's
 own, which ONNX Runtime (1.17 and later) does not remove.

@@ -75,8 +75,7 @@ def error_figure(layers: LayerComparison) -> str:
                 axes.axvline(at, color="#c0392b", alpha=0.5, linewidth=6)
                 side = 1 if at < len(stages) / 2 else -1
                 axes.annotate(
-                    f"{name}:
-jumps here",
+                    f"{name}:\njumps here",
                     (at, 0.97),
                     xycoords=("data", "axes fraction"),
                     xytext=(6 * side, 0),

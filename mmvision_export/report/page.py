@@ -7,16 +7,14 @@ import importlib.metadata
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmvision_export import __version__
 from mmvision_export.accuracy.gates import FLOAT16_MAX, GATES, NEAR_OVERFLOW
 from mmvision_export.accuracy.jump import EXCESS, expected_errors
 from mmvision_export.errors import OutputError, ParityError
 from mmvision_export.output import new_files
-
-if TYPE_CHECKING:
-    from mmvision_export.parity import ParityResult, ParityRow
+from mmvision_export.parity import ParityResult, ParityRow
 
 __all__ = ["checked_report_path", "record_from_parity", "write_report"]
 
@@ -132,7 +130,7 @@ def write_report(path: Path, result: ParityResult, *, force: bool = False) -> No
 def _html(record: dict[str, Any], result: ParityResult, json_name: str) -> str:
     import jinja2
 
-    from mmvision_export.accuracy.figures import error_figure, heat_map_figure, magnitude_figure, worst_images
+    from mmvision_export.report.figures import error_figure, heat_map_figure, magnitude_figure, worst_images
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
