@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmvision_export.accuracy.samples import samples_from_grids
 from mmvision_export.checkpoint import encoder_from_state_dict
 from mmvision_export.config import PRESETS, EncoderConfig
 from mmvision_export.encoder import EncoderLayer
@@ -114,6 +115,6 @@ def test_a_model_directory_can_load_them_again(tmp_path: Path) -> None:
     plain = WeightSource(random_config=NARROW, seed=SEED).load(torch.float32)
     assert manifest.source["sha256"] != plain.source["sha256"]
     assert WeightSource.from_manifest(Manifest.read(tmp_path / "m").source, NARROW) == source
-    result = check_parity(tmp_path / "m", grids=CHECK_GRIDS)
+    result = check_parity(tmp_path / "m", samples=samples_from_grids(NARROW, CHECK_GRIDS))
     assert result.passed
     assert np.isfinite([row.metrics.relative_l2 for row in result.rows]).all()

@@ -12,13 +12,14 @@ import onnx_ir as ir
 import pytest
 from polygraphy.backend.base import BaseRunner
 
+from mmvision_export.accuracy.gates import GATES
+from mmvision_export.accuracy.samples import samples_from_grids
 from mmvision_export.errors import CheckpointError, ManifestError, ParityError
 from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.onnx_files import derive_fp16
 from mmvision_export.parity import (
-    GATES,
     REFERENCE,
     ParityResult,
     _distances,
@@ -32,25 +33,31 @@ from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80, copy_of
 from tests.test_checkpoint import LAYOUTS, STATE, write_checkpoint
 
+CHECK_SAMPLES = samples_from_grids(HEAD_DIM_80, CHECK_GRIDS)
+
 
 def check(directory: Path, **options: Any) -> ParityResult:
-    result = check_parity(directory, **{"grids": CHECK_GRIDS, **options})
-    record_parity(directory, result)
+    result = check_parity(directory, **{"samples": CHECK_SAMPLES, **options})
+    record_parity(result)
     return result
 
 
 def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
     derive_fp16(directory, Manifest.read(directory))
-    result = check(directory, grids=PARITY_GRIDS)
+    result = check(directory, samples=())
     assert result.passed
-    assert {row.runner for row in result.rows} == {"pytorch-fp32", "pytorch-fp16", "model.onnx", "model.fp16.onnx"}
-    assert {row.grid for row in result.rows} == set(PARITY_GRIDS)
+    assert {row.runner for row in result.rows} == {
+        "pytorch-fp32", "pytorch-fp16", "model.onnx", "model.fp16.onnx", "model.fp16.onnx (rounded)",
+    }  # fmt: skip
+    assert {row.sample for row in result.rows} == set(PARITY_GRIDS)
     for row in result.rows:
         assert row.metrics.relative_l2 < (2e-6 if row.precision == "fp32" else 5e-3)
     recorded = Manifest.read(directory).parity
     assert set(recorded) == {"model.onnx", "model.fp16.onnx"}
     assert recorded["model.onnx"]["passed"] is True
+    assert recorded["model.onnx"]["layers"]["first_jump"] is None
+    assert recorded["model.fp16.onnx"]["rounded"]["mixed sizes"]["failures"] == []
     assert recorded["model.onnx"]["grids"]["mixed sizes"]["patches"] == 276
     assert recorded["model.onnx"]["grids"]["mixed sizes"]["relative_l2"] < 2e-6
 
@@ -137,10 +144,26 @@ def test_checkpoint_is_loaded_again_and_must_be_the_same(tmp_path: Path) -> None
         check(directory, source=WeightSource(checkpoint=str(tmp_path / "other")))
 
 
-def test_bf16_cannot_be_compared_on_a_cpu(tmp_path: Path) -> None:
+def test_bf16_is_compared_by_rounding(tmp_path: Path) -> None:
+    from tests.test_engine import Notes
+
     export_model_directory(WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="bf16")
-    with pytest.raises(ParityError, match="nothing in .* can be run on this machine"):
-        check(tmp_path / "m")
+    notes = Notes()
+    result = check(tmp_path / "m", progress=notes)
+    assert result.passed
+    assert {row.runner for row in result.rows} == {"pytorch-bf16", "model.onnx (rounded)"}
+    assert any("is bf16, which ONNX Runtime's CPU provider cannot run" in note for note in notes.notes)
+    recorded = Manifest.read(tmp_path / "m").parity["model.onnx"]
+    assert recorded["passed"] is True
+    assert recorded["grids"] == {}
+    # It is bfloat16 that was measured: 2**-9 relative for each rounding.
+    assert 2**-9 < recorded["rounded"]["two sizes"]["relative_l2"] < 2**-5
+
+
+def test_an_engine_outside_a_model_directory_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    (tmp_path / "x.engine").write_bytes(b"engine")
+    with pytest.raises(ParityError, match="is not in the plans/ of a model directory"):
+        check_parity(tmp_path / "x.engine")
 
 
 def test_damaged_directory(exported: Path, tmp_path: Path) -> None:
@@ -209,19 +232,18 @@ class Plain(Doubling):
 def test_grids_beyond_an_engines_profile_are_left_out_with_a_note() -> None:
     from tests.test_engine import Notes
 
-    batches = {name: sample_batch(grid, HEAD_DIM_80, seed=0) for name, grid in CHECK_GRIDS.items()}
     notes = Notes()
-    found = _distances([Plain(name=REFERENCE), Doubling(name="engine")], batches, notes)
+    found = _distances([Plain(name=REFERENCE), Doubling(name="engine")], CHECK_SAMPLES, notes)
     assert set(found["engine"]) == {"one block"}
-    assert found["engine"]["one block"].relative_l2 == pytest.approx(1.0)
+    assert found["engine"]["one block"].metrics.relative_l2 == pytest.approx(1.0)
     assert notes.notes == ["engine does not take two sizes, which is beyond its profile"]
 
 
 def test_two_processes_do_not_lose_each_others_results(exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
-    slow = check_parity(directory, grids=CHECK_GRIDS)
+    slow = check_parity(directory, samples=CHECK_SAMPLES)
     derive_fp16(directory, Manifest.read(directory))  # another process, while the comparison ran
-    record_parity(directory, slow)
+    record_parity(slow)
     manifest = Manifest.read(directory)
     assert "model.fp16.onnx" in manifest.files
     assert manifest.parity["model.onnx"]["passed"] is True

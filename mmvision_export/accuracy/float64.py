@@ -29,8 +29,9 @@ class Float64Encoder(VisionEncoderModule):
         self.eval().requires_grad_(False)
         for module in self.modules():
             if next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(_widen)
-                module.register_forward_hook(_restore, always_call=True)
+                held = _Held()
+                module.register_forward_pre_hook(held.widen)
+                module.register_forward_hook(held.restore, always_call=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,13 +39,19 @@ class Float64Encoder(VisionEncoderModule):
         return torch.float64
 
 
-def _widen(module: nn.Module, _: Any) -> None:
-    module.narrow = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
-    for parameter in module.parameters(recurse=False):
-        parameter.data = parameter.data.double()
+class _Held:
+    """A module's own weights, while it has them in float64."""
 
+    def __init__(self) -> None:
+        self._narrow: list[torch.Tensor] = []
 
-def _restore(module: nn.Module, *_: Any) -> None:
-    for name, data in module.narrow.items():  # type: ignore[union-attr, operator]
-        module.get_parameter(name).data = data
-    del module.narrow
+    def widen(self, module: nn.Module, _: Any) -> None:
+        parameters = list(module.parameters(recurse=False))
+        self._narrow = [parameter.data for parameter in parameters]
+        for parameter in parameters:
+            parameter.data = parameter.data.double()
+
+    def restore(self, module: nn.Module, *_: Any) -> None:
+        for parameter, narrow in zip(module.parameters(recurse=False), self._narrow, strict=True):
+            parameter.data = narrow
+        self._narrow = []

@@ -117,11 +117,7 @@ def compare_layers(
         beside = {}
         for float_type, load in eager.items():
             progress.step(f"layer by layer: PyTorch in {float_type}")
-            rows: list[StageDistance] = []
-            _run_torch(
-                load(), sample, lambda stage, output, t=float_type, to=rows: to.append(distance(stage, output, t))
-            )
-            beside[float_type] = rows
+            beside[float_type] = _distances_of_torch(load(), sample, partial(distance, float_type=float_type))
 
         compared = {}
         for name, (path, facts) in graphs.items():
@@ -151,6 +147,14 @@ def _run_torch(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _distances_of_torch(
+    encoder: VisionEncoderModule, sample: Sample, distance: Callable[[str, npt.NDArray[Any]], StageDistance]
+) -> list[StageDistance]:
+    rows: list[StageDistance] = []
+    _run_torch(encoder, sample, lambda stage, output: rows.append(distance(stage, output)))
+    return rows
 
 
 def _run_graph(

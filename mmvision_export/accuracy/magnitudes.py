@@ -69,7 +69,7 @@ def observed_magnitudes(encoder: VisionEncoderModule) -> Iterator[dict[str, Magn
         for path, module in top.named_modules():
             name = f"{stage}.{path}" if path else stage
             if isinstance(module, SelfAttention):
-                handles.append(module.register_forward_hook(partial(attention_hook, stage)))  # type: ignore[arg-type]
+                handles.append(module.register_forward_hook(partial(attention_hook, stage)))
             if next(module.children(), None) is None or module is top:
                 handles.append(module.register_forward_hook(partial(module_hook, stage, name)))
     try:

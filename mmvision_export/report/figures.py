@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +22,7 @@ __all__ = ["error_figure", "heat_map_figure", "magnitude_figure", "worst_images"
 
 _SHOWN_IMAGES = 6
 _NOT_FINITE = "#d000d0"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and it can be searched
     "svg.hashsalt": "mmvision",  # the same figure is the same file
     "font.family": "sans-serif",
@@ -159,10 +160,11 @@ def heat_map_figure(sample: Sample, errors: npt.NDArray[np.float64], merge: int)
             extent = (0.0, float(width), float(height), 0.0)
             alpha = 1.0
             if sample.pictures:
-                picture, alpha = sample.pictures[i], 0.65
+                picture, alpha = sample.pictures[i], 0.75
                 grid[rows * line][column].imshow(picture, extent=extent, interpolation="bilinear")
                 grid[rows * line][column].set_title(f"{sample.files[i]}: as encoded", fontsize=9)
-                axes.imshow(picture.convert("L"), extent=extent, cmap="gray", interpolation="bilinear")
+                # Pale, so that what is dark is a small error and not a dark image.
+                axes.imshow(picture.convert("L"), extent=extent, cmap="gray", vmin=-512, vmax=255)
             masked = np.ma.masked_invalid(tokens)
             drawn.append(
                 axes.imshow(masked, cmap=colours, norm=scale, extent=extent, alpha=alpha, interpolation="nearest")
