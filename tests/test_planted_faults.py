@@ -48,7 +48,8 @@ def gather(model: ir.Model, rotary: ir.Node, order: np.ndarray) -> None:
         before = ir.node("Gather", [taken, model.graph.initializers["there"]], attributes={"axis": 2})
         after = ir.node("Gather", [given, model.graph.initializers["back"]], attributes={"axis": 2})
         before.name, after.name = f"before_{index}", f"after_{index}"
-        before.outputs[0].name, after.outputs[0].name = before.name, after.name
+        for node in (before, after):
+            node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = node.name, taken.type, taken.shape
         model.graph.insert_before(rotary, before)
         rotary.replace_input_with(index, before.outputs[0])
         model.graph.insert_after(rotary, after)
@@ -130,8 +131,8 @@ def test_a_fault_stands_out_from_float16s_own_error(
 def test_a_float16_overflow_is_seen_and_named(tmp_path: Path) -> None:
     """fc1 of layer 1 gives values that float16 cannot hold, and fc2 would take them back.
 
-    float32 and bfloat16 are not bothered. ONNX Runtime on a CPU is not either, with a float16 graph: it keeps the values
-    in float32. A GPU does not, and nor does rounding.
+    float32 and bfloat16 are not bothered. ONNX Runtime on a CPU is not either, with a float16 graph: it keeps the
+    values in float32. A GPU does not, and nor does rounding.
     """
     state = dict(STATE)
     bias = FC1.replace("weight", "bias")

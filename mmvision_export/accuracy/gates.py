@@ -61,7 +61,10 @@ class Gate:
             by = "" if limit == self.max_relative_l2 else f", {self.times_eager:g} x PyTorch's in the same precision"
             found.append(f"relative L2 {result.relative_l2:.2e} > {limit:.2e}{by}")
         if not result.min_cosine >= self.min_cosine:
-            found.append(f"minimum cosine {result.min_cosine:.6f} < {self.min_cosine}")
+            why = ""
+            if eager is not None and not eager.min_cosine >= self.min_cosine:
+                why = f"; PyTorch itself has {eager.min_cosine:.6f} in this precision, which does not suffice here"
+            found.append(f"minimum cosine {result.min_cosine:.6f} < {self.min_cosine}{why}")
         return found
 
 

@@ -61,11 +61,12 @@ def rounded_model(model: ir.Model, float_type: str) -> ir.Model:
         return model
     narrow = _NARROW[float_type]
     inline_functions(model)
+    _refuse_control_flow(model.graph)
     # What was inlined has no types yet.
     typed = ir.serde.deserialize_model(onnx.shape_inference.infer_shapes(ir.serde.serialize_model(model)))
     graph = typed.graph
     nodes = list(graph)
-    _refuse_unknown(nodes)
+    _refuse_untyped(nodes)
     outputs = set(graph.outputs)
     for value in (*graph.inputs, *graph.initializers.values()):
         if value.dtype == narrow:
@@ -83,10 +84,14 @@ def rounded_model(model: ir.Model, float_type: str) -> ir.Model:
     return typed
 
 
-def _refuse_unknown(nodes: list[ir.Node]) -> None:
-    for node in nodes:
+def _refuse_control_flow(graph: ir.Graph) -> None:
+    for node in graph:
         if any(attribute.type in _SUBGRAPHS for attribute in node.attributes.values()):
             raise ParityError(f"node {node.name} has control flow ({node.op_type}), into which rounding cannot be put")
+
+
+def _refuse_untyped(nodes: list[ir.Node]) -> None:
+    for node in nodes:
         if any(value.dtype is None for value in node.outputs if value.name):
             raise ParityError(f"nothing tells the type of what node {node.name} ({node.op_type}) gives")
 

@@ -54,17 +54,18 @@ def stage_modules(encoder: VisionEncoderModule) -> dict[str, nn.Module]:
 def stage_values(graph: ir.Graph, config: EncoderConfig) -> dict[str, ir.Value]:
     """Stage -> the value of a graph that holds its output: the last float one made by a node named after the stage.
 
-    Nodes are named after modules at export, and what is derived from that graph keeps the names. A stage whose nodes
+    In the order of `stage_names`. Nodes are named after modules at export, and what is derived from that graph keeps the names. A stage whose nodes
     were merged into another's, or renamed, is left out.
     """
-    names = frozenset(stage_names(config))
+    order = stage_names(config)
+    names = frozenset(order)
     found: dict[str, ir.Value] = {}
     for node in graph:  # in topological order
         stage = _stage_of(node.name or "", names)
         output = node.outputs[0]
         if stage is not None and (output.dtype is None or output.dtype.is_floating_point()):
             found[stage] = output
-    return found
+    return {stage: found[stage] for stage in order if stage in found}
 
 
 def _stage_of(name: str, stages: frozenset[str]) -> str | None:
