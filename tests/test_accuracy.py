@@ -21,6 +21,7 @@ from mmvision_export.accuracy.samples import Sample, sample_from_files, samples_
 from mmvision_export.accuracy.sessions import run_model
 from mmvision_export.accuracy.stages import facts_of_graph, stage_names, stage_values
 from mmvision_export.checkpoint import encoder_from_state_dict
+from mmvision_export.config import EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import ExportError, InputError, ParityError
 from mmvision_export.manifest import Manifest
@@ -281,3 +282,15 @@ def test_full_depth(precision: str, kind: RandomKind, tmp_path: Path) -> None:
         assert "PyTorch itself has" in failure
     else:
         assert result.passed, failures
+
+
+@pytest.mark.slow
+def test_full_width(tmp_path: Path) -> None:
+    """Two layers, the projector and the merger at the released width, with outliers, in float16: 3.5 GB of memory."""
+    config = EncoderConfig(num_hidden_layers=2)
+    export_model_directory(
+        WeightSource(random_config=config, seed=1, random_kind="outliers"), tmp_path / "m", precision="fp16"
+    )
+    result = check_parity(tmp_path / "m", samples=samples_from_grids(config, {"sizes": ((1, 8, 8), (1, 3, 5))}))
+    assert result.passed, [row.failures for row in result.rows]
+    assert result.layers.graphs["model.onnx"].jump is None

@@ -129,17 +129,18 @@ def _widen_conversion(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: i
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
-    """Give the value's name to what it is rounded to, so that a stage is found by the same name."""
+    """Round a value, which passes its name on to the result; the nodes that do it are named after the one it is from."""
     name = value.name
+    prefix = f"{node.name}." if len(node.outputs) == 1 else f"{node.name}.{value.index()}."
     uses = list(value.uses())
     value.type, value.name = ir.TensorType(_FLOAT), f"{name}.unrounded"
-    down = _cast(value, narrow, f"{name}.rounded")
+    down = _cast(value, narrow, f"{prefix}rounded")
     graph.insert_after(node, down)
     if value in graph.outputs:
         down.outputs[0].name = name
         graph.outputs[graph.outputs.index(value)] = down.outputs[0]
         return
-    up = _cast(down.outputs[0], _FLOAT, f"{name}.widened")
+    up = _cast(down.outputs[0], _FLOAT, f"{prefix}widened")
     up.outputs[0].name = name
     graph.insert_after(down, up)
     for user, index in uses:
