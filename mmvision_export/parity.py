@@ -190,12 +190,12 @@ def _candidates(
     path: Path, directory: Path, manifest: Manifest, progress: Progress
 ) -> tuple[dict[str, tuple[Path, GraphFacts]], list[Candidate]]:
     """The graphs to look into layer by layer, and all there is to compare."""
-    engines = [_engine_candidate(path, EngineRecord.read(path))] if path.is_file() else []
     names = [name for name in manifest.files if name.endswith(".onnx")]
-    if engines:
+    engine = EngineRecord.read(path) if path.is_file() else None
+    if engine is not None:
+        open_backend(engine.backend, path, device=0, threads=None).close()
         # An engine does not show its layers; the graph it was built from has the same types.
-        names = [str(EngineRecord.read(path).graph["name"])]
-        open_backend(EngineRecord.read(path).backend, path, device=0, threads=None).close()
+        names = [engine.graph["name"]]
     graphs, candidates = {}, []
     for name in names:
         manifest.verify(directory, [name])
@@ -203,7 +203,7 @@ def _candidates(
         facts = facts_of_graph(model)
         manifest.verify(directory, facts.data_files)
         graphs[name] = (directory / name, facts)
-        if engines:
+        if engine is not None:
             continue
         if facts.float_type == "bf16":
             progress.note(f"{name} is bf16, which ONNX Runtime's CPU provider cannot run: every op is rounded instead")
@@ -214,17 +214,20 @@ def _candidates(
             rounded = rounded_model(model, facts.float_type)
             runner = OnnxrtRunner(lambda model=rounded: session_from_model(model, directory), name=f"{name} (rounded)")
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-    return graphs, [*candidates, *(engines or _engines_for_this_machine(directory, progress))]
+    if engine is not None:
+        return graphs, [_engine_candidate(path, engine, directory)]
+    return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
 
 
 def _session_loader(graph: Path) -> Callable[[], Any]:
     return lambda: create_session(graph, provider="CPUExecutionProvider")
 
 
-def _engine_candidate(engine: Path, record: EngineRecord) -> Candidate:
+def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Candidate:
+    """Judged as the graph it was built from, whose types it has."""
     name = f"{PLANS}/{engine.name}"
-    float_type = record.precision if record.precision in DTYPES else "fp16"
-    return Candidate(name, record.precision, float_type, EngineRunner(name, engine, record))
+    facts = facts_of_graph(ir.load(directory / record.graph["name"]))
+    return Candidate(name, facts.precision, facts.float_type, EngineRunner(name, engine, record))
 
 
 def _rows(
@@ -335,7 +338,7 @@ def _engines_for_this_machine(directory: Path, progress: Progress) -> list[Candi
         except (BackendError, ManifestError) as error:
             progress.note(f"{engine.name} is not compared: {error}")
             continue
-        found.append(_engine_candidate(engine, record))
+        found.append(_engine_candidate(engine, record, directory))
     return found
 
 

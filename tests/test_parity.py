@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from polygraphy.backend.base import BaseRunner
 
 from mmvision_export.accuracy.gates import GATES
@@ -26,7 +27,7 @@ from mmvision_export.parity import (
     check_parity,
     record_parity,
 )
-from mmvision_export.runners import input_metadata
+from mmvision_export.runners import TorchRunner, input_metadata
 from mmvision_export.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
 from mmvision_export.sidecar import Profile
 from mmvision_export.weights import WeightSource
@@ -247,3 +248,39 @@ def test_two_processes_do_not_lose_each_others_results(exported: Path, tmp_path:
     manifest = Manifest.read(directory)
     assert "model.fp16.onnx" in manifest.files
     assert manifest.parity["model.onnx"]["passed"] is True
+
+
+def test_one_engine_is_judged_as_the_graph_it_was_built_from(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU the engine's runner is replaced: by one that is right, and by one that is wrong."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from mmvision_export import parity
+    from mmvision_export.engine import build_engine
+
+    directory = copy_of(exported, tmp_path / "m")
+    profile = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+    engine, _ = build_engine(directory, profile=profile, backend="tensorrt-rtx", compute_capabilities=["8.9"])
+
+    class Opened:
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(parity, "open_backend", lambda *_, **__: Opened())
+    for scale in (1.0, 1.01):
+
+        class Stand(TorchRunner):
+            """Runs PyTorch in float32 under the engine's name."""
+
+            def __init__(self, name: str, *_: Any) -> None:
+                encoder = WeightSource(random_config=HEAD_DIM_80, seed=1).load(torch.float32).encoder
+                super().__init__(name, lambda: encoder, HEAD_DIM_80)
+
+            def infer_impl(self, feed_dict: Any) -> Any:
+                return OrderedDict(image_embeds=super().infer_impl(feed_dict)["image_embeds"] * np.float32(scale))  # noqa: B023
+
+        monkeypatch.setattr(parity, "EngineRunner", Stand)
+        result = check_parity(engine, samples=CHECK_SAMPLES)
+        assert {row.subject for row in result.rows} == {None, f"plans/{engine.name}"}
+        assert result.passed is (scale == 1.0)
+        assert list(result.layers.graphs) == ["model.onnx"]

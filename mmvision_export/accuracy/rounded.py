@@ -129,7 +129,7 @@ def _widen_conversion(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: i
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
-    """Round a value, which passes its name on to the result; the nodes that do it are named after the one it is from."""
+    """Round a value, which passes its name on; the nodes that do it are named after the one that made it."""
     name = value.name
     prefix = f"{node.name}." if len(node.outputs) == 1 else f"{node.name}.{value.index()}."
     uses = list(value.uses())
