@@ -6,24 +6,23 @@ Heavy packages are imported by the command that uses them, so that `mmvision --h
 from __future__ import annotations
 
 import enum
+import itertools
 import json
 import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from mmvision_export import __version__
 from mmvision_export.console import console, messages, progress_display
 from mmvision_export.errors import message_and_hint, print_error
 from mmvision_export.manifest import find_model_directory
-
-if TYPE_CHECKING:
-    from mmvision_export.parity import ParityResult
 
 __all__ = ["app", "main"]
 
@@ -51,6 +50,13 @@ class Preset(str, enum.Enum):
 
     tiny = "tiny"
     full = "full"
+
+
+class RandomWeights(str, enum.Enum):
+    """Kinds of random weights."""
+
+    plain = "plain"
+    outliers = "outliers"
 
 
 class Backend(str, enum.Enum):
@@ -114,7 +120,19 @@ def _model(given: Path | None) -> Path:
     return model
 
 
-@app.command()
+class _ExportCommand(TyperCommand):
+    """Reads `--random-weights` with no value as `--random-weights=plain`; typer has no options with optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flag = "--random-weights"
+        given = [
+            f"{flag}=plain" if argument == flag and (following is None or following.startswith("-")) else argument
+            for argument, following in itertools.zip_longest(args, args[1:])
+        ]
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_ExportCommand)
 def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write ONNX, the only format so far.", show_default=False)
@@ -128,8 +146,13 @@ def export(
         Optional[Preset], typer.Option(help="Dimensions for --random-weights: tiny (7 M parameters) or full (865 M).")
     ] = None,
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Seeded random weights instead of a checkpoint.")
-    ] = False,
+        Optional[RandomWeights],
+        typer.Option(
+            metavar="[plain|outliers]",
+            help="Seeded random weights instead of a checkpoint: plain (also with no value), or with the outlier "
+            "channels and massive activations of trained vision transformers.",
+        ),
+    ] = None,
     seed: Annotated[Optional[int], typer.Option(help="Seed of the random weights. Default: 0.", min=0)] = None,
     output: Annotated[
         Optional[Path],
@@ -158,8 +181,8 @@ def export(
     from mmvision_export.onnx_export import export_model_directory
     from mmvision_export.weights import WeightSource
 
-    if preset is not None:
-        source = WeightSource.random(preset.value, seed or 0)
+    if preset is not None and random_weights is not None:
+        source = WeightSource.random(preset.value, seed or 0, random_weights.value)
         output = output or Path("engines") / preset.value
     else:
         source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
@@ -175,53 +198,72 @@ def export(
 
 @app.command()
 def parity(
-    model: ModelOption = None,
+    model: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--model",
+            metavar="DIR|ENGINE",
+            help="Model directory, or one engine in its plans/. Default: the only one in engines/.",
+        ),
+    ] = None,
     checkpoint: Annotated[
         Optional[str],
         typer.Option(metavar="DIR|HUB_ID", help="Where the weights are. Default: where they were at export."),
     ] = None,
+    image: Annotated[
+        Optional[list[Path]],
+        typer.Option(metavar="FILE", help="Image to compare on; may be repeated, for one packed batch."),
+    ] = None,
+    pixel_values: Annotated[
+        Optional[Path], typer.Option(metavar="NPY", help="Patches [num_patches, 1176] to compare on, with --grid-thw.")
+    ] = None,
+    grid_thw: Annotated[
+        Optional[Path], typer.Option(metavar="NPY", help="Integers [num_images, 3]: t, h, w in patches.")
+    ] = None,
+    report: Annotated[
+        Optional[Path],
+        typer.Option(metavar="HTML", help="Write a report with plots here, and all numbers as .json beside it."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the report if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Compare graphs and engines with PyTorch in float64.
+    """Measure how far graphs and engines are from PyTorch in float64.
 
-    Every graph of the model directory, and the engines that fit this machine, on grids of every kind. The result is
-    written into manifest.json. Exits with 1 if a difference is beyond its gate.
+    Every graph of the model directory, and the engines that fit this machine, on the images or patches given, or on
+    grids of every kind; and layer by layer on the worst of them. A summary is written into manifest.json. Exits with 1
+    if a difference is beyond its gate, or a value is not finite.
     """
-    from mmvision_export.parity import GATES, check_parity, record_parity
+    if (pixel_values is None) != (grid_thw is None):
+        raise typer.BadParameter("--pixel-values and --grid-thw go together")
+    if image and pixel_values:
+        raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
+
+    from mmvision_export.parity import check_parity, record_parity
+    from mmvision_export.report.page import checked_report_path, record_from_parity, write_report
+    from mmvision_export.report.terminal import print_parity, samples_from_options
     from mmvision_export.weights import WeightSource
 
-    directory = _model(model)
+    path = _model(model)
+    if report is not None:
+        checked_report_path(report, force=force)
+    samples = samples_from_options(path, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw)
     source = WeightSource(checkpoint=checkpoint) if checkpoint else None
     with progress_display() as progress:
-        result = check_parity(directory, source=source, progress=progress)
+        result = check_parity(path, source=source, samples=samples, progress=progress)
     if as_json:
-        print(json.dumps([row.to_dict() for row in result.rows], indent=2))
+        print(json.dumps(record_from_parity(result), indent=2))
     else:
-        _print_parity(result)
-        for precision in dict.fromkeys(row.precision for row in result.rows):
-            console.print(f"{precision} gate: {GATES[precision].describe()}", markup=False)
-    record_parity(directory, result)
+        print_parity(result)
+    record_parity(result)
+    if report is not None:
+        write_report(report, result, force=force)
+        messages.print(f"report: {report}", markup=False)
     for row in result.rows:
         for failure in row.failures:
-            print_error(f"{row.runner}, {row.grid}: {failure}")
+            print_error(f"{row.runner}, {row.sample}: {failure}")
     if not result.passed:
         raise typer.Exit(1)
-
-
-def _print_parity(result: ParityResult) -> None:
-    console.print(f"{'distance from PyTorch in float64':34}patches  max abs  relative L2  min cosine")
-    before = None
-    for row in result.rows:
-        if row.runner != before:
-            console.print(f"[bold]{escape(row.runner)}")
-            before = row.runner
-        distance, is_torch = row.metrics, row.runner.startswith("pytorch-")
-        verdict = "" if is_torch else "[red]FAIL" if row.failures else "[green]pass"
-        console.print(
-            f"  {row.grid:32}{row.patches:7}  {distance.max_abs:7.1e}  {distance.relative_l2:11.2e}  "
-            f"{distance.min_cosine:10.7f}  {verdict}"
-        )
 
 
 def _integers(option: str, text: str) -> list[int]:

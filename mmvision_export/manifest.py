@@ -108,6 +108,7 @@ class Manifest:
         versions: Versions of the packages that made the directory.
         files: Every file of the directory that a runtime may open, by name relative to it.
         parity: Results of the last comparison, by graph file name.
+        weights: The largest weight and what float16 would lose; see `weight_statistics`.
         created: When, in UTC, ISO 8601.
     """
 
@@ -120,6 +121,7 @@ class Manifest:
     files: dict[str, FileRecord]
     created: str
     parity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, kind in (
@@ -127,6 +129,7 @@ class Manifest:
             ("source", self.source, dict),
             ("parity", self.parity, dict),
             ("versions", self.versions, dict),
+            ("weights", self.weights, dict),
         ):
             if not isinstance(value, kind):
                 raise ManifestError(f"{name} must be {kind.__name__}, got {value!r}")

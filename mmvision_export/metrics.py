@@ -8,7 +8,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Metrics", "metrics"]
+__all__ = ["Metrics", "metrics", "token_errors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +54,18 @@ def metrics(result: npt.NDArray[np.floating], reference: npt.NDArray[np.floating
         min_cosine=float(min(1.0, cosine.min())),
         non_finite=0,
     )
+
+
+def token_errors(result: npt.NDArray[np.floating], reference: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """Relative L2 difference of each token, `[tokens]` float64; NaN where a value is not finite.
+
+    Args:
+        result: `[tokens, channels]`.
+        reference: Same shape.
+    """
+    a, b = result.astype(np.float64), reference.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(b, axis=-1)
+        errors: npt.NDArray[np.float64] = np.linalg.norm(a - b, axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    errors[~np.isfinite(errors)] = np.nan
+    return errors

@@ -25,6 +25,7 @@ from mmvision_export.ops import translation_table
 from mmvision_export.output import new_directory
 from mmvision_export.preprocess import PreprocessorConfig
 from mmvision_export.progress import Progress
+from mmvision_export.weight_statistics import weight_statistics
 from mmvision_export.weights import DTYPES, WeightSource
 
 __all__ = ["OPSETS", "export_model_directory", "onnx_from_encoder"]
@@ -126,6 +127,7 @@ def export_model_directory(
     # The directory first: what cannot be written is an error now, and not after the work.
     with new_directory(output, marker=MANIFEST, force=force) as directory:
         loaded = source.load(DTYPES[precision], progress)
+        statistics = weight_statistics(loaded.encoder)
         config = loaded.encoder.config
         preprocessor = PreprocessorConfig.for_encoder(config)
         if loaded.preprocessor is not None:
@@ -142,6 +144,7 @@ def export_model_directory(
             opset=opset,
             attention_body=str(attention_body_of(model)),
             source=loaded.source,
+            weights=statistics,
             versions=_versions(),
             files={name: file_record(directory / name) for name in (GRAPH, DATA, PREPROCESSOR)},
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

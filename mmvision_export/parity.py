@@ -1,8 +1,9 @@
-"""Is the exported graph the same function as the PyTorch encoder? Measured with Polygraphy, for each grid.
+"""Is the exported graph the same function as the PyTorch encoder? Measured with Polygraphy, for each input.
 
 Every result is compared with the encoder in float64. The runners: PyTorch in the graph's precision, which shows what
-that precision costs by itself; ONNX Runtime on each graph of the model directory; and, where there is a GPU, the
-engines that fit it.
+that precision costs by itself; ONNX Runtime on each graph of the model directory; each float16 and bfloat16 graph once
+more with every intermediate result rounded to its type, as a GPU rounds it; and, where there is a GPU, the engines that
+fit it. On the input where they are furthest off, the graphs are then compared layer by layer.
 """
 
 from __future__ import annotations
@@ -10,117 +11,112 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
+import onnx_ir as ir
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults
 
+from mmvision_export.accuracy.float64 import Float64Encoder
+from mmvision_export.accuracy.gates import GATES
+from mmvision_export.accuracy.layers import LayerComparison, compare_layers
+from mmvision_export.accuracy.magnitudes import overflow_warnings
+from mmvision_export.accuracy.rounded import rounded_model
+from mmvision_export.accuracy.samples import Sample, samples_from_grids
+from mmvision_export.accuracy.sessions import session_from_model
+from mmvision_export.accuracy.stages import GraphFacts, facts_of_graph
 from mmvision_export.backends import BackendOptions, open_backend
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.compute_capability import current_compute_capability
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import BackendError, ManifestError, ParityError
-from mmvision_export.manifest import GRAPH, PLANS, Manifest
-from mmvision_export.metrics import Metrics, metrics
-from mmvision_export.onnx_files import FP16_GRAPH, FP16_MIN_COSINE
+from mmvision_export.manifest import PLANS, Manifest, model_directory_of
+from mmvision_export.metrics import Metrics, metrics, token_errors
 from mmvision_export.polygraphy_setup import captured_messages
 from mmvision_export.progress import Progress
 from mmvision_export.runners import EngineRunner, TorchRunner, accepts
-from mmvision_export.sample_batches import PARITY_GRIDS, Grid, sample_batch
 from mmvision_export.sidecar import EngineRecord
 from mmvision_export.weights import DTYPES, WeightSource
 
-__all__ = ["GATES", "Gate", "ParityResult", "ParityRow", "check_parity", "record_parity"]
+__all__ = ["ParityResult", "ParityRow", "check_parity", "record_parity"]
 
 REFERENCE = "pytorch-fp64"
-Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
+_EAGER = "pytorch-{}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gate:
-    """What a graph must reach on every grid, against PyTorch in float64.
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Something to compare with PyTorch in float64.
 
     Attributes:
-        max_relative_l2: Largest relative L2 difference, or None.
-        min_cosine: Smallest cosine similarity of any token.
-        times_eager: Largest relative L2 difference as a multiple of eager PyTorch's in the same precision, or None.
+        subject: File name of the graph or engine, relative to the model directory; of PyTorch itself None.
+        precision: Key of the gate table.
+        float_type: fp32, fp16 or bf16: the type of the hidden states.
+        runner: Runs it; its name says what and how.
     """
 
-    max_relative_l2: float | None
-    min_cosine: float
-    times_eager: float | None
-
-    def describe(self) -> str:
-        """The gate in words."""
-        parts = [f"minimum cosine >= {self.min_cosine}"]
-        if self.max_relative_l2 is not None:
-            parts.append(f"relative L2 <= {self.max_relative_l2:.0e}")
-        if self.times_eager is not None:
-            parts.append(f"relative L2 <= {self.times_eager:g} x eager PyTorch's in the same precision")
-        return ", ".join(parts)
-
-    def failures(self, result: Metrics, eager: Metrics | None) -> list[str]:
-        """Why a result does not pass; nothing if it does."""
-        if result.non_finite:
-            return [f"{result.non_finite} values are not finite"]
-        found = []
-        # Written so that NaN fails.
-        if self.max_relative_l2 is not None and not result.relative_l2 <= self.max_relative_l2:
-            found.append(f"relative L2 {result.relative_l2:.2e} > {self.max_relative_l2:.0e}")
-        if not result.min_cosine >= self.min_cosine:
-            found.append(f"minimum cosine {result.min_cosine:.6f} < {self.min_cosine}")
-        if self.times_eager is not None and eager is not None:
-            limit = self.times_eager * eager.relative_l2
-            if not result.relative_l2 <= limit:
-                found.append(f"relative L2 {result.relative_l2:.2e} > {self.times_eager:g} x PyTorch's {limit:.2e}")
-        return found
-
-
-GATES: dict[str, Gate] = {
-    # Rounding of float32 (6e-8) accumulated over the depth measures about 1e-6; a wrong formula measures above 1e-3.
-    "fp32": Gate(max_relative_l2=1e-5, min_cosine=0.999999, times_eager=None),
-    "fp16": Gate(max_relative_l2=None, min_cosine=FP16_MIN_COSINE, times_eager=2.0),
-    "bf16": Gate(max_relative_l2=None, min_cosine=0.99, times_eager=2.0),
-}
-"""By precision."""
+    subject: str | None
+    precision: str
+    float_type: str
+    runner: BaseRunner
 
 
 @dataclasses.dataclass(frozen=True)
 class ParityRow:
-    """One result on one grid.
+    """One result on one sample.
 
     Attributes:
-        runner: What was compared with PyTorch in float64.
-        precision: fp32, fp16 or bf16.
-        grid: Name of the grid.
+        runner: What was compared with PyTorch in float64, and how it was run.
+        subject: The graph or engine; None for PyTorch itself, which has no failures.
+        precision: Key of the gate table.
+        sample: Name of the sample.
         patches: Patches in the batch.
         metrics: The distance.
-        failures: Gates it did not pass; PyTorch itself has none.
+        limit: Largest relative L2 difference that the gate allows here, or None.
+        failures: Gates it did not pass.
+        token_errors: Relative L2 difference of each image token.
     """
 
     runner: str
+    subject: str | None
     precision: str
-    grid: str
+    sample: str
     patches: int
     metrics: Metrics
+    limit: float | None
     failures: list[str]
+    token_errors: npt.NDArray[np.float64] = dataclasses.field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**vars(self), "metrics": self.metrics.to_dict()}
+        """As JSON values, the tokens left out."""
+        fields = {name: value for name, value in vars(self).items() if name != "token_errors"}
+        return {**fields, "metrics": self.metrics.to_dict()}
 
 
 @dataclasses.dataclass(frozen=True)
 class ParityResult:
-    """All rows, and whether all pass."""
+    """All there is to say about a model directory's accuracy.
 
+    Attributes:
+        directory: The model directory.
+        manifest: Its manifest.
+        samples: What was compared on.
+        rows: Result by runner and sample.
+        layers: The graphs stage by stage, on the sample where a graph is furthest off.
+        warnings: What passes and yet should be known.
+    """
+
+    directory: Path
+    manifest: Manifest
+    samples: list[Sample]
     rows: list[ParityRow]
+    layers: LayerComparison
+    warnings: list[str]
 
     @property
     def passed(self) -> bool:
@@ -129,86 +125,154 @@ class ParityResult:
 
 
 def check_parity(
-    directory: Path,
+    path: Path,
     *,
     source: WeightSource | None = None,
-    grids: Mapping[str, Grid] = PARITY_GRIDS,
+    samples: Sequence[Sample] = (),
     progress: Progress | None = None,
 ) -> ParityResult:
-    """Compare every graph of a model directory, and the engines that fit this machine, with PyTorch in float64.
+    """Compare graphs and engines with PyTorch in float64.
 
     Args:
-        directory: The model directory.
+        path: A model directory, of which every graph and the engines that fit this machine are compared; or one engine
+            in a model directory's `plans/`.
         source: Where to load the weights from; the manifest's own source if None.
-        grids: Batches to compare on.
+        samples: Batches to compare on; if there are none, random pixels in grids that have been trouble before.
         progress: Told about each step.
 
     Raises:
         ManifestError: The model directory is not one, or damaged.
         CheckpointError: The weights cannot be loaded again, or are not those that were exported.
         ParityError: Nothing can be compared on this machine.
-        BackendError: ONNX Runtime is not installed.
+        BackendError: ONNX Runtime is not installed, or the engine does not run here.
     """
     progress = progress or Progress()
+    directory = model_directory_of(path)
+    if directory is None:
+        raise ParityError(
+            f"{path} is not in the plans/ of a model directory, which says what it should compute",
+            hint="name the model directory, or put the engine back into it",
+        )
     manifest = Manifest.read(directory)
     config = manifest.config
     weights = source or WeightSource.from_manifest(manifest.source, config)
-    graphs = {GRAPH: manifest.precision}
-    if FP16_GRAPH in manifest.files:
-        graphs[FP16_GRAPH] = "fp16"
-    manifest.verify(directory, [file for name in graphs for file in (name, f"{name}.data")])
+    samples = list(samples) or samples_from_grids(config)
 
-    def load(dtype: torch.dtype, *, upcast: bool = False) -> Callable[[], VisionEncoderModule]:
-        def encoder() -> VisionEncoderModule:
-            loaded = weights.load(dtype)
-            _refuse_other_weights(manifest, loaded.source)
-            return loaded.encoder.double() if upcast else loaded.encoder
+    def load(float_type: str) -> VisionEncoderModule:
+        loaded = weights.load(DTYPES[float_type])
+        _refuse_other_weights(manifest, loaded.source)
+        return loaded.encoder
 
-        return encoder
+    def reference() -> VisionEncoderModule:
+        return Float64Encoder(load("fp32"))
 
-    precisions = sorted(set(graphs.values()), reverse=True)
-    runners: list[BaseRunner] = [TorchRunner(REFERENCE, load(torch.float32, upcast=True), config)]
-    candidates: dict[str, str] = {}
-    for precision in precisions:
-        name = f"pytorch-{precision}"
-        candidates[name] = precision
-        runners.append(TorchRunner(name, load(DTYPES[precision]), config))
-    for graph, precision in graphs.items():
-        if precision == "bf16":
-            progress.note(
-                f"{graph} is bf16, which ONNX Runtime's CPU provider cannot run: only engines can be compared"
-            )
+    graphs, candidates = _candidates(path, directory, manifest, progress)
+    float_types = sorted({candidate.float_type for candidate in candidates}, reverse=True)
+    eager = {float_type: (lambda t=float_type: load(t)) for float_type in float_types}
+    beside = [
+        Candidate(None, float_type, float_type, TorchRunner(_EAGER.format(float_type), encoder, config))
+        for float_type, encoder in eager.items()
+    ]
+    candidates = [*beside, *candidates]
+    distances = _distances(
+        [TorchRunner(REFERENCE, reference, config), *(candidate.runner for candidate in candidates)], samples, progress
+    )
+    rows = _rows(candidates, samples, distances)
+    if not any(row.subject for row in rows):
+        raise ParityError("every sample is beyond the engine's profile", hint="build it with a larger --max-patches")
+    layers = compare_layers(_furthest_off(rows, samples), graphs, reference=reference, eager=eager, progress=progress)
+    return ParityResult(
+        directory, manifest, list(samples), rows, layers, overflow_warnings(layers.magnitudes, float_types)
+    )
+
+
+def _candidates(
+    path: Path, directory: Path, manifest: Manifest, progress: Progress
+) -> tuple[dict[str, tuple[Path, GraphFacts]], list[Candidate]]:
+    """The graphs to look into layer by layer, and all there is to compare."""
+    names = [name for name in manifest.files if name.endswith(".onnx")]
+    engine = EngineRecord.read(path) if path.is_file() else None
+    if engine is not None:
+        open_backend(engine.backend, path, BackendOptions()).close()
+        # An engine does not show its layers; the graph it was built from has the same types.
+        names = [engine.graph["name"]]
+    graphs, candidates = {}, []
+    for name in names:
+        manifest.verify(directory, [name])
+        model = ir.load(directory / name)
+        facts = facts_of_graph(model)
+        manifest.verify(directory, facts.data_files)
+        graphs[name] = (directory / name, facts)
+        if engine is not None:
             continue
-        candidates[graph] = precision
-        runners.append(OnnxrtRunner(_session_loader(directory / graph), name=graph))
-    for engine, record in _engines_for_this_machine(directory, progress):
-        name = f"{PLANS}/{engine.name}"
-        candidates[name] = record.precision
-        runners.append(EngineRunner(name, engine, record))
-    if set(candidates) == {f"pytorch-{precision}" for precision in precisions}:
-        raise ParityError(f"nothing in {directory} can be run on this machine", hint="see: mmvision doctor")
-
-    batches = {name: sample_batch(grid, config, seed=0) for name, grid in grids.items()}
-    distances = _distances(runners, batches, progress)
-
-    rows = []
-    for runner, precision in candidates.items():
-        eager = distances.get(f"pytorch-{precision}", {})
-        for grid, distance in distances.get(runner, {}).items():
-            is_torch = runner.startswith("pytorch-")
-            failures = [] if is_torch else GATES[precision].failures(distance, eager.get(grid))
-            rows.append(ParityRow(runner, precision, grid, len(batches[grid][0]), distance, failures))
-    return ParityResult(rows)
+        if facts.float_type == "bf16":
+            progress.note(f"{name} is bf16, which ONNX Runtime's CPU provider cannot run: every op is rounded instead")
+        else:
+            runner = OnnxrtRunner(_session_loader(directory / name), name=name)
+            candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
+        if facts.float_type != "fp32":
+            rounded = rounded_model(model, facts.float_type)
+            runner = OnnxrtRunner(lambda model=rounded: session_from_model(model, directory), name=f"{name} (rounded)")
+            candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
+    if engine is not None:
+        return graphs, [_engine_candidate(path, engine, directory)]
+    return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
 
 
 def _session_loader(graph: Path) -> Callable[[], Any]:
     return lambda: create_session(graph, provider="CPUExecutionProvider")
 
 
+def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Candidate:
+    """Judged as the graph it was built from, whose types it has."""
+    name = f"{PLANS}/{engine.name}"
+    facts = facts_of_graph(ir.load(directory / record.graph["name"]))
+    return Candidate(name, facts.precision, facts.float_type, EngineRunner(name, engine, record))
+
+
+def _rows(
+    candidates: Sequence[Candidate], samples: Sequence[Sample], distances: Mapping[str, Mapping[str, _Compared]]
+) -> list[ParityRow]:
+    rows = []
+    for candidate in candidates:
+        gate, runner = GATES[candidate.precision], candidate.runner.name
+        beside = distances[_EAGER.format(candidate.float_type)]
+        for sample in samples:
+            if sample.name not in distances.get(runner, {}):
+                continue
+            compared, eager = distances[runner][sample.name], beside[sample.name].metrics
+            is_torch = candidate.subject is None
+            rows.append(
+                ParityRow(
+                    runner=runner,
+                    subject=candidate.subject,
+                    precision=candidate.precision,
+                    sample=sample.name,
+                    patches=sample.num_patches,
+                    metrics=compared.metrics,
+                    limit=None if is_torch else gate.limit(eager),
+                    failures=[] if is_torch else gate.failures(compared.metrics, eager),
+                    token_errors=compared.token_errors,
+                )
+            )
+    return rows
+
+
+def _furthest_off(rows: Sequence[ParityRow], samples: Sequence[Sample]) -> Sample:
+    """The sample that the layers are worth looking at on."""
+
+    def badness(row: ParityRow) -> tuple[int, bool, float]:
+        # Precisions differ by orders of magnitude: what counts is the distance from what is allowed.
+        return row.metrics.non_finite, bool(row.failures), row.metrics.relative_l2 / (row.limit or 1.0)
+
+    worst = max((row for row in rows if row.subject), key=badness)
+    return next(sample for sample in samples if sample.name == worst.sample)
+
+
 def _distances(
-    runners: list[BaseRunner], batches: Mapping[str, Batch], progress: Progress
-) -> dict[str, dict[str, Metrics]]:
-    """Runner -> grid -> distance from the first runner. Polygraphy runs them, each loaded only while it runs."""
+    runners: list[BaseRunner], samples: Sequence[Sample], progress: Progress
+) -> dict[str, dict[str, _Compared]]:
+    """Runner -> sample -> distance from the first runner. Polygraphy runs them, each loaded only while it runs."""
     from polygraphy.exception import PolygraphyException
 
     class Feeds(list):  # type: ignore[type-arg]
@@ -219,28 +283,29 @@ def _distances(
                 yield feed
                 progress.advance()
 
-    found: dict[str, dict[str, Metrics]] = {}
+    found: dict[str, dict[str, _Compared]] = {}
 
     def run(runner: BaseRunner) -> tuple[list[str], RunResults]:
-        names = [name for name, (pixels, grid) in batches.items() if accepts(runner, len(pixels), len(grid))]
-        for name in [name for name in batches if name not in names]:
-            progress.note(f"{runner.name} does not take {name}, which is beyond its profile")
-        progress.step(f"running {runner.name}", total=len(names))
-        feeds = Feeds(OrderedDict(pixel_values=batches[name][0], grid_thw=batches[name][1]) for name in names)
-        return names, Comparator.run([runner], data_loader=feeds)
+        taken = [sample for sample in samples if accepts(runner, sample.num_patches, len(sample.grid_thw))]
+        for sample in samples:
+            if sample not in taken:
+                progress.note(f"{runner.name} does not take {sample.name}, which is beyond its profile")
+        progress.step(f"running {runner.name}", total=len(taken))
+        feeds = Feeds(OrderedDict(pixel_values=sample.pixel_values, grid_thw=sample.grid_thw) for sample in taken)
+        return [sample.name for sample in taken], Comparator.run([runner], data_loader=feeds)
 
     with captured_messages() as messages:
         try:
             every, (reference, *_) = run(runners[0])
-            by_grid = dict(zip(every, reference[1], strict=True))
+            by_sample = dict(zip(every, reference[1], strict=True))
             for runner in runners[1:]:
                 names, results = run(runner)
                 if not names:
                     continue
-                wanted = RunResults([(REFERENCE, [by_grid[name] for name in names]), *results])
+                wanted = RunResults([(REFERENCE, [by_sample[name] for name in names]), *results])
                 (comparison,) = Comparator.compare_accuracy(wanted, comparisons=[(0, 1)], compare_func=_compare)
                 rows = comparison[REFERENCE, runner.name]
-                found[runner.name] = {n: row["image_embeds"].metrics for n, row in zip(names, rows, strict=True)}
+                found[runner.name] = {name: row["image_embeds"] for name, row in zip(names, rows, strict=True)}
         except PolygraphyException as error:
             raise ParityError("\n  ".join(dict.fromkeys([*messages, str(error)]))) from error
     return found
@@ -251,16 +316,18 @@ class _Compared:
     """What Polygraphy keeps of a comparison. It never fails by itself: the gates need PyTorch's own figures too."""
 
     metrics: Metrics
+    token_errors: npt.NDArray[np.float64]
 
     def __bool__(self) -> bool:
         return True
 
 
 def _compare(reference: Any, result: Any) -> OrderedDict[str, _Compared]:
-    return OrderedDict(image_embeds=_Compared(metrics(result["image_embeds"], reference["image_embeds"])))
+    pair = result["image_embeds"], reference["image_embeds"]
+    return OrderedDict(image_embeds=_Compared(metrics(*pair), token_errors(*pair)))
 
 
-def _engines_for_this_machine(directory: Path, progress: Progress) -> list[tuple[Path, EngineRecord]]:
+def _engines_for_this_machine(directory: Path, progress: Progress) -> list[Candidate]:
     if current_compute_capability() is None:
         return []
     found = []
@@ -271,7 +338,7 @@ def _engines_for_this_machine(directory: Path, progress: Progress) -> list[tuple
         except (BackendError, ManifestError) as error:
             progress.note(f"{engine.name} is not compared: {error}")
             continue
-        found.append((engine, record))
+        found.append(_engine_candidate(engine, record, directory))
     return found
 
 
@@ -284,8 +351,8 @@ def _refuse_other_weights(manifest: Manifest, source: Mapping[str, Any]) -> None
         )
 
 
-def record_parity(directory: Path, result: ParityResult) -> None:
-    """Write a result into the manifest, under the name of each graph or engine.
+def record_parity(result: ParityResult) -> None:
+    """Write a summary of a result into the manifest, under the name of each graph or engine.
 
     Raises:
         ManifestError: The manifest is missing or malformed.
@@ -293,14 +360,18 @@ def record_parity(directory: Path, result: ParityResult) -> None:
     """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     parity: dict[str, Any] = {}
-    for runner in dict.fromkeys(row.runner for row in result.rows if not row.runner.startswith("pytorch-")):
-        rows = [row for row in result.rows if row.runner == runner]
-        parity[runner] = {
+    for subject in dict.fromkeys(row.subject for row in result.rows if row.subject is not None):
+        rows = [row for row in result.rows if row.subject == subject]
+        parity[subject] = {
             "reference": REFERENCE,
             "date": now,
             "passed": not any(row.failures for row in rows),
-            "grids": {
-                row.grid: {**row.metrics.to_dict(), "patches": row.patches, "failures": row.failures} for row in rows
-            },
+            "grids": _summary([row for row in rows if row.runner == subject]),
+            "rounded": _summary([row for row in rows if row.runner != subject]),
+            "layers": result.layers.summary(subject),
         }
-    Manifest.read(directory).update(directory, parity=parity)
+    Manifest.read(result.directory).update(result.directory, parity=parity)
+
+
+def _summary(rows: Sequence[ParityRow]) -> dict[str, Any]:
+    return {row.sample: {**row.metrics.to_dict(), "patches": row.patches, "failures": row.failures} for row in rows}

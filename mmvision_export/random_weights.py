@@ -4,25 +4,32 @@ Initialised so that activations stay in a realistic range through all 32 layers:
 input, and each residual branch is damped so that the residual stream's variance doubles over the whole depth, not at
 every layer (GPT-2's rule, https://openai.com/research/better-language-models, section 2.3). Values are rounded to
 bfloat16, the type the released weights are stored in.
+
+Two kinds: `plain`, and `outliers`, in which trained transformers' outlier channels and massive activations are planted
+(`outlier_weights`).
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mmvision_export.config import EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
+from mmvision_export.outlier_weights import plant_outliers
 
-__all__ = ["random_state_dict", "random_tensors"]
+__all__ = ["RandomKind", "random_state_dict", "random_tensors"]
+
+RandomKind = Literal["plain", "outliers"]
 
 _RESIDUAL_BRANCH_ENDS = ("self_attn.out_proj.weight", "mlp.fc2.weight")
 
 
-def random_tensors(config: EncoderConfig, *, seed: int) -> Iterator[tuple[str, Tensor]]:
+def random_tensors(config: EncoderConfig, *, seed: int, kind: RandomKind = "plain") -> Iterator[tuple[str, Tensor]]:
     """Name and bfloat16 values of every parameter of the encoder, made one at a time.
 
     Each tensor depends on the seed and its own name only, so that the same seed gives the same weights whatever else
@@ -31,16 +38,22 @@ def random_tensors(config: EncoderConfig, *, seed: int) -> Iterator[tuple[str, T
     Args:
         config: The dimensions.
         seed: Any integer.
+        kind: `plain`, or `outliers`.
     """
     with torch.device("meta"):
         parameters = dict(VisionEncoderModule(config).named_parameters())
     for name, parameter in parameters.items():
-        yield name, _random(name, parameter.shape, config, seed)
+        values = _random(name, parameter.shape, config, seed)
+        if kind == "outliers":
+            values = plant_outliers(name, values, config, seed=seed)
+        yield name, values.to(torch.bfloat16)
 
 
-def random_state_dict(config: EncoderConfig, *, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def random_state_dict(
+    config: EncoderConfig, *, seed: int, dtype: torch.dtype, kind: RandomKind = "plain"
+) -> dict[str, Tensor]:
     """A state dict of `random_tensors`, converted: exactly, but where float16's exponent ends."""
-    return {name: tensor.to(dtype) for name, tensor in random_tensors(config, seed=seed)}
+    return {name: tensor.to(dtype) for name, tensor in random_tensors(config, seed=seed, kind=kind)}
 
 
 def _random(name: str, shape: torch.Size, config: EncoderConfig, seed: int) -> Tensor:
@@ -55,4 +68,4 @@ def _random(name: str, shape: torch.Size, config: EncoderConfig, seed: int) -> T
         values = 1.0 + 0.1 * values
     else:
         values *= 0.02
-    return values.to(torch.bfloat16)
+    return values

@@ -31,7 +31,7 @@ from mmvision_export.progress import Progress
 from mmvision_export.run_folder import encode_folder, refuse_foreign_output, run_identity
 from mmvision_export.runtime import VisionEncoder
 
-__all__ = ["main"]
+__all__ = ["array_from_file", "main"]
 
 _TEST_PATTERN = "test pattern, 448 x 448"
 
@@ -249,7 +249,7 @@ def _inputs(
 ) -> tuple[list[str], npt.NDArray[np.floating], npt.NDArray[np.int64]]:
     if arguments.pixel_values is not None:
         paths = (arguments.pixel_values, arguments.grid_thw)
-        pixel_values, grid_thw = (_array_from_file(path) for path in paths)
+        pixel_values, grid_thw = (array_from_file(path) for path in paths)
         return [str(path) for path in paths], pixel_values, grid_thw
     preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
     if arguments.image:
@@ -259,7 +259,12 @@ def _inputs(
     return [_TEST_PATTERN], *patches_from_images([_test_pattern()], preprocessor)
 
 
-def _array_from_file(path: Path) -> npt.NDArray[Any]:
+def array_from_file(path: Path) -> npt.NDArray[Any]:
+    """The array of a .npy file; nothing in it is unpickled.
+
+    Raises:
+        InputError: There is no such file, or it is no .npy file.
+    """
     try:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)

@@ -20,7 +20,7 @@ from mmvision_export.errors import CheckpointError
 from mmvision_export.hub import folder_from_hub, is_hub_id
 from mmvision_export.manifest import PREPROCESSOR
 from mmvision_export.progress import Progress
-from mmvision_export.random_weights import random_tensors
+from mmvision_export.random_weights import RandomKind, random_tensors
 
 __all__ = ["DTYPES", "LoadedEncoder", "WeightSource"]
 
@@ -53,6 +53,7 @@ class WeightSource:
         random_config: Dimensions for random weights.
         preset: Name of those dimensions, if they are a preset's.
         seed: For random weights.
+        random_kind: `plain` random weights, or with `outliers`.
     """
 
     checkpoint: str | None = None
@@ -60,17 +61,23 @@ class WeightSource:
     random_config: EncoderConfig | None = None
     preset: str | None = None
     seed: int = 0
+    random_kind: RandomKind = "plain"
 
     @classmethod
-    def random(cls, preset: str, seed: int) -> WeightSource:
+    def random(cls, preset: str, seed: int, kind: RandomKind = "plain") -> WeightSource:
         """Seeded random weights in a preset's dimensions."""
-        return cls(random_config=PRESETS[preset], preset=preset, seed=seed)
+        return cls(random_config=PRESETS[preset], preset=preset, seed=seed, random_kind=kind)
 
     @classmethod
     def from_manifest(cls, source: dict[str, Any], config: EncoderConfig) -> WeightSource:
         """The source that a manifest names."""
         if source.get("kind") == "random":
-            return cls(random_config=config, preset=source.get("preset"), seed=source["seed"])
+            return cls(
+                random_config=config,
+                preset=source.get("preset"),
+                seed=source["seed"],
+                random_kind=source.get("random_kind", "plain"),
+            )
         return cls(checkpoint=source["checkpoint"], revision=source.get("commit") or source.get("revision"))
 
     def load(self, dtype: torch.dtype, progress: Progress | None = None) -> LoadedEncoder:
@@ -84,9 +91,14 @@ class WeightSource:
         if self.random_config is not None:
             progress.step("making random weights")
             state, digests = {}, {}
-            for name, tensor in random_tensors(self.random_config, seed=self.seed):
+            for name, tensor in random_tensors(self.random_config, seed=self.seed, kind=self.random_kind):
                 state[name], digests[name] = tensor.to(dtype), digest_of_tensor(tensor)
-            source: dict[str, Any] = {"kind": "random", "preset": self.preset, "seed": self.seed}
+            source: dict[str, Any] = {
+                "kind": "random",
+                "random_kind": self.random_kind,
+                "preset": self.preset,
+                "seed": self.seed,
+            }
             source["sha256"] = digest_of_tensors(digests)
             return LoadedEncoder(encoder_from_state_dict(self.random_config, state), source, None)
 

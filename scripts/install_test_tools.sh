@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Debian's packages that some tests need, if they are missing: without them those tests are skipped (in CI they fail).
 set -euo pipefail
-packages=(cmake g++ doctest-dev clang-tidy)
+# The browser is for the accuracy report.
+packages=(cmake g++ doctest-dev clang-tidy chromium fonts-dejavu-core)
 test "$(uname -m)" = x86_64 && packages+=(g++-aarch64-linux-gnu qemu-user)
 missing=()
 for package in "${packages[@]}"; do

@@ -16,6 +16,8 @@ import pytest
 
 import mmvision_export
 from mmvision_export.cli import main
+from mmvision_export.errors import ExportError
+from mmvision_export.weights import WeightSource
 from tests.configs import copy_of
 from tests.test_checkpoint import LAYOUTS, STATE, write_checkpoint
 
@@ -84,8 +86,33 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     assert inspected["graphs"]["model.onnx"]["inputs"]["grid_thw"] == "int64[num_images, 3]"
     assert inspected["graphs"]["model.onnx"]["parameters"] == 7_047_552 + 13  # and the rotary frequencies
 
-    rows = json.loads(mmvision("parity", "--json").out)
+    rows = json.loads(mmvision("parity", "--json").out)["rows"]
     assert {row["runner"] for row in rows} == {"pytorch-fp32", "model.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["--random-weights", "--preset", "tiny"], "plain"),
+        (["--preset", "tiny", "--random-weights"], "plain"),
+        (["--preset", "tiny", "--random-weights=plain"], "plain"),
+        (["--preset", "tiny", "--random-weights=outliers"], "outliers"),
+        (["--random-weights", "outliers", "--preset", "tiny"], "outliers"),
+    ],
+)
+def test_kinds_of_random_weights(
+    mmvision: Command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], kind: str
+) -> None:
+    """The option's value may be left out, wherever it stands."""
+    sources: list[WeightSource] = []
+
+    def stop(source: WeightSource, *_: object, **__: object) -> None:
+        sources.append(source)
+        raise ExportError("far enough")
+
+    monkeypatch.setattr("mmvision_export.onnx_export.export_model_directory", stop)
+    assert mmvision("export", *arguments).errors == ["error: far enough"]
+    assert sources == [WeightSource.random("tiny", 0, "outliers" if kind == "outliers" else "plain")]
 
 
 def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_path: Path) -> None:
@@ -181,6 +208,8 @@ def test_errors_are_one_line(mmvision: Command, tmp_path: Path, arguments: list[
         (["export", "--seed", "3"], "--preset and --seed go with --random-weights"),
         (["export", "--checkpoint", ""], "--checkpoint is empty"),
         (["export", "--preset", "huge", "--random-weights"], "huge"),
+        (["export", "--preset", "tiny", "--random-weights=huge"], "huge"),
+        (["export", "--preset", "tiny", "--random-weights", "huge"], "huge"),
         (["explode"], "explode"),
     ],
 )

@@ -10,47 +10,55 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from polygraphy.backend.base import BaseRunner
 
+from mmvision_export.accuracy.gates import GATES
+from mmvision_export.accuracy.samples import samples_from_grids
 from mmvision_export.errors import CheckpointError, ManifestError, ParityError
 from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.onnx_files import derive_fp16
 from mmvision_export.parity import (
-    GATES,
     REFERENCE,
     ParityResult,
     _distances,
     check_parity,
     record_parity,
 )
-from mmvision_export.runners import input_metadata
+from mmvision_export.runners import TorchRunner, input_metadata
 from mmvision_export.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
 from mmvision_export.sidecar import Profile
 from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80, copy_of
 from tests.test_checkpoint import LAYOUTS, STATE, write_checkpoint
 
+CHECK_SAMPLES = samples_from_grids(HEAD_DIM_80, CHECK_GRIDS)
+
 
 def check(directory: Path, **options: Any) -> ParityResult:
-    result = check_parity(directory, **{"grids": CHECK_GRIDS, **options})
-    record_parity(directory, result)
+    result = check_parity(directory, **{"samples": CHECK_SAMPLES, **options})
+    record_parity(result)
     return result
 
 
 def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
     derive_fp16(directory, Manifest.read(directory))
-    result = check(directory, grids=PARITY_GRIDS)
+    result = check(directory, samples=())
     assert result.passed
-    assert {row.runner for row in result.rows} == {"pytorch-fp32", "pytorch-fp16", "model.onnx", "model.fp16.onnx"}
-    assert {row.grid for row in result.rows} == set(PARITY_GRIDS)
+    assert {row.runner for row in result.rows} == {
+        "pytorch-fp32", "pytorch-fp16", "model.onnx", "model.fp16.onnx", "model.fp16.onnx (rounded)",
+    }  # fmt: skip
+    assert {row.sample for row in result.rows} == set(PARITY_GRIDS)
     for row in result.rows:
         assert row.metrics.relative_l2 < (2e-6 if row.precision == "fp32" else 5e-3)
     recorded = Manifest.read(directory).parity
     assert set(recorded) == {"model.onnx", "model.fp16.onnx"}
     assert recorded["model.onnx"]["passed"] is True
+    assert recorded["model.onnx"]["layers"]["first_jump"] is None
+    assert recorded["model.fp16.onnx"]["rounded"]["mixed sizes"]["failures"] == []
     assert recorded["model.onnx"]["grids"]["mixed sizes"]["patches"] == 276
     assert recorded["model.onnx"]["grids"]["mixed sizes"]["relative_l2"] < 2e-6
 
@@ -137,10 +145,26 @@ def test_checkpoint_is_loaded_again_and_must_be_the_same(tmp_path: Path) -> None
         check(directory, source=WeightSource(checkpoint=str(tmp_path / "other")))
 
 
-def test_bf16_cannot_be_compared_on_a_cpu(tmp_path: Path) -> None:
+def test_bf16_is_compared_by_rounding(tmp_path: Path) -> None:
+    from tests.test_engine import Notes
+
     export_model_directory(WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="bf16")
-    with pytest.raises(ParityError, match="nothing in .* can be run on this machine"):
-        check(tmp_path / "m")
+    notes = Notes()
+    result = check(tmp_path / "m", progress=notes)
+    assert result.passed
+    assert {row.runner for row in result.rows} == {"pytorch-bf16", "model.onnx (rounded)"}
+    assert any("is bf16, which ONNX Runtime's CPU provider cannot run" in note for note in notes.notes)
+    recorded = Manifest.read(tmp_path / "m").parity["model.onnx"]
+    assert recorded["passed"] is True
+    assert recorded["grids"] == {}
+    # It is bfloat16 that was measured: 2**-9 relative for each rounding.
+    assert 2**-9 < recorded["rounded"]["two sizes"]["relative_l2"] < 2**-5
+
+
+def test_an_engine_outside_a_model_directory_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    (tmp_path / "x.engine").write_bytes(b"engine")
+    with pytest.raises(ParityError, match="is not in the plans/ of a model directory"):
+        check_parity(tmp_path / "x.engine")
 
 
 def test_damaged_directory(exported: Path, tmp_path: Path) -> None:
@@ -209,19 +233,54 @@ class Plain(Doubling):
 def test_grids_beyond_an_engines_profile_are_left_out_with_a_note() -> None:
     from tests.test_engine import Notes
 
-    batches = {name: sample_batch(grid, HEAD_DIM_80, seed=0) for name, grid in CHECK_GRIDS.items()}
     notes = Notes()
-    found = _distances([Plain(name=REFERENCE), Doubling(name="engine")], batches, notes)
+    found = _distances([Plain(name=REFERENCE), Doubling(name="engine")], CHECK_SAMPLES, notes)
     assert set(found["engine"]) == {"one block"}
-    assert found["engine"]["one block"].relative_l2 == pytest.approx(1.0)
+    assert found["engine"]["one block"].metrics.relative_l2 == pytest.approx(1.0)
     assert notes.notes == ["engine does not take two sizes, which is beyond its profile"]
 
 
 def test_two_processes_do_not_lose_each_others_results(exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
-    slow = check_parity(directory, grids=CHECK_GRIDS)
+    slow = check_parity(directory, samples=CHECK_SAMPLES)
     derive_fp16(directory, Manifest.read(directory))  # another process, while the comparison ran
-    record_parity(directory, slow)
+    record_parity(slow)
     manifest = Manifest.read(directory)
     assert "model.fp16.onnx" in manifest.files
     assert manifest.parity["model.onnx"]["passed"] is True
+
+
+def test_one_engine_is_judged_as_the_graph_it_was_built_from(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU the engine's runner is replaced: by one that is right, and by one that is wrong."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from mmvision_export import parity
+    from mmvision_export.engine import build_engine
+
+    directory = copy_of(exported, tmp_path / "m")
+    profile = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+    engine, _ = build_engine(directory, profiles=[profile], backend="tensorrt-rtx", compute_capabilities=["8.9"])
+
+    class Opened:
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(parity, "open_backend", lambda *_, **__: Opened())
+    for scale in (1.0, 1.01):
+
+        class Stand(TorchRunner):
+            """Runs PyTorch in float32 under the engine's name."""
+
+            def __init__(self, name: str, *_: Any) -> None:
+                encoder = WeightSource(random_config=HEAD_DIM_80, seed=1).load(torch.float32).encoder
+                super().__init__(name, lambda: encoder, HEAD_DIM_80)
+
+            def infer_impl(self, feed_dict: Any) -> Any:
+                return OrderedDict(image_embeds=super().infer_impl(feed_dict)["image_embeds"] * np.float32(scale))  # noqa: B023
+
+        monkeypatch.setattr(parity, "EngineRunner", Stand)
+        result = check_parity(engine, samples=CHECK_SAMPLES)
+        assert {row.subject for row in result.rows} == {None, f"plans/{engine.name}"}
+        assert result.passed is (scale == 1.0)
+        assert list(result.layers.graphs) == ["model.onnx"]
