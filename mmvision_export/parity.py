@@ -26,7 +26,7 @@ from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.compute_capability import current_compute_capability
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import BackendError, ManifestError, ParityError
-from mmvision_export.manifest import GRAPH, PLANS, Manifest
+from mmvision_export.manifest import CPU_GRAPH, GRAPH, PLANS, Manifest
 from mmvision_export.metrics import Metrics, metrics
 from mmvision_export.onnx_files import FP16_GRAPH, FP16_MIN_COSINE
 from mmvision_export.polygraphy_setup import captured_messages
@@ -154,9 +154,11 @@ def check_parity(
     config = manifest.config
     weights = source or WeightSource.from_manifest(manifest.source, config)
     graphs = {GRAPH: manifest.precision}
+    if CPU_GRAPH in manifest.files:
+        graphs[CPU_GRAPH] = manifest.precision
     if FP16_GRAPH in manifest.files:
         graphs[FP16_GRAPH] = "fp16"
-    manifest.verify(directory, [file for name in graphs for file in (name, f"{name}.data")])
+    manifest.verify(directory, [*graphs, *(file for file in manifest.files if file.endswith(".data"))])
 
     def load(dtype: torch.dtype, *, upcast: bool = False) -> Callable[[], VisionEncoderModule]:
         def encoder() -> VisionEncoderModule:

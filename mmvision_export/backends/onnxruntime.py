@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mmvision_export.backends import BackendName
 from mmvision_export.errors import BackendError
 from mmvision_export.grid import groups_of_images
-from mmvision_export.manifest import DATA, GRAPH, Manifest
+from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest
 from mmvision_export.sidecar import Profile
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class OnnxRuntimeBackend:
-    """The portable graph of a model directory in ONNX Runtime. See `Backend`.
+    """A model directory in ONNX Runtime: its CPU flavour, where it has one, or its portable graph. See `Backend`.
 
     Raises:
         ManifestError: Files of the directory are missing or not those of its manifest.
@@ -42,7 +42,9 @@ class OnnxRuntimeBackend:
         manifest = Manifest.read(directory)
         # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
         # longer than everything else here, and `mmvision inspect` does it.
-        manifest.verify(directory, [GRAPH])
+        on_cpu = name == "onnxruntime-cpu"
+        graph = CPU_GRAPH if on_cpu and CPU_GRAPH in manifest.files else GRAPH
+        manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
         manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
         if manifest.precision == "bf16" and name == "onnxruntime-cpu":
             raise BackendError(
@@ -50,8 +52,10 @@ class OnnxRuntimeBackend:
                 hint="export with --fp32 or --fp16 to run it here",
             )
         self._session: onnxruntime.InferenceSession | None = create_session(
-            directory / GRAPH, provider=PROVIDERS[name], device=device, threads=threads
+            directory / graph, provider=PROVIDERS[name], device=device, threads=threads
         )
+        # Only masked attention has to be kept short.
+        self._in_groups = on_cpu and graph == GRAPH
         self.name: BackendName = "onnxruntime-cuda" if name == "onnxruntime-cuda" else "onnxruntime-cpu"
         self.config = manifest.config
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
@@ -59,13 +63,14 @@ class OnnxRuntimeBackend:
 
         self.info: dict[str, Any] = {
             "model": str(directory),
+            "graph": graph,
             "precision": manifest.precision,
             "onnxruntime": onnxruntime.__version__,
         }
 
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        if self.name == "onnxruntime-cuda":
+        if not self._in_groups:
             return self._run(pixel_values, grid_thw)
         bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
         groups = groups_of_images(grid_thw, _CPU_GROUP_PATCHES)
