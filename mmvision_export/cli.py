@@ -50,6 +50,7 @@ class Preset(str, enum.Enum):
     """Dimensions for random weights."""
 
     tiny = "tiny"
+    shallow = "shallow"
     full = "full"
 
 

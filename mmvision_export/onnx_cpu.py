@@ -1,4 +1,4 @@
-"""The CPU flavour of the graph, `model.cpu.onnx`: the same function and the same weight file, laid out for ONNX Runtime.
+"""The CPU flavour of the graph, `model.cpu.onnx`: the same function and weight file, laid out for ONNX Runtime.
 
 The portable graph is what any runtime can take. Three things make it slow on a CPU, and are different here:
 
