@@ -59,7 +59,9 @@ def _transformers(encoder: VisionEncoderModule, attention: str) -> Peer:
             MiniMaxM3VLVisionModel,
         )
     except ImportError as error:
-        raise BackendError(f"transformers has no MiniMax-M3-VL: {error}", hint="pip install 'transformers>=5.23'") from None
+        raise BackendError(
+            f"transformers has no MiniMax-M3-VL: {error}", hint="pip install 'transformers>=5.23'"
+        ) from None
 
     config = encoder.config
     fields = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
@@ -110,7 +112,10 @@ def _nemo(encoder: VisionEncoderModule) -> Peer:
     config = encoder.config
     fields = ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
     settings = SimpleNamespace(
-        **{name: getattr(config, name) for name in (*fields, "patch_size", "num_channels", "layer_norm_eps", "rope_theta")},
+        **{
+            name: getattr(config, name)
+            for name in (*fields, "patch_size", "num_channels", "layer_norm_eps", "rope_theta")
+        },
         hidden_act="gelu",
         rope_mode="3d",
         attention_dropout=0.0,

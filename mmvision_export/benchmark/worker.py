@@ -101,7 +101,10 @@ def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tu
     if not backend.endswith("-cpu"):
         run = _with_cuda_events(encoder)
     info = encoder.info
-    return run, {"version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))), "precision": info["precision"]}
+    return run, {
+        "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
+        "precision": info["precision"],
+    }
 
 
 def _with_cuda_events(encoder: Run) -> Run:
@@ -163,9 +166,7 @@ def _gemm_gflops(side: str, threads: int) -> float:
         model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         product = lambda: session.run(None, {"x": x})  # noqa: E731
     else:
         import torch
