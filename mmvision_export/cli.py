@@ -282,8 +282,8 @@ def benchmark(
         Optional[list[str]],
         typer.Option(
             metavar="NAME[:GRAPH]",
-            help="Backend to measure, or one graph of the directory in it, as onnxruntime-cpu:model.onnx; may be repeated. "
-            "The others are compared with the first. Default: onnxruntime-cpu.",
+            help="Backend to measure, or one graph of the directory in it, as onnxruntime-cpu:model.onnx; may be "
+            "repeated. The others are compared with the first. Default: onnxruntime-cpu.",
         ),
     ] = None,
     precision: Annotated[
@@ -314,8 +314,8 @@ def benchmark(
 ) -> None:
     """Measure backends, and PyTorch implementations of others, side by side.
 
-    Every side has the same weights, inputs and threads, and a process of its own; they take turns. What is measured is kept
-    after each workload, so that an interrupt loses only the last.
+    Every side has the same weights, inputs and threads, and a process of its own; they take turns. What is measured is
+    kept after each workload, so that an interrupt loses only the last.
     """
     from mmvision_export.benchmark.run import run_benchmark
 
@@ -345,7 +345,7 @@ def benchmark(
         spread = f"{1e3 * min(ours.seconds):.0f} to {1e3 * max(ours.seconds):.0f}"
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         table.add_row(workload.name, f"{1e3 * ours.median:.0f}", spread, f"{share:.0%}", *cells)
-    console.print(table)
+    console.print(table, width=max(console.width, 60 + 22 * len(result.sides)))
     console.print(f"{folder}: results.json and plots", markup=False)
 
 

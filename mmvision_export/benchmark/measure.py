@@ -44,6 +44,7 @@ class Measurement:
         workload: Name of the workload.
         seconds: Every measured run, in order; run i of each side was made in the same round.
         warm: Whether a run before the first was thrown away. Only the longest workloads have none.
+        cpu_s: CPU seconds of the process, median; unlike the time, hardly changed by what else the machine does.
         foreign_cpus: CPUs that other processes used meanwhile, median; more than a tenth is a disturbed measurement.
         above_bytes: Peak resident memory while running, above that before the first workload.
         peak_bytes: Peak resident memory while running.
@@ -55,6 +56,7 @@ class Measurement:
     workload: str
     seconds: list[float]
     warm: bool
+    cpu_s: float
     foreign_cpus: float
     above_bytes: int
     peak_bytes: int
@@ -307,6 +309,7 @@ def _measurements(
                 workload=workload.name,
                 seconds=[run["seconds"] for run in runs],
                 warm=all(run["warm"] for run in runs),
+                cpu_s=statistics.median(run["cpu_s"] for run in runs),
                 foreign_cpus=statistics.median(run["foreign_cpus"] for run in runs),
                 above_bytes=max(run["peak_bytes"] for run in runs) - facts[name]["rss_bytes"],
                 peak_bytes=max(run["peak_bytes"] for run in runs),

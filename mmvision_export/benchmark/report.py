@@ -27,6 +27,7 @@ def write_plots(result: Result, folder: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     def draw(name: str, series: str | None, x: Callable[[Workload], float], y: Any, xlabel: str, ylabel: str) -> None:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -35,16 +36,21 @@ def write_plots(result: Result, folder: Path) -> None:
             points = [
                 (x(w), y(w, m))
                 for w in result.workloads
-                if series in (None, w.series) and (m := result.of(side, w.name)) is not None
+                if (series is None or series in w.series) and (m := result.of(side, w.name)) is not None
             ]
             if points:
                 points.sort()
                 ticks |= {point[0] for point in points}
-                style = {"linewidth": 2.2, "zorder": 3} if index == 0 else {"linewidth": 1.2}
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=side, **style)
+                line = "none" if series is None else "-"
+                width, order = (2.2, 3) if index == 0 else (1.2, 2)
+                xs, ys = zip(*points, strict=True)
+                axes.plot(xs, ys, marker="o", markersize=4, label=side, linestyle=line, linewidth=width, zorder=order)
         axes.set_xscale("log", base=2)
-        if name != "throughput.png" and name != "roofline.png":
+        if name in ("latency.png", "memory.png"):
             axes.set_yscale("log")
+            for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                which(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.tick_params(axis="y", which="minor", labelsize=7)
         else:
             axes.set_ylim(bottom=0)
         if name == "roofline.png":
@@ -62,7 +68,8 @@ def write_plots(result: Result, folder: Path) -> None:
             axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
         axes.set(xlabel=xlabel, ylabel=ylabel, title=PLOTS[name])
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if ticks:
+            axes.legend(fontsize=8)
         figure.savefig(folder / name, dpi=130)
         plt.close(figure)
 
@@ -82,7 +89,7 @@ def write_plots(result: Result, folder: Path) -> None:
         return result.flops(w) / float(result.model["bytes"][w.name])
 
     draw("latency.png", "patches", lambda w: w.patches, latency, "patches of the image", "milliseconds, median")
-    each = next((w.grid[0] for w in result.workloads if w.series == "images"), (1, 0, 0))
+    each = next((w.grid[0] for w in result.workloads if "images" in w.series), (1, 0, 0))
     images = f"images of {each[0] * each[1] * each[2]} patches"
     draw("throughput.png", "images", lambda w: len(w.grid), throughput, images, "patches per second")
     draw("memory.png", "patches", lambda w: w.patches, memory, "patches of the image", "MB")

@@ -6,6 +6,7 @@ on standard output. A process each, so that memory can be told apart and no thre
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -161,7 +162,8 @@ def _gemm_gflops(side: str, threads: int) -> float:
         import onnx
         import onnxruntime
 
-        text = '<ir_version: 10, opset_import: ["": 18]> g (float[m, k] x) => (float[m, n] y) {y = Gemm <transB: int = 1> (x, w)}'
+        graph = "g (float[m, k] x) => (float[m, n] y) {y = Gemm <transB: int = 1> (x, w)}"
+        text = f'<ir_version: 10, opset_import: ["": 18]> {graph}'
         model = onnx.parser.parse_model(text)
         model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
         options = onnxruntime.SessionOptions()
@@ -193,10 +195,8 @@ def _memory(field: str) -> int:
 
 
 def _reset_peak() -> None:
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
-    except OSError:
-        pass
 
 
 def _busy_s() -> float:
