@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +172,14 @@ def test_gpu_roofline() -> None:
     page = gpu_markdown()
     for gpu in GPUS:
         assert gpu.name in page
+
+
+def test_the_command_refuses_and_leaves_nothing(exported: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mmvision_export.entry", "benchmark", "--model", str(exported)]
+    done = subprocess.run(
+        [*command, "--against", "vllm", "--output", str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "error: no such peer: vllm" in done.stderr
+    assert "hint: choose from: transformers-eager" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def main() -> None:
-    """Open a side, then answer until standard input ends."""
+    """Answer until standard input ends: open the side, run a batch, or measure a matrix product in its runtime."""
     side, directory, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     # Libraries may print: they get standard error, the answers a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -173,6 +173,7 @@ def _gemm_gflops(side: str, threads: int) -> float:
     else:
         import torch
 
+        torch.set_num_threads(threads)
         a, b = torch.from_numpy(x), torch.from_numpy(w)
         product = lambda: torch.nn.functional.linear(a, b)  # noqa: E731
     times = []
