@@ -32,6 +32,8 @@ from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80, copy_of
 from tests.test_checkpoint import LAYOUTS, STATE, write_checkpoint
 
+GRAPHS = {"model.onnx", "model.cpu.onnx", "model.fp16.onnx"}
+
 
 def check(directory: Path, **options: Any) -> ParityResult:
     result = check_parity(directory, **{"grids": CHECK_GRIDS, **options})
@@ -44,12 +46,12 @@ def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -
     derive_fp16(directory, Manifest.read(directory))
     result = check(directory, grids=PARITY_GRIDS)
     assert result.passed
-    assert {row.runner for row in result.rows} == {"pytorch-fp32", "pytorch-fp16", "model.onnx", "model.fp16.onnx"}
+    assert {row.runner for row in result.rows} == {"pytorch-fp32", "pytorch-fp16", *GRAPHS}
     assert {row.grid for row in result.rows} == set(PARITY_GRIDS)
     for row in result.rows:
         assert row.metrics.relative_l2 < (2e-6 if row.precision == "fp32" else 5e-3)
     recorded = Manifest.read(directory).parity
-    assert set(recorded) == {"model.onnx", "model.fp16.onnx"}
+    assert set(recorded) == GRAPHS
     assert recorded["model.onnx"]["passed"] is True
     assert recorded["model.onnx"]["grids"]["mixed sizes"]["patches"] == 276
     assert recorded["model.onnx"]["grids"]["mixed sizes"]["relative_l2"] < 2e-6
