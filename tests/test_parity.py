@@ -17,6 +17,7 @@ from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.onnx_files import derive_fp16
+from mmvision_export.onnx_files import save_cpu_graph
 from mmvision_export.parity import (
     GATES,
     REFERENCE,
@@ -66,7 +67,8 @@ def rewrite(directory: Path, change: Callable[[ir.Model], None]) -> None:
             value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     ir.save(model, directory / "model.onnx", external_data="model.onnx.data")
     manifest = Manifest.read(directory)
-    for name in ("model.onnx", "model.onnx.data"):
+    save_cpu_graph(directory, manifest.config)  # the weights lie elsewhere in their file now
+    for name in ("model.onnx", "model.cpu.onnx", "model.onnx.data"):
         manifest.files[name] = file_record(directory / name)
     manifest.write(directory)
 
