@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 MODEL := engines/demo
 DEMO := .demo
 
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo bench test test-slow check format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       set up, then export, check and run a small model on a photograph"
 	@echo "make test       the tests, on all cores"
 	@echo "make test-slow  the tests that take longer: the full-size model among them"
+	@echo "make bench      measure against PyTorch, 20 minutes, and write docs/benchmarks.md"
 	@echo "make check      ruff, mypy (TensorRT's calls against its type stubs too), import-linter"
 	@echo "make clean      remove what these made"
 
@@ -43,6 +44,11 @@ demo: setup
 		--image $(DEMO)/photo.png --output $(DEMO)/image_embeds.npy --force
 	@echo; echo "Where everything is:"
 	@ls -d $(DEMO)/* $(MODEL)/* $(MODEL)/plans/*.engine 2>/dev/null || true
+
+bench: setup
+	$(BIN)/mmvision export --onnx --preset shallow --random-weights --seed 0 --output engines/bench --force
+	$(BIN)/mmvision benchmark --model engines/bench --against transformers-eager,transformers-sdpa,nemo,torch-compile \
+		--output .bench --page docs/benchmarks.md
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto

@@ -10,6 +10,7 @@ import sys
 
 __all__ = [
     "BackendError",
+    "BenchmarkError",
     "CheckpointError",
     "ConfigError",
     "EngineError",
@@ -64,6 +65,10 @@ class EngineError(MmvisionError):
 
 class BackendError(MmvisionError):
     """An inference backend is not installed, not usable on this machine, or failed while running."""
+
+
+class BenchmarkError(MmvisionError):
+    """A side of a comparison could not be started, failed, or computes something else."""
 
 
 class InputError(MmvisionError):

@@ -24,6 +24,7 @@ from mmvision_export.errors import ConfigError, ManifestError
 from mmvision_export.output import new_files
 
 __all__ = [
+    "CPU_GRAPH",
     "DATA",
     "GRAPH",
     "MANIFEST",
@@ -41,6 +42,8 @@ __all__ = [
 
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
+CPU_GRAPH = "model.cpu.onnx"
+"""The graph of a float32 directory laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
 MANIFEST = "manifest.json"
 PREPROCESSOR = "preprocessor_config.json"
 PLANS = "plans"

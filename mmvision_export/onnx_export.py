@@ -17,8 +17,8 @@ import torch
 from mmvision_export import __version__
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import ExportError
-from mmvision_export.manifest import DATA, GRAPH, MANIFEST, PREPROCESSOR, Manifest, file_record
-from mmvision_export.onnx_files import save_graph
+from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, MANIFEST, PREPROCESSOR, Manifest, file_record
+from mmvision_export.onnx_files import save_cpu_graph, save_graph
 from mmvision_export.onnx_functions import ATTENTION_OPSET, attach_functions, attention_body_of
 from mmvision_export.onnx_passes import name_after_modules, name_dimensions
 from mmvision_export.ops import translation_table
@@ -135,6 +135,11 @@ def export_model_directory(
         progress.step("tracing the encoder")
         model = onnx_from_encoder(loaded.encoder, opset=opset)
         save_graph(model, directory, GRAPH, progress)
+        names = [GRAPH, DATA, PREPROCESSOR]
+        if precision == "fp32":
+            progress.step(f"writing {CPU_GRAPH}")
+            save_cpu_graph(directory, config)
+            names.append(CPU_GRAPH)
         content = json.dumps(preprocessor.to_dict(), indent=2) + "\n"
         (directory / PREPROCESSOR).write_text(content, encoding="utf-8")
         progress.step("hashing")
@@ -146,7 +151,7 @@ def export_model_directory(
             source=loaded.source,
             weights=statistics,
             versions=_versions(),
-            files={name: file_record(directory / name) for name in (GRAPH, DATA, PREPROCESSOR)},
+            files={name: file_record(directory / name) for name in names},
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         manifest.write(directory)

@@ -14,14 +14,15 @@ import onnx_ir as ir
 from mmvision_export.backends.onnxruntime import PROVIDERS, create_session, require_provider
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import BackendError, ExportError
-from mmvision_export.manifest import DATA, GRAPH, Manifest, file_record
+from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, file_record
 from mmvision_export.metrics import metrics
+from mmvision_export.onnx_cpu import cpu_graph_from_portable
 from mmvision_export.onnx_passes import retype
 from mmvision_export.output import new_files
 from mmvision_export.progress import Progress
 from mmvision_export.sample_batches import CHECK_GRIDS, sample_batch
 
-__all__ = ["FP16_GRAPH", "check_against", "derive_fp16", "save_graph"]
+__all__ = ["FP16_GRAPH", "check_against", "derive_fp16", "save_cpu_graph", "save_graph"]
 
 FP16_GRAPH = "model.fp16.onnx"
 """The float16 graph that `derive_fp16` adds to a float32 model directory, with weights of its own."""
@@ -49,10 +50,25 @@ def save_graph(model: ir.Model, directory: Path, name: str, progress: Progress |
     # but the constants of shape arithmetic.
     ir.save(model, directory / name, external_data=f"{name}.data", alignment=4096, callback=advance)
     progress.step(f"checking {name}")
+    _check(directory / name)
+
+
+def save_cpu_graph(directory: Path, config: EncoderConfig) -> None:
+    """Write the CPU flavour beside a float32 portable graph, whose weight file it shares, and check it.
+
+    Raises:
+        ExportError: See `cpu_graph_from_portable`; or the written file is not a valid ONNX model.
+    """
+    model = cpu_graph_from_portable(directory / GRAPH, config)
+    (directory / CPU_GRAPH).write_bytes(model.SerializeToString(deterministic=True))
+    _check(directory / CPU_GRAPH)
+
+
+def _check(graph: Path) -> None:
     try:
-        onnx.checker.check_model(directory / name, full_check=True)
+        onnx.checker.check_model(graph, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"{name} is not a valid ONNX model: {error}") from error
+        raise ExportError(f"{graph.name} is not a valid ONNX model: {error}") from error
 
 
 def derive_fp16(directory: Path, manifest: Manifest, *, check: bool = True, progress: Progress | None = None) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.config import EncoderConfig
 from mmvision_export.preprocess import PreprocessorConfig
 
-__all__ = ["CHECK_GRIDS", "PARITY_GRIDS", "sample_batch"]
+__all__ = ["CHECK_GRIDS", "PARITY_GRIDS", "batch_of_grid", "sample_batch"]
 
 # Rows (t, block rows, block columns), counted in merge blocks, so that they suit any merge size.
 Grid = tuple[tuple[int, int, int], ...]
@@ -41,3 +43,16 @@ def sample_batch(
     pixels = (levels / 255 - np.mean(preprocessor.image_mean)) / np.mean(preprocessor.image_std)
     # Rounded to float16, so that every precision is given the same input.
     return pixels.astype(np.float16).astype(np.float32), grid_thw
+
+
+def batch_of_grid(
+    grid: Sequence[Sequence[int]], *, patch_dim: int, seed: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """A packed batch of seeded normal random patches for rows (t, h, w) counted in patches.
+
+    Returns:
+        pixel_values `[num_patches, patch_dim]` float32; grid_thw `[num_images, 3]` int64.
+    """
+    grid_thw = np.array(grid, dtype=np.int64)
+    patches = np.random.default_rng(seed).standard_normal((int(grid_thw.prod(axis=1).sum()), patch_dim), np.float32)
+    return patches, grid_thw

@@ -65,7 +65,7 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     assert exported.code == 0, exported.err
     assert "engines/tiny: fp32 graph, opset 23" in exported.out
     assert sorted(p.name for p in (tmp_path / "engines" / "tiny").iterdir()) == [
-        "manifest.json", "model.onnx", "model.onnx.data", "preprocessor_config.json",
+        "manifest.json", "model.cpu.onnx", "model.onnx", "model.onnx.data", "preprocessor_config.json",
     ]  # fmt: skip
 
     again = mmvision(*TINY)
@@ -87,7 +87,7 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     assert inspected["graphs"]["model.onnx"]["parameters"] == 7_047_552 + 13  # and the rotary frequencies
 
     rows = json.loads(mmvision("parity", "--json").out)["rows"]
-    assert {row["runner"] for row in rows} == {"pytorch-fp32", "model.onnx"}
+    assert {row["runner"] for row in rows} == {"pytorch-fp32", "model.onnx", "model.cpu.onnx"}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mmvision_export.errors import CheckpointError, ManifestError, ParityError
 from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
-from mmvision_export.onnx_files import derive_fp16
+from mmvision_export.onnx_files import derive_fp16, save_cpu_graph
 from mmvision_export.parity import (
     REFERENCE,
     ParityResult,
@@ -35,6 +35,7 @@ from tests.configs import HEAD_DIM_80, copy_of
 from tests.test_checkpoint import LAYOUTS, STATE, write_checkpoint
 
 CHECK_SAMPLES = samples_from_grids(HEAD_DIM_80, CHECK_GRIDS)
+GRAPHS = {"model.onnx", "model.cpu.onnx", "model.fp16.onnx"}
 
 
 def check(directory: Path, **options: Any) -> ParityResult:
@@ -49,13 +50,13 @@ def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -
     result = check(directory, samples=())
     assert result.passed
     assert {row.runner for row in result.rows} == {
-        "pytorch-fp32", "pytorch-fp16", "model.onnx", "model.fp16.onnx", "model.fp16.onnx (rounded)",
+        "pytorch-fp32", "pytorch-fp16", *GRAPHS, "model.fp16.onnx (rounded)",
     }  # fmt: skip
     assert {row.sample for row in result.rows} == set(PARITY_GRIDS)
     for row in result.rows:
         assert row.metrics.relative_l2 < (2e-6 if row.precision == "fp32" else 5e-3)
     recorded = Manifest.read(directory).parity
-    assert set(recorded) == {"model.onnx", "model.fp16.onnx"}
+    assert set(recorded) == GRAPHS
     assert recorded["model.onnx"]["passed"] is True
     assert recorded["model.onnx"]["layers"]["first_jump"] is None
     assert recorded["model.fp16.onnx"]["rounded"]["mixed sizes"]["failures"] == []
@@ -72,7 +73,8 @@ def rewrite(directory: Path, change: Callable[[ir.Model], None]) -> None:
             value.const_value = ir.tensor(value.const_value.numpy(), name=value.name)
     ir.save(model, directory / "model.onnx", external_data="model.onnx.data")
     manifest = Manifest.read(directory)
-    for name in ("model.onnx", "model.onnx.data"):
+    save_cpu_graph(directory, manifest.config)  # the weights lie elsewhere in their file now
+    for name in ("model.onnx", "model.cpu.onnx", "model.onnx.data"):
         manifest.files[name] = file_record(directory / name)
     manifest.write(directory)
 

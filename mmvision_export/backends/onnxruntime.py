@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mmvision_export.backends import BackendName, BackendOptions
 from mmvision_export.errors import BackendError
 from mmvision_export.grid import groups_of_images
-from mmvision_export.manifest import DATA, GRAPH, Manifest
+from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest
 from mmvision_export.sidecar import Profile
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class OnnxRuntimeBackend:
         graph = self._graph_name(manifest)
         # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
         # longer than everything else here, and `mmvision inspect` does it.
-        manifest.verify(directory, [graph])
+        manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
         manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
         self._session: onnxruntime.InferenceSession | None = self._new_session(directory / graph, options)
         self.config = manifest.config
@@ -88,7 +88,7 @@ class OnnxRuntimeBackend:
 
 
 class CpuBackend(OnnxRuntimeBackend):
-    """ONNX Runtime's CPU provider, on every machine."""
+    """ONNX Runtime's CPU provider, on every machine, with the graph's CPU flavour where there is one."""
 
     name: BackendName = "onnxruntime-cpu"
 
@@ -98,10 +98,12 @@ class CpuBackend(OnnxRuntimeBackend):
                 "this is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
                 hint="export with --fp32 or --fp16 to run it here",
             )
-        return super()._graph_name(manifest)
+        return CPU_GRAPH if CPU_GRAPH in manifest.files else GRAPH
 
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
+        if self.info["graph"] != GRAPH:  # only masked attention has to be kept short
+            return super().run(pixel_values, grid_thw)
         bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
         groups = groups_of_images(grid_thw, _CPU_GROUP_PATCHES)
         pieces = [

@@ -1,0 +1,3 @@
+"""`mmvision benchmark`: what runs a model directory, and PyTorch implementations of others, measured side by side."""
+
+from __future__ import annotations

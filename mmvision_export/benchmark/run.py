@@ -1,0 +1,104 @@
+"""The command's work: which sides, then measuring, then what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmvision_export.backends import BACKENDS
+from mmvision_export.benchmark.measure import Result, measure
+from mmvision_export.benchmark.peers import PEERS
+from mmvision_export.benchmark.report import page_from_result, write_plots
+from mmvision_export.benchmark.workloads import workloads_for
+from mmvision_export.errors import BenchmarkError
+from mmvision_export.manifest import Manifest
+from mmvision_export.output import new_files
+from mmvision_export.progress import Progress
+
+__all__ = ["run_benchmark", "sides_from"]
+
+INT8_GRAPH = "model.cpu-int8.onnx"
+"""The graph that precision `int8` stands for."""
+
+
+def sides_from(
+    manifest: Manifest, *, backends: Sequence[str], precisions: Sequence[str], peers: Sequence[str]
+) -> list[str]:
+    """The sides of a comparison by name, the first being what the others are compared with.
+
+    Raises:
+        BenchmarkError: A backend, precision or peer that there is not, or a graph the directory has not.
+    """
+    sides = []
+    for backend in backends:
+        name, _, graph = backend.partition(":")
+        if name not in BACKENDS:
+            raise BenchmarkError(f"no such backend: {name}", hint=f"choose from: {', '.join(BACKENDS)}")
+        if graph and (graph not in manifest.files or name != "onnxruntime-cpu"):
+            graphs = ", ".join(file for file in manifest.files if file.endswith(".onnx"))
+            raise BenchmarkError(f"{backend}: only onnxruntime-cpu takes a graph, one of {graphs}")
+        for precision in [manifest.precision] if graph or name != "onnxruntime-cpu" else precisions:
+            if precision == "int8":
+                if INT8_GRAPH not in manifest.files:
+                    raise BenchmarkError(f"the model directory has no {INT8_GRAPH}", hint="use --precision fp32")
+                sides.append(f"{name}:{INT8_GRAPH}")
+            elif precision == manifest.precision:
+                sides.append(backend)
+            else:
+                raise BenchmarkError(f"the model is {manifest.precision}, not {precision}")
+    for peer in peers:
+        if peer not in PEERS:
+            raise BenchmarkError(f"no such peer: {peer}", hint=f"choose from: {', '.join(PEERS)}")
+    return [*sides, *peers]
+
+
+def run_benchmark(
+    directory: Path,
+    *,
+    backends: Sequence[str],
+    precisions: Sequence[str],
+    peers: Sequence[str],
+    workloads: str,
+    threads: int | None,
+    repeats: int,
+    seconds_per_workload: float,
+    output: Path,
+    page: Path | None,
+    progress: Progress | None = None,
+) -> tuple[Result, Path]:
+    """Measure, writing `results.json` and the plots into `output` after every workload, and the page at the end.
+
+    Raises:
+        BenchmarkError: See `sides_from` and `measure`.
+        ManifestError: The model directory is not one.
+        OutputError: The files cannot be written.
+    """
+    import matplotlib  # noqa: F401 - missing, it is an error now and not after the work
+
+    manifest = Manifest.read(directory)
+    sides = sides_from(manifest, backends=backends, precisions=precisions, peers=peers)
+
+    def keep(result: Result) -> None:
+        with new_files(output, name="results.json") as new:
+            content = json.dumps(result.to_dict(), indent=1, allow_nan=False)
+            (new / "results.json").write_text(content + "\n", encoding="utf-8")
+            write_plots(result, new)
+
+    result = measure(
+        directory,
+        sides,
+        workloads_for(workloads),
+        threads=threads or os.cpu_count() or 1,
+        repeats=repeats,
+        seconds_per_workload=seconds_per_workload,
+        keep=keep,
+        progress=progress,
+    )
+    if page is not None:
+        with new_files(page.parent / page.stem, name="plots") as new:
+            write_plots(result, new)
+        with new_files(page.parent, name=page.name) as new:
+            (new / page.name).write_text(page_from_result(result, plots=page.stem), encoding="utf-8")
+    return result, output

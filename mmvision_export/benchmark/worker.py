@@ -1,0 +1,213 @@
+"""One side of a comparison in a process of its own, which is kept alive and told what to do line by line.
+
+`python -m mmvision_export.benchmark.worker SIDE DIRECTORY THREADS` answers each line of JSON on standard input by one
+on standard output. A process each, so that memory can be told apart and no thread pool is shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmvision_export.errors import BackendError, message_and_hint
+from mmvision_export.manifest import Manifest
+from mmvision_export.sample_batches import batch_of_grid
+
+__all__ = ["main"]
+
+_GEMM = (1024, 1280, 5120)  # rows, k, n: the encoder's largest product, for one block of patches
+Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def main() -> None:
+    """Answer until standard input ends: open the side, run a batch, or measure a matrix product in its runtime."""
+    side, directory, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    # Libraries may print: they get standard error, the answers a descriptor of their own.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    state: dict[str, Any] = {}
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if request["do"] == "open":
+            start = time.perf_counter()
+            state["run"], facts = _open(side, directory, threads)
+            return {**facts, "open_s": time.perf_counter() - start, "rss_bytes": _memory("VmRSS")}
+        if request["do"] == "gemm":
+            return {"gflops": _gemm_gflops(side, threads)}
+        return _timed(state["run"], request)
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = answer(request)
+        except Exception as error:  # reported on the other side, whatever it is
+            message, hint = message_and_hint(error)
+            reply = {"error": message, "hint": hint}
+        print(json.dumps(reply), file=answers)
+
+
+def _open(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]]:
+    backend, _, graph = side.partition(":")
+    if "onnxruntime" in backend or "tensorrt" in backend:
+        return _open_backend(backend, graph, directory, threads)
+    import torch
+
+    from mmvision_export.benchmark.peers import peer_from_encoder
+    from mmvision_export.weights import DTYPES, WeightSource
+
+    torch.set_num_threads(threads)
+    manifest = Manifest.read(directory)
+    source = WeightSource.from_manifest(manifest.source, manifest.config)
+    loaded = source.load(DTYPES[manifest.precision])
+    if loaded.source.get("sha256") != manifest.source.get("sha256"):
+        raise BackendError("the weights are not those that were exported")
+    peer = peer_from_encoder(side, loaded.encoder)
+
+    def run(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            out: np.ndarray = peer(torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)).numpy()
+            return out
+
+    package = {"transf": "transformers", "nemo": "nemo-automodel"}.get(side[:6], "torch")
+    import importlib.metadata
+
+    return run, {"version": importlib.metadata.version(package), "precision": manifest.precision}
+
+
+def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]]:
+    from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
+    from mmvision_export.runtime import VisionEncoder
+
+    if graph:  # a certain graph of the directory, run as it is
+        Manifest.read(directory).verify(directory, [graph])
+        session = create_session(directory / graph, provider=PROVIDERS[backend], threads=threads)
+        import onnxruntime
+
+        def run_graph(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+            (out,) = session.run(None, {"pixel_values": pixel_values, "grid_thw": grid_thw})
+            return np.asarray(out)
+
+        return run_graph, {"version": onnxruntime.__version__, "precision": "int8" if "int8" in graph else "fp32"}
+    encoder = VisionEncoder.open(directory, backend=backend, threads=threads)
+    run: Run = encoder
+    if not backend.endswith("-cpu"):
+        run = _with_cuda_events(encoder)
+    info = encoder.info
+    return run, {
+        "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
+        "precision": info["precision"],
+    }
+
+
+def _with_cuda_events(encoder: Run) -> Run:
+    """Keep the time between two CUDA events around each call, in milliseconds, in `run.device_ms`. Never run."""
+    from cuda.bindings import runtime as cuda
+
+    def checked(result: Any) -> Any:
+        if int(result[0]):
+            raise BackendError(f"CUDA failed with {result[0]}")
+        return result[1] if len(result) > 1 else None
+
+    first, last = checked(cuda.cudaEventCreate()), checked(cuda.cudaEventCreate())
+
+    def run(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+        checked(cuda.cudaEventRecord(first, 0))
+        out = encoder(pixel_values, grid_thw)
+        checked(cuda.cudaEventRecord(last, 0))
+        checked(cuda.cudaEventSynchronize(last))
+        run.device_ms = checked(cuda.cudaEventElapsedTime(first, last))  # type: ignore[attr-defined]
+        return out
+
+    return run
+
+
+def _timed(run: Run, request: dict[str, Any]) -> dict[str, Any]:
+    """One run of a batch: its time, its memory, and how much of the machine somebody else had meanwhile."""
+    pixel_values, grid_thw = batch_of_grid(request["grid"], patch_dim=request["patch_dim"], seed=0)
+    _reset_peak()
+    before = _memory("VmRSS")
+    busy, cpu, start = _busy_s(), time.process_time(), time.perf_counter()
+    out = run(pixel_values, grid_thw)
+    seconds = time.perf_counter() - start
+    own, every = time.process_time() - cpu, _busy_s() - busy
+    if request.get("save"):
+        np.save(request["save"], out)
+    return {
+        "seconds": seconds,
+        "device_ms": getattr(run, "device_ms", None),
+        "cpu_s": own,
+        "foreign_cpus": max(0.0, every - own) / seconds,
+        "before_bytes": before,
+        "peak_bytes": _memory("VmHWM"),
+        "finite": bool(np.isfinite(out).all()),
+    }
+
+
+def _gemm_gflops(side: str, threads: int) -> float:
+    """Best of several float32 matrix products of the encoder's own size, in the side's runtime, GFLOP/s."""
+    rows, k, n = _GEMM
+    generator = np.random.default_rng(0)
+    x, w = generator.standard_normal((rows, k), np.float32), generator.standard_normal((n, k), np.float32)
+    product: Callable[[], Any]
+    if side.startswith("onnxruntime"):
+        import onnx
+        import onnxruntime
+
+        graph = "g (float[m, k] x) => (float[m, n] y) {y = Gemm <transB: int = 1> (x, w)}"
+        text = f'<ir_version: 10, opset_import: ["": 18]> {graph}'
+        model = onnx.parser.parse_model(text)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        product = lambda: session.run(None, {"x": x})  # noqa: E731
+    else:
+        import torch
+
+        torch.set_num_threads(threads)
+        a, b = torch.from_numpy(x), torch.from_numpy(w)
+        product = lambda: torch.nn.functional.linear(a, b)  # noqa: E731
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - start)
+    return 2e-9 * rows * k * n / min(times)
+
+
+def _memory(field: str) -> int:
+    """A line of /proc/self/status in bytes; where there is none, the peak of the whole life."""
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reset_peak() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+
+
+def _busy_s() -> float:
+    """CPU seconds that this machine has spent on anything, since it started; 0 where it does not say."""
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0
+    return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What is measured: batches of every kind, and how much work each is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mmvision_export.config import EncoderConfig
+from mmvision_export.errors import InputError
+
+__all__ = ["QUICK", "STANDARD", "Work", "Workload", "work_of", "workloads_for"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """One batch.
+
+    Attributes:
+        name: Says what it is.
+        series: Which plots it is in: `patches` (one image of any size), `images` (any number of equal ones).
+        grid: Rows (t, h, w) in patches.
+    """
+
+    name: str
+    series: tuple[str, ...]
+    grid: tuple[tuple[int, int, int], ...]
+
+    @property
+    def patches(self) -> int:
+        """Patches of all images together."""
+        return sum(t * h * w for t, h, w in self.grid)
+
+
+def _one(side: int, *also: str) -> Workload:
+    return Workload(f"1 image of {side * side} patches", ("patches", *also), ((1, side, side),))
+
+
+def _equal(count: int, side: int) -> Workload:
+    return Workload(f"{count} images of {side * side} patches", ("images",), ((1, side, side),) * count)
+
+
+def _mixed(count: int, largest: int) -> Workload:
+    sides = np.random.default_rng(0).integers(4, largest // 2 + 1, (count, 2)) * 2
+    rows = tuple((1, int(h), int(w)) for h, w in sides)
+    return Workload(f"{count} images of mixed sizes", (), rows)
+
+
+QUICK = (
+    _one(8, "images"),
+    _one(16),
+    _equal(4, 8),
+    _mixed(4, 16),
+    Workload("video, 2 rows of 4 frames", (), ((4, 4, 8),) * 2),
+)
+"""Seconds, for CI."""
+
+STANDARD = (
+    _one(8),
+    _one(16, "images"),
+    _one(32),
+    _one(64),
+    *(_equal(count, 16) for count in (4, 16, 64)),
+    Workload("8 images of 1024 patches", (), ((1, 32, 32),) * 8),
+    _mixed(16, 44),
+    Workload("video, 4 rows of 4 frames", (), ((4, 16, 16),) * 4),
+    _one(128),  # the longest last: an interrupt then costs least
+)
+"""What `docs/benchmarks.md` shows."""
+
+
+def workloads_for(names: str) -> tuple[Workload, ...]:
+    """The workloads of a set, `quick` or `standard`.
+
+    Raises:
+        InputError: There is no such set.
+    """
+    sets = {"quick": QUICK, "standard": STANDARD}
+    if names not in sets:
+        raise InputError(f"no such set of workloads: {names}", hint=f"choose one of: {', '.join(sets)}")
+    return sets[names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one operator of the graph, or the whole of it, does for one batch.
+
+    Attributes:
+        flops: Floating-point operations of matrix products and attention, a multiply-add counted as two.
+        bytes: Least traffic: each weight, input and output once.
+    """
+
+    flops: float
+    bytes: float
+
+
+def work_of(
+    config: EncoderConfig, grid: tuple[tuple[int, int, int], ...], *, bytes_per_value: int = 4
+) -> dict[str, Work]:
+    """The work of each kind of operator, over all layers.
+
+    Args:
+        config: The encoder's dimensions.
+        grid: Rows (t, h, w) in patches.
+        bytes_per_value: 4 for float32, 2 for float16.
+
+    Returns:
+        `patch embedding`, `attention projections`, `attention`, `MLP`, `projector`, `merger`. A test holds them equal
+        to a count over the nodes of the exported graph.
+    """
+    lengths = [t * h * w for t, h, w in grid]
+    patches, tokens = sum(lengths), sum(lengths) // config.patches_per_token
+    hidden, inner = config.hidden_size, config.intermediate_size
+    text, projector = config.text_hidden_size, config.projector_hidden_size
+
+    def products(rows: int, *shapes: tuple[int, int], times: int = 1) -> Work:
+        flops = sum(2.0 * rows * k * n for k, n in shapes)
+        values = sum(float(k * n + rows * (k + n)) for k, n in shapes)
+        return Work(times * flops, times * values * bytes_per_value)
+
+    layers = config.num_hidden_layers
+    scores = sum(float(n) ** 2 for n in lengths)
+    return {
+        "patch embedding": products(patches, (config.patch_dim, hidden)),
+        "attention projections": products(patches, *[(hidden, hidden)] * 4, times=layers),
+        "attention": Work(4.0 * scores * hidden * layers, 4.0 * patches * hidden * layers * bytes_per_value),
+        "MLP": products(patches, (hidden, inner), (inner, hidden), times=layers),
+        "projector": products(patches, (hidden, projector), (projector, text)),
+        "merger": products(tokens, (config.patches_per_token * text, projector), (projector, text)),
+    }

@@ -1,0 +1,297 @@
+"""The CPU flavour of the graph, `model.cpu.onnx`: the same function and weight file, laid out for ONNX Runtime.
+
+The portable graph is what any runtime can take. Three things make it slow on a CPU, and are different here:
+
+* Its attention is masked: work and memory grow with the square of the batch. Here a `Loop` runs over the images and
+  each attends to itself alone, in `com.microsoft::MultiHeadAttention`, a flash kernel whose memory is linear.
+* Each operator passes over the whole batch before the next begins. At 4096 patches the inner activations of one MLP are
+  84 MB, more than any cache holds. Here everything between one layer's attention and the next layer's runs as a `Scan`
+  over blocks of at most `BLOCK_PATCHES` patches, whose activations stay in the cache and are never all there at once.
+* Its rotation is a dozen elementwise operators. Here it is one, `com.microsoft::RotaryEmbedding`.
+
+Blocks are of equal size, as Scan needs, so that the batch is padded at its end by less than an image token a block.
+The padding is in no image and is cut off again. The graph is written in ONNX's textual syntax
+(https://github.com/onnx/onnx/blob/main/docs/Syntax.md); the operators of `com.microsoft` are described in
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+
+from mmvision_export.config import EncoderConfig
+from mmvision_export.domain import DOMAIN
+from mmvision_export.errors import ExportError
+
+__all__ = ["BLOCK_PATCHES", "cpu_graph_from_portable"]
+
+BLOCK_PATCHES = 1024
+"""Most patches of a block: enough rows for a matrix product at full speed, few enough for the cache."""
+
+_CONTRIB = "com.microsoft"
+
+# The syntax has no dots in the names of values.
+_DOT = "__"
+_DOTTED = re.compile(r"(?<![\w.])(?!com\.microsoft)[a-z_]\w*(?:\.\w+)+")
+
+# Sizes [1] int64. The blocks are as equal as whole image tokens allow, to pad least.
+_BLOCKS = """
+  num_patches = Shape <start: int = 0, end: int = 1> (pixel_values)
+  most = Constant <value_ints: ints = [{most}]> ()
+  most_less_1 = Constant <value_ints: ints = [{most_less_1}]> ()
+  per_token = Constant <value_ints: ints = [{per_token}]> ()
+  zero = Constant <value_ints: ints = [0]> ()
+  one = Constant <value_ints: ints = [1]> ()
+  minus_1 = Constant <value_ints: ints = [-1]> ()
+  rounded_up = Add (num_patches, most_less_1)
+  num_blocks = Div (rounded_up, most)
+  num_tokens = Div (num_patches, per_token)
+  blocks_less_1 = Sub (num_blocks, one)
+  tokens_rounded_up = Add (num_tokens, blocks_less_1)
+  block_tokens = Div (tokens_rounded_up, num_blocks)
+  block_patches = Mul (block_tokens, per_token)
+  padded_patches = Mul (block_patches, num_blocks)
+  padding = Sub (padded_patches, num_patches)
+  pads = Concat <axis: int = 0> (zero, zero, padding, zero)
+  in_blocks = Concat <axis: int = 0> (num_blocks, block_patches, minus_1)
+  packed = Constant <value_ints: ints = [-1, {hidden}]> ()
+  segments = Cast <to: int = 7> ({cu_seqlens})
+  num_bounds = Size (segments)
+  one_scalar = Squeeze (one)
+  num_images = Sub (num_bounds, one_scalar)
+  true = Constant <value: tensor = bool {{1}}> ()
+  patches_padded = Pad (pixel_values, pads)
+  patches_blocks = Reshape (patches_padded, in_blocks)
+  cos_padded = Pad ({cos}, pads)
+  cos_blocks = Reshape (cos_padded, in_blocks)
+  sin_padded = Pad ({sin}, pads)
+  sin_blocks = Reshape (sin_padded, in_blocks)
+"""
+
+# One block's rows: x [block, hidden] -> q, k, v [block, hidden], q and k rotated.
+_QKV = """
+    {p}normed = LayerNormalization <axis: int = -1, epsilon: float = {epsilon}> (
+      {x}, {layer}.layer_norm1.weight, {layer}.layer_norm1.bias)
+    {p}q_flat = Gemm <transB: int = 1> ({p}normed, {layer}.self_attn.q_proj.weight, {layer}.self_attn.q_proj.bias)
+    {p}k_flat = Gemm <transB: int = 1> ({p}normed, {layer}.self_attn.k_proj.weight, {layer}.self_attn.k_proj.bias)
+    {p}v = Gemm <transB: int = 1> ({p}normed, {layer}.self_attn.v_proj.weight, {layer}.self_attn.v_proj.bias)
+    {p}q_batch = Unsqueeze ({p}q_flat, zero)
+    {p}k_batch = Unsqueeze ({p}k_flat, zero)
+    {p}q_rotated = com.microsoft.RotaryEmbedding <num_heads: int = {heads}, rotary_embedding_dim: int = {rope_dim}> (
+      {p}q_batch, zero, {p}cos, {p}sin)
+    {p}k_rotated = com.microsoft.RotaryEmbedding <num_heads: int = {heads}, rotary_embedding_dim: int = {rope_dim}> (
+      {p}k_batch, zero, {p}cos, {p}sin)
+    {p}q = Squeeze ({p}q_rotated, zero)
+    {p}k = Squeeze ({p}k_rotated, zero)
+"""
+
+_EMBED = """
+    {p}embedded = Gemm <transB: int = 1> ({p}patches, embeddings.patch_embedding.weight)
+    {p}x = LayerNormalization <axis: int = -1, epsilon: float = {epsilon}> (
+      {p}embedded, pre_layrnorm.weight, pre_layrnorm.bias)
+"""
+
+# The rest of a layer, after its attention.
+_LAYER = """
+    {p}projected = Gemm <transB: int = 1> (
+      {p}attended, {layer}.self_attn.out_proj.weight, {layer}.self_attn.out_proj.bias)
+    {p}between = Add ({p}x_in, {p}projected)
+    {p}between_normed = LayerNormalization <axis: int = -1, epsilon: float = {epsilon}> (
+      {p}between, {layer}.layer_norm2.weight, {layer}.layer_norm2.bias)
+    {p}inner = Gemm <transB: int = 1> ({p}between_normed, {layer}.mlp.fc1.weight, {layer}.mlp.fc1.bias)
+    {p}activated = com.microsoft.Gelu ({p}inner)
+    {p}outer = Gemm <transB: int = 1> ({p}activated, {layer}.mlp.fc2.weight, {layer}.mlp.fc2.bias)
+    {p}x = Add ({p}between, {p}outer)
+"""
+
+_PROJECTOR = """
+    {p}proj_inner = Gemm <transB: int = 1> ({p}x, {linear_1})
+    {p}proj_activated = com.microsoft.Gelu ({p}proj_inner)
+    {p}projected_out = Gemm <transB: int = 1> ({p}proj_activated, {linear_2})
+"""
+
+# Attention of each image. What remains behind the last image is padding, and may hold anything finite.
+_ATTENTION = """
+  {p}q_packed = Reshape ({block}q_blocks, packed)
+  {p}k_packed = Reshape ({block}k_blocks, packed)
+  {p}v_packed = Reshape ({block}v_blocks, packed)
+  {p}none = SequenceEmpty <dtype: int = 1> ()
+  {p}images = Loop (num_images, true, {p}none) <
+    body: graph = {name} (int64 {p}image, bool {p}go_on, seq(float[{p}rows, {hidden}]) {p}before)
+      => (bool {p}go_on_out, seq(float[{p}rows, {hidden}]) {p}after) {{
+    {p}go_on_out = Identity ({p}go_on)
+    {p}first_bound = Unsqueeze ({p}image, zero)
+    {p}second_bound = Add ({p}first_bound, one)
+    {p}start = Gather (segments, {p}first_bound)
+    {p}end = Gather (segments, {p}second_bound)
+    {p}q_rows = Slice ({p}q_packed, {p}start, {p}end, zero)
+    {p}k_rows = Slice ({p}k_packed, {p}start, {p}end, zero)
+    {p}v_rows = Slice ({p}v_packed, {p}start, {p}end, zero)
+    {p}q_image = Unsqueeze ({p}q_rows, zero)
+    {p}k_image = Unsqueeze ({p}k_rows, zero)
+    {p}v_image = Unsqueeze ({p}v_rows, zero)
+    {p}image_out = com.microsoft.MultiHeadAttention <num_heads: int = {heads}, scale: float = {scale}> (
+      {p}q_image, {p}k_image, {p}v_image)
+    {p}image_rows = Squeeze ({p}image_out, zero)
+    {p}after = SequenceInsert ({p}before, {p}image_rows)
+  }}>
+  {p}behind = Slice ({p}v_packed, num_patches, padded_patches, zero)
+  {p}all_rows = SequenceInsert ({p}images, {p}behind)
+  {p}attended_packed = ConcatFromSequence <axis: int = 0> ({p}all_rows)
+  {p}attended_blocks = Reshape ({p}attended_packed, in_blocks)
+"""
+
+_MERGER = """
+  projected_rows = Reshape (projected_blocks, merged)
+  merge_inner = Gemm <transB: int = 1> (projected_rows, {merge_1})
+  merge_activated = com.microsoft.Gelu (merge_inner)
+  tokens_padded = Gemm <transB: int = 1> (merge_activated, {merge_2})
+  image_embeds = Slice (tokens_padded, zero, num_tokens, zero)
+"""
+
+
+def cpu_graph_from_portable(
+    path: Path, config: EncoderConfig, *, block_patches: int = BLOCK_PATCHES
+) -> onnx.ModelProto:
+    """The CPU flavour of a portable float32 graph, with references into the same weight file.
+
+    Args:
+        path: The portable graph, `model.onnx`; its weights are not read.
+        config: The encoder's dimensions.
+        block_patches: Most patches of a block.
+
+    Returns:
+        A model with the portable one's inputs and outputs. Save it in the same directory.
+
+    Raises:
+        ExportError: The graph is not float32, or not one that this package exports.
+    """
+    portable = onnx.load(path, load_external_data=False)
+    if (kind := portable.graph.input[0].type.tensor_type.elem_type) != onnx.TensorProto.FLOAT:
+        name = onnx.TensorProto.DataType.Name(kind).lower()
+        raise ExportError(f"only a float32 graph has a CPU flavour, {path.name} takes {name}")
+    custom = {node.op_type: node for node in portable.graph.node if node.domain == DOMAIN}
+    if set(custom) != {"QKRotaryEmbedding", "VarlenAttention"}:
+        raise ExportError(f"{path} has not the custom ops of an exported encoder, but {sorted(custom) or 'none'}")
+    _, _, cos, sin = custom["QKRotaryEmbedding"].input
+    cu_seqlens = custom["VarlenAttention"].input[3]
+    scale = next(a.f for a in custom["VarlenAttention"].attribute if a.name == "scale")
+
+    weights = {tensor.name for tensor in portable.graph.initializer}
+    text = _graph_text(config, weights, block_patches, scale=scale, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
+    body = onnx.parser.parse_graph(_DOTTED.sub(lambda name: name[0].replace(".", _DOT), text))
+    _rename(body)
+    nodes = [*_ancestors(portable.graph, {cos, sin, cu_seqlens}), *body.node]
+    used = {name for node in _with_subgraphs(nodes) for name in node.input}
+    graph = onnx.helper.make_graph(
+        nodes,
+        "cpu",
+        portable.graph.input,
+        portable.graph.output,
+        [tensor for tensor in portable.graph.initializer if tensor.name in used],
+    )
+    opset = next(entry.version for entry in portable.opset_import if entry.domain in ("", "ai.onnx"))
+    return onnx.helper.make_model(
+        graph,
+        producer_name=portable.producer_name,
+        producer_version=portable.producer_version,
+        ir_version=portable.ir_version,
+        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(_CONTRIB, 1)],
+    )
+
+
+def _graph_text(
+    config: EncoderConfig, weights: set[str], block_patches: int, *, scale: float, cos: str, sin: str, cu_seqlens: str
+) -> str:
+    """The graph from the blocks on, as text; what it reads of the portable graph are names."""
+    facts = {
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "rope_dim": config.rope_dim,
+        "epsilon": f"{config.layer_norm_eps:.9g}",
+        "scale": f"{scale:.9g}",
+    }
+
+    def linear(name: str) -> str:
+        bias = f"{name}.bias"
+        return f"{name}.weight, {bias}" if bias in weights else f"{name}.weight"
+
+    parts = [
+        _BLOCKS.format(
+            most=block_patches,
+            most_less_1=block_patches - 1,
+            per_token=config.patches_per_token,
+            cos=cos,
+            sin=sin,
+            cu_seqlens=cu_seqlens,
+            **facts,
+        )
+    ]
+    last = config.num_hidden_layers
+    for index in range(last + 1):
+        p = f"blocks.{index}."
+        layer = f"layers.{index}"
+        inside = [
+            _EMBED.format(p=p, **facts) if index == 0 else _LAYER.format(p=p, layer=f"layers.{index - 1}", **facts)
+        ]
+        if index < last:
+            inside.append(_QKV.format(p=p, layer=layer, x=f"{p}x", **facts))
+            results = {"x": "x_blocks", "q": "q_blocks", "k": "k_blocks", "v": "v_blocks"}
+        else:
+            projector = [linear(f"multi_modal_projector.linear_{number}") for number in (1, 2)]
+            inside.append(_PROJECTOR.format(p=p, linear_1=projector[0], linear_2=projector[1]))
+            results = {"projected_out": "projected_blocks"}
+        before_x, before_attended = f"blocks.{index - 1}.x_blocks", f"layers.{index - 1}.attention.attended_blocks"
+        fed = {"patches": "patches_blocks"} if index == 0 else {"x_in": before_x, "attended": before_attended}
+        if index < last:
+            fed |= {"cos": "cos_blocks", "sin": "sin_blocks"}
+        scanned = ", ".join(f"float[{p}rows, {p}{name}_width] {p}{name}" for name in fed)
+        body_outputs = ", ".join(f"float[{p}rows, {p}{name}_width] {p}{name}" for name in results)
+        outputs = ", ".join(name if index == last else f"{p}{name}" for name in results.values())
+        parts.append(
+            f"  {outputs} = Scan <num_scan_inputs: int = {len(fed)}, body: graph = block_{index} ({scanned})\n"
+            f"      => ({body_outputs}) {{{''.join(inside)}  }}> ({', '.join(fed.values())})\n"
+        )
+        if index < last:
+            attention = f"{layer}.attention."
+            parts.append(_ATTENTION.format(p=attention, block=p, name=f"attention_{index}", **facts))
+    merged = config.patches_per_token * config.text_hidden_size
+    merger = [linear(f"patch_merge_mlp.linear_{number}") for number in (1, 2)]
+    parts.append(f"  merged = Constant <value_ints: ints = [-1, {merged}]> ()\n")
+    parts.append(_MERGER.format(merge_1=merger[0], merge_2=merger[1]))
+    return f"cpu (float[n, d] pixel_values) => (float[t, h] image_embeds) {{{''.join(parts)}}}"
+
+
+def _ancestors(graph: onnx.GraphProto, wanted: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that some values are computed from, in the graph's order."""
+    kept = []
+    for node in reversed(graph.node):
+        if wanted.intersection(node.output):
+            kept.append(node)
+            wanted = wanted.union(node.input)
+    return kept[::-1]
+
+
+def _with_subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _with_subgraphs(attribute.g.node)
+
+
+def _rename(graph: onnx.GraphProto) -> None:
+    """Give values their dots again, and nodes the names of their outputs, which a profiler's table shows."""
+    for value in (*graph.input, *graph.output):
+        value.name = value.name.replace(_DOT, ".")
+    for node in graph.node:
+        node.input[:] = [name.replace(_DOT, ".") for name in node.input]
+        node.output[:] = [name.replace(_DOT, ".") for name in node.output]
+        node.name = node.output[0]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename(attribute.g)
