@@ -16,8 +16,7 @@ from mmvision_export.errors import CheckpointError, ManifestError, ParityError
 from mmvision_export.manifest import Manifest, file_record
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
-from mmvision_export.onnx_files import derive_fp16
-from mmvision_export.onnx_files import save_cpu_graph
+from mmvision_export.onnx_files import derive_fp16, save_cpu_graph
 from mmvision_export.parity import (
     GATES,
     REFERENCE,
