@@ -20,6 +20,7 @@ __all__ = [
     "OutputError",
     "ParityError",
     "PluginError",
+    "QuantizationError",
     "message_and_hint",
     "print_error",
 ]
@@ -56,6 +57,10 @@ class ParityError(MmvisionError):
 
 class PluginError(MmvisionError):
     """A plugin's kernel could not be compiled."""
+
+
+class QuantizationError(MmvisionError):
+    """A model cannot be quantised, or not within its accuracy gate."""
 
 
 class EngineError(MmvisionError):
