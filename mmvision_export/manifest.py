@@ -108,6 +108,7 @@ class Manifest:
         versions: Versions of the packages that made the directory.
         files: Every file of the directory that a runtime may open, by name relative to it.
         parity: Results of the last comparison, by graph file name.
+        quantization: How each quantised graph was made, and what it lost, by graph file name.
         created: When, in UTC, ISO 8601.
     """
 
@@ -120,12 +121,14 @@ class Manifest:
     files: dict[str, FileRecord]
     created: str
     parity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, kind in (
             ("opset", self.opset, int),
             ("source", self.source, dict),
             ("parity", self.parity, dict),
+            ("quantization", self.quantization, dict),
             ("versions", self.versions, dict),
         ):
             if not isinstance(value, kind):
@@ -142,6 +145,7 @@ class Manifest:
         *,
         files: Mapping[str, FileRecord] | None = None,
         parity: Mapping[str, Any] | None = None,
+        quantization: Mapping[str, Any] | None = None,
         without_parity: str | None = None,
     ) -> None:
         """Add to a directory's manifest, keeping what another process has added since it was read.
@@ -150,11 +154,13 @@ class Manifest:
             directory: The model directory.
             files: Files that are there now.
             parity: Results, by name of graph or engine.
+            quantization: Reports, by name of graph.
             without_parity: A graph or engine whose result no longer holds.
         """
         latest = Manifest.read(directory)
         self.files = {**latest.files, **(files or {})}
         self.parity = {**latest.parity, **(parity or {})}
+        self.quantization = {**latest.quantization, **(quantization or {})}
         if without_parity is not None:
             self.parity.pop(without_parity, None)
         self.write(directory)

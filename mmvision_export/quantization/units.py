@@ -21,16 +21,11 @@ class Linear:
         name: Of its node, and of its output.
         weight: Name of the initializer.
         bias: Name of the initializer, or None.
-        share_of: Name of the residual stream's value that this product contributes to as the end of, or on the way to,
-            a branch; None for what everything passes through.
-        end: Name of the branch's last product, itself if it is that.
     """
 
     name: str
     weight: str
     bias: str | None
-    share_of: str | None
-    end: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,39 +46,25 @@ class Unit:
 
 
 def units_of(model: ir.Model) -> list[Unit]:
-    """Every product with constant weights in the main graph, in its order; attention's own products are not among them."""
+    """Every product with constant weights in the main graph, in order; attention's own products are not among them."""
     nodes: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if node.op_type == "Gemm" and node.inputs[1] is not None and node.inputs[1].is_initializer():
             assert node.inputs[0] is not None and node.inputs[0].name is not None
             nodes.setdefault(node.inputs[0].name, []).append(node)
-    ends = _branch_ends(model)
     units = []
     for value, readers in nodes.items():
         source = readers[0].inputs[0]
         assert source is not None
         producer = source.producer()
         norm = producer.name if producer is not None and producer.op_type == "LayerNormalization" else None
-        linears = tuple(_linear(node, ends) for node in readers)
+        linears = tuple(_linear(node) for node in readers)
         name = linears[0].name if len(linears) == 1 else linears[0].name.rpartition(".")[0] + ".qkv"
         units.append(Unit(name, value, linears, norm))
     return units
 
 
-def _linear(node: ir.Node, ends: dict[str, tuple[str, str]]) -> Linear:
+def _linear(node: ir.Node) -> Linear:
     weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     assert node.name is not None and weight is not None and weight.name is not None
-    module = node.name.rpartition(".")[0]
-    end, share_of = ends.get(module, (node.name, None))
-    return Linear(node.name, weight.name, None if bias is None else bias.name, share_of, end)
-
-
-def _branch_ends(model: ir.Model) -> dict[str, tuple[str, str]]:
-    """Module -> its product that is added to the residual stream, and the name of the sum."""
-    found = {}
-    for node in model.graph:
-        if node.op_type == "Gemm" and node.name is not None:
-            for reader, _ in node.outputs[0].uses():
-                if reader.op_type == "Add" and reader.outputs[0].name is not None:
-                    found[node.name.rpartition(".")[0]] = (node.name, reader.outputs[0].name)
-    return found
+    return Linear(node.name, weight.name, None if bias is None else bias.name)
