@@ -30,10 +30,12 @@ __all__ = [
     "PLANS",
     "PRECISIONS",
     "PREPROCESSOR",
+    "QUANTIZED_PRECISIONS",
     "FileRecord",
     "Manifest",
     "file_record",
     "find_model_directory",
+    "flavour_graph",
     "model_directory_of",
     "read_json",
     "sha256_of",
@@ -48,6 +50,9 @@ _FORMAT = 1
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Float types of a graph."""
+
+QUANTIZED_PRECISIONS = ("int8", "fp8")
+"""Flavours that engines are built from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +215,11 @@ class Manifest:
         """
         for name in names:
             self.record_of(name).verify(directory / name, said_by="the manifest")
+
+
+def flavour_graph(flavour: str) -> str:
+    """File name of a flavour's graph in a model directory."""
+    return f"model.{flavour}.onnx"
 
 
 def model_directory_of(path: Path) -> Path | None:

@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
                         "only one under engines/)")  # fmt: skip
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="runtime (default: %(default)s, "
                         "the fastest that works here)")  # fmt: skip
+    parser.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
+                        "cpu-int8 (default: model.onnx)")  # fmt: skip
     parser.add_argument("--device", type=int, default=0, metavar="N", help="CUDA device (default: %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded in one packed batch")
@@ -103,7 +105,11 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 def _encode(arguments: argparse.Namespace, model: Path) -> tuple[dict[str, Any], npt.NDArray[np.floating]]:
     start = time.perf_counter()
     with VisionEncoder.open(
-        model, backend=arguments.backend, device=arguments.device, threads=arguments.threads
+        model,
+        backend=arguments.backend,
+        device=arguments.device,
+        threads=arguments.threads,
+        flavour=arguments.flavour,
     ) as encoder:
         opened = time.perf_counter()
         inputs, pixel_values, grid_thw = _inputs(arguments, encoder)

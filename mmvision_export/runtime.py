@@ -40,7 +40,13 @@ class VisionEncoder:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, backend: str = "auto", device: int = 0, threads: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        device: int = 0,
+        threads: int | None = None,
+        flavour: str | None = None,
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
@@ -49,6 +55,7 @@ class VisionEncoder:
             backend: `auto`, `onnxruntime-cpu`, `onnxruntime-cuda`, `tensorrt` or `tensorrt-rtx`.
             device: CUDA device.
             threads: Threads of the CPU backend; its own choice if None.
+            flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; `model.onnx` if None.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
@@ -56,7 +63,7 @@ class VisionEncoder:
             ConfigError: `preprocessor_config.json` is malformed.
         """
         path = Path(path)
-        opened = open_backend(backend, path, device=device, threads=threads)
+        opened = open_backend(backend, path, device=device, threads=threads, flavour=flavour)
         try:
             directory = model_directory_of(path)
             preprocessor = PreprocessorConfig.for_encoder(opened.config)

@@ -59,7 +59,7 @@ class Backend(Protocol):
         """Free what is held. The backend cannot be used afterwards."""
 
 
-def open_backend(name: str, path: Path, *, device: int, threads: int | None) -> Backend:
+def open_backend(name: str, path: Path, *, device: int, threads: int | None, flavour: str | None = None) -> Backend:
     """Load a model directory or an engine file into a runtime.
 
     Args:
@@ -68,6 +68,7 @@ def open_backend(name: str, path: Path, *, device: int, threads: int | None) -> 
         path: A model directory, or an `.engine` file.
         device: CUDA device.
         threads: Threads of the CPU backend; its own choice if None.
+        flavour: Which graph of a model directory the CPU backend runs, as `cpu-int8`; `model.onnx` if None.
 
     Raises:
         BackendError: The runtime is not installed, or does not work here.
@@ -75,6 +76,8 @@ def open_backend(name: str, path: Path, *, device: int, threads: int | None) -> 
     """
     if path.is_file() and path.suffix != ".engine":
         raise BackendError(f"{path} is neither a model directory nor an .engine", hint="name the model directory")
+    if flavour is not None and name != "onnxruntime-cpu":
+        raise BackendError(f"{name} takes no flavour", hint="choose --backend onnxruntime-cpu")
     if name == "auto":
         return _open_best(path, device=device, threads=threads)
     if name not in BACKENDS:
@@ -87,7 +90,7 @@ def open_backend(name: str, path: Path, *, device: int, threads: int | None) -> 
         raise BackendError(f"{name} runs model directories, {path} is a file")
     from mmvision_export.backends.onnxruntime import OnnxRuntimeBackend
 
-    return OnnxRuntimeBackend(path, name=name, device=device, threads=threads)
+    return OnnxRuntimeBackend(path, name=name, device=device, threads=threads, flavour=flavour)
 
 
 def _open_best(path: Path, *, device: int, threads: int | None) -> Backend:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mmvision_export.backends import BackendName
 from mmvision_export.errors import BackendError
 from mmvision_export.grid import groups_of_images
-from mmvision_export.manifest import DATA, GRAPH, Manifest
+from mmvision_export.manifest import DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.sidecar import Profile
 
 if TYPE_CHECKING:
@@ -38,19 +38,23 @@ class OnnxRuntimeBackend:
 
     profile: Profile | None = None
 
-    def __init__(self, directory: Path, *, name: str, device: int = 0, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, name: str, device: int = 0, threads: int | None = None, flavour: str | None = None
+    ) -> None:
         manifest = Manifest.read(directory)
+        graph = GRAPH if flavour is None else flavour_graph(flavour)
         # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
         # longer than everything else here, and `mmvision inspect` does it.
-        manifest.verify(directory, [GRAPH])
-        manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
+        manifest.verify(directory, [graph])
+        for data in {DATA, f"{graph}.data"} & set(manifest.files):
+            manifest.record_of(data).verify_size(directory / data, said_by="the manifest")
         if manifest.precision == "bf16" and name == "onnxruntime-cpu":
             raise BackendError(
                 f"{directory} is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
                 hint="export with --fp32 or --fp16 to run it here",
             )
         self._session: onnxruntime.InferenceSession | None = create_session(
-            directory / GRAPH, provider=PROVIDERS[name], device=device, threads=threads
+            directory / graph, provider=PROVIDERS[name], device=device, threads=threads
         )
         self.name: BackendName = "onnxruntime-cuda" if name == "onnxruntime-cuda" else "onnxruntime-cpu"
         self.config = manifest.config
@@ -59,6 +63,7 @@ class OnnxRuntimeBackend:
 
         self.info: dict[str, Any] = {
             "model": str(directory),
+            "graph": graph,
             "precision": manifest.precision,
             "onnxruntime": onnxruntime.__version__,
         }
@@ -113,6 +118,9 @@ def create_session(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which saturates: have ONNX Runtime store
+    # int8 weights as uint8 there, whose kernel does not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     provider_options: dict[str, str] = {"device_id": str(device)} if "CUDA" in provider else {}

@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 
 from mmvision_export.errors import QuantizationError
-from mmvision_export.manifest import DATA, GRAPH, Manifest, file_record
+from mmvision_export.manifest import DATA, GRAPH, Manifest, file_record, flavour_graph
 from mmvision_export.metrics import metrics
 from mmvision_export.output import new_files
 from mmvision_export.progress import Progress
@@ -27,7 +27,6 @@ from mmvision_export.quantization.dynamic import quantize_dynamically
 from mmvision_export.quantization.formats import FP8, INT8
 from mmvision_export.quantization.qdq import balance, quantize_statically
 from mmvision_export.quantization.statistics import (
-    GROUP_PATCHES,
     Batch,
     CalibrationMethod,
     grouped,
@@ -37,16 +36,13 @@ from mmvision_export.quantization.statistics import (
 )
 from mmvision_export.quantization.units import Unit, units_of
 
-__all__ = ["FLAVOURS", "Flavour", "QuantizationReport", "graph_of", "quantize"]
+__all__ = ["FLAVOURS", "Flavour", "QuantizationReport", "quantize"]
 
 Flavour = Literal["int8", "fp8", "cpu-int8"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 Array = npt.NDArray[np.float32]
 
-
-def graph_of(flavour: Flavour) -> str:
-    """File name of a flavour's graph."""
-    return f"model.{flavour}.onnx"
+RANKING_PATCHES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +120,7 @@ def quantize(
     reference = np.concatenate(run(source, held_out, weights_in=directory, dtype=np.float32))
     order = sorted(units, key=lambda unit: plan.cosines[unit.name])
 
-    with new_files(directory, name=graph_of(flavour)) as new:
+    with new_files(directory, name=flavour_graph(flavour)) as new:
 
         def cosine(kept: int) -> float:
             """Of the graph that keeps the worst units; it stays in the folder."""
@@ -135,7 +131,7 @@ def quantize(
                 os.link(directory / DATA, new / DATA)
             try:
                 dtype = np.float32 if flavour == "cpu-int8" else np.float16
-                result = np.concatenate(run(new / graph_of(flavour), held_out, weights_in=new, dtype=dtype))
+                result = np.concatenate(run(new / flavour_graph(flavour), held_out, weights_in=new, dtype=dtype))
             finally:
                 (new / DATA).unlink(missing_ok=True)
             return _min_cosine(result, reference)
@@ -163,7 +159,7 @@ def quantize(
         quantized={unit.name: plan.cosines[unit.name] for unit in units if unit not in order[:count]},
         kept={unit.name: plan.cosines[unit.name] for unit in order[:count]},
     )
-    manifest.update(directory, files=records, quantization={graph_of(flavour): report.to_dict()})
+    manifest.update(directory, files=records, quantization={flavour_graph(flavour): report.to_dict()})
     return report
 
 
@@ -224,7 +220,9 @@ def _plan(
     reference = np.concatenate(run(source, few, weights_in=source.parent, dtype=np.float32))
     progress.step("ranking units", total=len(units))
     for unit in units:
-        model = _quantized(source, flavour, units, plan, {other.name for other in units} - {unit.name}, ir.DataType.FLOAT)
+        model = _quantized(
+            source, flavour, units, plan, {other.name for other in units} - {unit.name}, ir.DataType.FLOAT
+        )
         content = ir.serde.serialize_model(model).SerializeToString()
         result = np.concatenate(run(content, few, weights_in=source.parent, dtype=np.float32))
         plan.cosines[unit.name] = _min_cosine(result, reference)
@@ -233,9 +231,9 @@ def _plan(
 
 
 def _few(batches: Sequence[Batch]) -> list[Batch]:
-    """The first batches, until they have as many patches as one group may."""
+    """The first batches, until there are enough patches to rank on."""
     sizes = np.cumsum([len(pixels) for pixels, _ in batches])
-    return list(batches[: 1 + int(np.searchsorted(sizes, GROUP_PATCHES))])
+    return list(batches[: 1 + int(np.searchsorted(sizes, RANKING_PATCHES))])
 
 
 def _min_cosine(result: Array, reference: Array) -> float:
@@ -259,10 +257,10 @@ def _quantized(
 def _write(source: Path, new: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str]) -> None:
     model = _quantized(source, flavour, units, plan, keep, ir.DataType.FLOAT16)
     if flavour == "cpu-int8":
-        _save_beside(model, new, graph_of(flavour))
+        _save_beside(model, new, flavour_graph(flavour))
     else:
-        ir.save(model, new / graph_of(flavour), external_data=f"{graph_of(flavour)}.data", alignment=4096)
-        onnx.checker.check_model(new / graph_of(flavour))
+        ir.save(model, new / flavour_graph(flavour), external_data=f"{flavour_graph(flavour)}.data", alignment=4096)
+        onnx.checker.check_model(new / flavour_graph(flavour))
 
 
 def _save_beside(model: ir.Model, new: Path, name: str) -> None:
