@@ -22,8 +22,8 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
     """Replace the products of all units, but those to keep, by integer products.
 
     Args:
-        model: A float32 graph, balanced for the units that are quantised; changed in place. What is kept keeps its place
-            in the weight file.
+        model: A float32 graph, balanced for the units that are quantised; changed in place. What is kept keeps its
+            place in the weight file.
         units: All units.
         keep: Names of units that stay float32.
     """

@@ -42,7 +42,7 @@ Flavour = Literal["int8", "fp8", "cpu-int8"]
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 Array = npt.NDArray[np.float32]
 
-RANKING_PATCHES = 256
+RANKING_PATCHES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def quantize(
     manifest = Manifest.read(directory)
     if manifest.precision != "fp32":
         raise QuantizationError(
-            f"{directory} is a {manifest.precision} model; quantisation starts from float32, which it is measured against",
+            f"{directory} is a {manifest.precision} model; quantisation starts from float32",
             hint="export it again with --fp32",
         )
     progress.step("verifying the graph's files")
