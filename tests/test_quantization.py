@@ -22,7 +22,7 @@ from mmvision_export.quantization import quantize as quantize_module
 from mmvision_export.quantization.formats import FP8, INT8, scale_from_magnitude
 from mmvision_export.quantization.qdq import balance
 from mmvision_export.quantization.quantize import FLAVOURS, Flavour, QuantizationReport, quantize
-from mmvision_export.quantization.statistics import CALIBRATION_METHODS, Batch, run, samples
+from mmvision_export.quantization.statistics import CALIBRATION_METHODS, Batch, magnitudes, run, samples
 from mmvision_export.quantization.units import units_of
 from mmvision_export.runtime import VisionEncoder
 from mmvision_export.sample_batches import sample_batch
@@ -121,10 +121,10 @@ def test_a_gate_that_float16_itself_fails_is_refused(outliers: Path, tmp_path: P
 
 
 def test_a_corrupted_scale_is_caught(outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the range of every input: the gate refuses what the same call accepts without the fault."""
+    """A twentieth of the range of every input: the gate refuses what the same call accepts without the fault."""
     directory = copy_of(outliers, tmp_path / "m")
     assert make(directory, "int8", min_cosine=0.5, fallback=False).reached >= 0.5
-    exact = quantize_module.magnitudes
+    exact = magnitudes
 
     def wrong(*arguments: Any) -> dict[str, float]:
         return {name: value / 20 for name, value in exact(*arguments).items()}

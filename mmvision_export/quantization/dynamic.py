@@ -1,8 +1,8 @@
 """The graph for ONNX Runtime's CPU provider: integer products whose inputs are quantised while it runs, row by row.
 
-Each patch has a scale of its own, from its own largest magnitude. Unlike ONNX's DynamicQuantizeLinear, whose one scale is
-the whole batch's, this keeps a patch with massive activations from taking the precision of all others, and an image's
-embeddings from depending on the other images of the batch.
+Each patch has a scale of its own, from its own largest magnitude. Unlike ONNX's DynamicQuantizeLinear, whose one scale
+is the whole batch's, this keeps a patch with massive activations from taking the precision of all others, and an
+image's embeddings from depending on the other images of the batch.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
     tensor = ir.tensor(np.asarray(array), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     graph.register_initializer(value)
     return value

@@ -42,7 +42,7 @@ class EightBitFormat:
 
     def rounded(self, values: Floats, scale: Floats) -> npt.NDArray[np.float32]:
         """Values after storing and reading back, float32."""
-        result: npt.NDArray[np.float32] = self.quantized(values, scale).astype(np.float32) * np.float32(1) * scale
+        result: npt.NDArray[np.float32] = self.quantized(values, scale).astype(np.float32) * scale
         return result
 
 
@@ -61,4 +61,5 @@ def scale_from_magnitude(magnitude: npt.ArrayLike, maximum: float) -> npt.NDArra
     """
     # A channel of zeros, or one too small for float16's exponent, gets the smallest normal scale.
     scale = np.maximum(np.asarray(magnitude, np.float64) / maximum, np.finfo(np.float16).smallest_normal)
-    return scale.astype(np.float16).astype(np.float32)
+    rounded: npt.NDArray[np.float32] = scale.astype(np.float16).astype(np.float32)
+    return rounded

@@ -35,7 +35,7 @@ def balance(model: ir.Model, units: Sequence[Unit], divisors: Mapping[str, Array
             continue
         for value in nodes[unit.norm].inputs[1:]:
             assert value is not None and value.name is not None
-            _scale(weights[value.name], 1 / divisor)
+            _scale(weights[value.name], np.reciprocal(divisor))
         for linear in unit.linears:
             _scale(weights[linear.weight], divisor)
 
@@ -131,7 +131,9 @@ def _quantized_weight(
 
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     tensor.name = name
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

@@ -157,7 +157,7 @@ def _captured(
         model.graph.outputs[:] = captured or outputs
         session = _session(ir.serde.serialize_model(model).SerializeToString(), graph.parent)
         for pixels, grid in batches:
-            feed = {"pixel_values": pixels.astype(np.float32), "grid_thw": grid}
+            feed: dict[str, Any] = {"pixel_values": pixels.astype(np.float32), "grid_thw": grid}
             if captured:
                 for value, array in zip(captured, session.run(None, feed), strict=True):
                     yield str(value.name), array
