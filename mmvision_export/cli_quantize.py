@@ -102,7 +102,7 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
             [sample_batch(grid, config, seed=seed) for seed, grid in enumerate(grids, start=len(grids))],
         )
     if len(images) < 2:
-        raise QuantizationError("one image is both too few to calibrate on and to check with, got 1", hint="give more")
+        raise QuantizationError("at least 2 images are needed, to calibrate on and to check with, got 1")
     preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, config)
     batches = [patches_from_images([image_from_file(path)], preprocessor, names=[str(path)]) for path in images]
     held_out = batches[_HELD_OUT - 1 :: _HELD_OUT] or batches[-1:]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mmvision_export.engine import build_engine
-from mmvision_export.errors import BackendError, EngineError, QuantizationError
+from mmvision_export.errors import BackendError, EngineError, ManifestError, QuantizationError
 from mmvision_export.manifest import Manifest
 from mmvision_export.metrics import metrics
 from mmvision_export.onnx_export import export_model_directory
@@ -167,6 +167,8 @@ def test_an_image_does_not_depend_on_its_batch(quantized: tuple[Path, dict[str, 
 def test_flavours_that_cannot_be_opened(exported: Path) -> None:
     with pytest.raises(BackendError, match="auto takes no flavour"):
         VisionEncoder.open(exported, flavour="cpu-int8")
+    with pytest.raises(ManifestError, match=r"has no model\.cpu-int8\.onnx"):
+        VisionEncoder.open(exported, backend="onnxruntime-cpu", flavour="cpu-int8")
 
 
 @pytest.mark.parametrize(

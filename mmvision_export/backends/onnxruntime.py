@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.backends import BackendName
-from mmvision_export.errors import BackendError
+from mmvision_export.errors import BackendError, ManifestError
 from mmvision_export.grid import groups_of_images
 from mmvision_export.manifest import DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.sidecar import Profile
@@ -43,6 +43,8 @@ class OnnxRuntimeBackend:
     ) -> None:
         manifest = Manifest.read(directory)
         graph = GRAPH if flavour is None else flavour_graph(flavour)
+        if graph not in manifest.files:
+            raise ManifestError(f"{directory} has no {graph}", hint="make flavours with: mmvision quantize")
         # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
         # longer than everything else here, and `mmvision inspect` does it.
         manifest.verify(directory, [graph])

@@ -42,7 +42,7 @@ class EightBitFormat:
 
     def rounded(self, values: Floats, scale: Floats) -> npt.NDArray[np.float32]:
         """Values after storing and reading back, float32."""
-        result: npt.NDArray[np.float32] = self.quantized(values, scale).astype(np.float32) * scale
+        result: npt.NDArray[np.float32] = (self.quantized(values, scale).astype(np.float32) * scale).astype(np.float32)
         return result
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -128,7 +129,7 @@ def quantize(
             _write(source, new, flavour, units, plan, {unit.name for unit in order[:kept]})
             # Weights that a flavour shares lie one folder up, where it will be itself.
             if flavour == "cpu-int8":
-                os.link(directory / DATA, new / DATA)
+                _link(directory / DATA, new / DATA)
             try:
                 dtype = np.float32 if flavour == "cpu-int8" else np.float16
                 result = np.concatenate(run(new / flavour_graph(flavour), held_out, weights_in=new, dtype=dtype))
@@ -163,7 +164,14 @@ def quantize(
     return report
 
 
-def _fewest(cosine: Any, most: int, gate: float) -> tuple[int, float]:
+def _link(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(file, name)
+
+
+def _fewest(cosine: Callable[[int], float], most: int, gate: float) -> tuple[int, float]:
     """Fewest units to keep, by doubling and then halving, leaving that graph written."""
     low, high = 0, 1
     while (reached := cosine(high)) < gate and high < most:
