@@ -120,18 +120,18 @@ def test_a_gate_that_float16_itself_fails_is_refused(outliers: Path, tmp_path: P
         make(directory, "int8", min_cosine=0.99999999)
 
 
-def test_a_corrupted_scale_is_caught(outliers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupted_scale_is_caught(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A twentieth of the range of every input: the gate refuses what the same call accepts without the fault."""
-    directory = copy_of(outliers, tmp_path / "m")
-    assert make(directory, "int8", min_cosine=0.5, fallback=False).reached >= 0.5
+    directory = copy_of(exported, tmp_path / "m")
+    assert make(directory, "int8", min_cosine=0.99, fallback=False).reached >= 0.99
     exact = magnitudes
 
     def wrong(*arguments: Any) -> dict[str, float]:
         return {name: value / 20 for name, value in exact(*arguments).items()}
 
     monkeypatch.setattr(quantize_module, "magnitudes", wrong)
-    with pytest.raises(QuantizationError, match=r"below 0\.5"):
-        make(directory, "int8", min_cosine=0.5, fallback=False)
+    with pytest.raises(QuantizationError, match=r"below 0\.99"):
+        make(directory, "int8", min_cosine=0.99, fallback=False)
 
 
 @pytest.mark.parametrize("method", CALIBRATION_METHODS)
