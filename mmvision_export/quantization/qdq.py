@@ -8,15 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mmvision_export.errors import QuantizationError
 from mmvision_export.onnx_passes import retype
 from mmvision_export.quantization.formats import EightBitFormat, scale_from_magnitude
 from mmvision_export.quantization.units import Unit
 
-__all__ = ["balance", "quantize_statically"]
+__all__ = ["LOWEST_OPSET", "balance", "quantize_statically"]
 
 Array = npt.NDArray[np.float32]
-_LOWEST_OPSET = 19  # the first whose QuantizeLinear takes float16 and makes float8
+LOWEST_OPSET = 19  # the first whose QuantizeLinear takes float16 and makes float8
 
 
 def balance(model: ir.Model, units: Sequence[Unit], divisors: Mapping[str, Array]) -> None:
@@ -72,14 +71,8 @@ def quantize_statically(
         dtype: FLOAT16; FLOAT to see what quantising does by itself.
 
     Raises:
-        QuantizationError: The opset is too low.
         ExportError: A weight is not finite in float16.
     """
-    if model.opset_imports[""] < _LOWEST_OPSET:
-        raise QuantizationError(
-            f"quantisation needs a graph of opset {_LOWEST_OPSET} or later, this one has {model.opset_imports['']}",
-            hint=f"export it again with --opset {_LOWEST_OPSET} or higher",
-        )
     graph = model.graph
     exact = {linear.weight: graph.initializers[linear.weight].const_value for u in units for linear in u.linears}
     if dtype != ir.DataType.FLOAT:

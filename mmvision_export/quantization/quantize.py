@@ -26,7 +26,7 @@ from mmvision_export.progress import Progress
 from mmvision_export.quantization.balancing import divisor_of
 from mmvision_export.quantization.dynamic import quantize_dynamically
 from mmvision_export.quantization.formats import FP8, INT8
-from mmvision_export.quantization.qdq import balance, quantize_statically
+from mmvision_export.quantization.qdq import LOWEST_OPSET, balance, quantize_statically
 from mmvision_export.quantization.statistics import (
     Batch,
     CalibrationMethod,
@@ -111,6 +111,11 @@ def quantize(
         raise QuantizationError(
             f"{directory} is a {manifest.precision} model; quantisation starts from float32",
             hint="export it again with --fp32",
+        )
+    if flavour != "cpu-int8" and manifest.opset < LOWEST_OPSET:
+        raise QuantizationError(
+            f"quantisation needs a graph of opset {LOWEST_OPSET} or later, this one has {manifest.opset}",
+            hint=f"export it again with --opset {LOWEST_OPSET} or higher",
         )
     progress.step("verifying the graph's files")
     manifest.verify(directory, (GRAPH, DATA))
