@@ -20,6 +20,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from mmvision_export import __version__
+from mmvision_export.cli_quantize import quantize
 from mmvision_export.console import console, messages, progress_display
 from mmvision_export.errors import message_and_hint, print_error
 from mmvision_export.manifest import find_model_directory
@@ -90,6 +91,9 @@ ModelOption = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
 
+app.command()(quantize)
+
+
 def _version(value: bool) -> None:
     if value:
         print(__version__)
@@ -107,8 +111,8 @@ def _root(
         print(context.get_help())
 
 
-def _precision(*, fp32: bool, fp16: bool, bf16: bool) -> str | None:
-    chosen = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+def _precision(**given: bool) -> str | None:
+    chosen = [name for name, is_given in given.items() if is_given]
     if len(chosen) > 1:
         raise typer.BadParameter(f"choose one of --{', --'.join(chosen)}")
     return chosen[0] if chosen else None
@@ -338,6 +342,8 @@ def build_engine(
     fp16: Annotated[
         bool, typer.Option("--fp16", help="float16 engine; derived first if the graph is float32.")
     ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="INT8 engine, from what mmvision quantize made.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 engine, from what mmvision quantize made.")] = False,
     backend: Annotated[
         Backend, typer.Option(help="TensorRT to build with; auto takes the one installed.")
     ] = Backend.auto,
@@ -416,7 +422,7 @@ def build_engine(
         engine, record = build(
             directory,
             profiles=profiles,
-            precision="fp16" if fp16 else None,
+            precision=_precision(fp16=fp16, int8=int8, fp8=fp8),
             backend=backend.value,
             compute_capabilities=compute_capability or (),
             attention=attention.value,

@@ -22,7 +22,7 @@ from mmvision_export.compute_capability import current_compute_capability, parse
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import BackendError, EngineError, OutputError
 from mmvision_export.lowering import choose_lowering, lowered_model
-from mmvision_export.manifest import DATA, GRAPH, PLANS, Manifest, file_record
+from mmvision_export.manifest import DATA, GRAPH, PLANS, QUANTIZED_PRECISIONS, Manifest, file_record, flavour_graph
 from mmvision_export.onnx_files import derive_fp16
 from mmvision_export.output import new_files
 from mmvision_export.plugin_library import LIBRARY, PLUGINS, load_plugin_library
@@ -100,7 +100,7 @@ def build_engine(
         directory: The model directory.
         profiles: Accepted sizes, one optimization profile for each entry.
         precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the float16-typed graph
-            first.
+            first; int8 and fp8 come from the graphs that `mmvision quantize` makes.
         backend: `auto`, `tensorrt` or `tensorrt-rtx`.
         compute_capabilities: GPUs to build for, as `8.9` or `89`, with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
@@ -128,7 +128,13 @@ def build_engine(
     trt = import_tensorrt(backend)
     version = str(trt.__version__)
     precision = precision or manifest.precision
-    if precision not in (manifest.precision, "fp16") or (precision == "fp16" and manifest.precision == "bf16"):
+    if precision in QUANTIZED_PRECISIONS:
+        if flavour_graph(precision) not in manifest.files:
+            raise EngineError(
+                f"{directory} has no {flavour_graph(precision)}, which an {precision} engine is built from",
+                hint=f"make it with: mmvision quantize --{precision} --model {directory}",
+            )
+    elif precision not in (manifest.precision, "fp16") or (precision == "fp16" and manifest.precision == "bf16"):
         raise EngineError(
             f"{directory} is a {manifest.precision} model, from which no {precision} engine can be built",
             hint=f"export it again with --{precision}",
@@ -238,6 +244,10 @@ def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[
 
 def _graph_for(directory: Path, manifest: Manifest, precision: str, *, check: bool, progress: Progress) -> str:
     progress.step("verifying the graph's files")
+    if precision in QUANTIZED_PRECISIONS:
+        graph = flavour_graph(precision)
+        manifest.verify(directory, (graph, f"{graph}.data"))
+        return graph
     if precision != manifest.precision:
         return derive_fp16(directory, manifest, check=check, progress=progress)
     manifest.verify(directory, (GRAPH, DATA))
@@ -260,8 +270,8 @@ def _capabilities(trt: Any, backend: str, requested: Sequence[str], precision: s
             )
         return [here]
     supported = supported_by_rtx(trt)
-    if precision == "bf16":
-        supported = [capability for capability in supported if float(capability) >= 8.0]
+    lowest = {"bf16": 8.0, "fp8": 8.9}.get(precision, 0.0)  # whose tensor cores have the type
+    supported = [capability for capability in supported if float(capability) >= lowest]
     for capability in wanted:
         if capability not in supported:
             raise EngineError(

@@ -21,6 +21,7 @@ __all__ = [
     "OutputError",
     "ParityError",
     "PluginError",
+    "QuantizationError",
     "message_and_hint",
     "print_error",
 ]
@@ -57,6 +58,10 @@ class ParityError(MmvisionError):
 
 class PluginError(MmvisionError):
     """A plugin's kernel could not be compiled."""
+
+
+class QuantizationError(MmvisionError):
+    """A model cannot be quantised, or not within its accuracy gate."""
 
 
 class EngineError(MmvisionError):

@@ -36,7 +36,8 @@ AttentionWay = Literal["auto", "plugin", "native", "packed"]
 ATTENTION_WAYS: tuple[AttentionWay, ...] = get_args(AttentionWay)
 
 _FIRST_PACKED = (11, 0)
-_HALF = ("fp16", "bf16")
+# Of a quantised graph too, attention is float16.
+_HALF = ("fp16", "bf16", "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,10 +31,12 @@ __all__ = [
     "PLANS",
     "PRECISIONS",
     "PREPROCESSOR",
+    "QUANTIZED_PRECISIONS",
     "FileRecord",
     "Manifest",
     "file_record",
     "find_model_directory",
+    "flavour_graph",
     "model_directory_of",
     "read_json",
     "sha256_of",
@@ -51,6 +53,9 @@ _FORMAT = 1
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 """Float types of a graph."""
+
+QUANTIZED_PRECISIONS = ("int8", "fp8")
+"""Flavours that engines are built from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Manifest:
         files: Every file of the directory that a runtime may open, by name relative to it.
         parity: Results of the last comparison, by graph file name.
         weights: The largest weight and what float16 would lose; see `weight_statistics`.
+        quantization: How each quantised graph was made, and what it lost, by graph file name.
         created: When, in UTC, ISO 8601.
     """
 
@@ -125,12 +131,14 @@ class Manifest:
     created: str
     parity: dict[str, Any] = dataclasses.field(default_factory=dict)
     weights: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, kind in (
             ("opset", self.opset, int),
             ("source", self.source, dict),
             ("parity", self.parity, dict),
+            ("quantization", self.quantization, dict),
             ("versions", self.versions, dict),
             ("weights", self.weights, dict),
         ):
@@ -148,6 +156,7 @@ class Manifest:
         *,
         files: Mapping[str, FileRecord] | None = None,
         parity: Mapping[str, Any] | None = None,
+        quantization: Mapping[str, Any] | None = None,
         without_parity: str | None = None,
     ) -> None:
         """Add to a directory's manifest, keeping what another process has added since it was read.
@@ -156,11 +165,13 @@ class Manifest:
             directory: The model directory.
             files: Files that are there now.
             parity: Results, by name of graph or engine.
+            quantization: Reports, by name of graph.
             without_parity: A graph or engine whose result no longer holds.
         """
         latest = Manifest.read(directory)
         self.files = {**latest.files, **(files or {})}
         self.parity = {**latest.parity, **(parity or {})}
+        self.quantization = {**latest.quantization, **(quantization or {})}
         if without_parity is not None:
             self.parity.pop(without_parity, None)
         self.write(directory)
@@ -210,6 +221,11 @@ class Manifest:
         """
         for name in names:
             self.record_of(name).verify(directory / name, said_by="the manifest")
+
+
+def flavour_graph(flavour: str) -> str:
+    """File name of a flavour's graph in a model directory."""
+    return f"model.{flavour}.onnx"
 
 
 def model_directory_of(path: Path) -> Path | None:

@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
                        "the fastest that works here)")  # fmt: skip
     model.add_argument("--device", type=int, default=0, metavar="N", help="CUDA device (default: %(default)s)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
+    model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
+                       "cpu-int8 (default: the best exact one)")  # fmt: skip
     inputs = parser.add_argument_group("input")
     inputs.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded as one batch; with a "
                         "folder among them, one after the other into the folder --output")  # fmt: skip
@@ -120,6 +122,7 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,
+        flavour=arguments.flavour,
     )
 
 

@@ -61,6 +61,7 @@ class VisionEncoder:
         cuda_graphs: bool = True,
         kernels: str | None = None,
         runtime_cache: str | Path | None = None,
+        flavour: str | None = None,
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
@@ -77,6 +78,7 @@ class VisionEncoder:
                 engine with buckets, else lazy.
             runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default beside the
                 engine, and a folder for `onnxruntime-rtx`.
+            flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; the best exact one if None.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
@@ -91,6 +93,7 @@ class VisionEncoder:
             cuda_graphs=cuda_graphs,
             kernels=kernels,
             runtime_cache=None if runtime_cache is None else Path(runtime_cache),
+            flavour=flavour,
         )
         opened = open_backend(backend, path, options)
         try:

@@ -184,6 +184,8 @@ def test_checkpoint_folder(mmvision: Command, tmp_path: Path) -> None:
         ([*TINY, "--opset", "17"], "opset must be between 18 and 23, got 17"),
         (["parity"], "no model directory under engines/"),
         (["build-engine", "--fp16", "--model", "nowhere"], "nowhere: no such model directory"),
+        (["quantize", "--int8", "--model", "nowhere"], "nowhere: no such model directory"),
+        (["quantize", "--int8", "--calibration", "nowhere", "--model", "x"], "nowhere: no such folder"),
         (["inspect", "nowhere"], "nowhere: no model directory, .onnx graph or .engine there"),
         (["inspect", "x.onnx"], "x.onnx: not a readable ONNX file"),
     ],
@@ -211,6 +213,10 @@ def test_errors_are_one_line(mmvision: Command, tmp_path: Path, arguments: list[
         (["export", "--preset", "tiny", "--random-weights=huge"], "huge"),
         (["export", "--preset", "tiny", "--random-weights", "huge"], "huge"),
         (["explode"], "explode"),
+        (["quantize"], "choose one of --int8, --fp8, --cpu-int8"),
+        (["quantize", "--int8", "--fp8"], "choose one of --int8, --fp8, --cpu-int8"),
+        (["quantize", "--int8", "--image", "a", "--calibration", "b"], "give either --image or --calibration"),
+        (["build-engine", "--int8", "--fp8"], "choose one of --int8, --fp8"),
     ],
 )
 def test_wrong_usage_exits_with_2(mmvision: Command, arguments: list[str], message: str) -> None:

@@ -74,13 +74,13 @@ def test_massive_activations_are_few_huge_and_begin_in_the_middle(config: Encode
             continue
         assert sorted(massive.any(dim=0).nonzero().flatten().tolist()) == sorted(outliers.massive_channels)
         assert 0.001 < massive.any(dim=1).float().mean() < 0.05
-        assert layer.abs().max() > 500 * layer.abs().median()
+        assert layer.abs().max() > 150 * layer.abs().median()
         norms = layer.norm(dim=1)
-        assert norms.max() > 10 * norms.median()
+        assert norms.max() > 8 * norms.median()
     assert 0 < outliers.layer <= config.num_hidden_layers / 2
 
     # Seen through the next layer norm they hardly vary: the largest size its unit variance allows.
-    large = hidden[outliers.layer].abs()[:, outliers.massive_channels].amin(dim=1) > 300
+    large = hidden[outliers.layer].abs()[:, outliers.massive_channels].amin(dim=1) > 150
     seen = normalised[outliers.layer + 1][large][:, outliers.massive_channels]
     assert (seen.std(dim=0) < 0.1 * seen.mean(dim=0).abs()).all()
     assert (seen.mean(dim=0).abs() > 0.5 * (config.hidden_size / 2) ** 0.5).all()

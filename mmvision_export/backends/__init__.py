@@ -43,6 +43,7 @@ class BackendOptions:
         cuda_graphs: Whether a TensorRT engine with buckets is run by CUDA graphs.
         kernels: TensorRT-RTX's kernel strategy (`lazy`, `eager` or `none`), or None to choose.
         runtime_cache: TensorRT-RTX's file of compiled kernels, or None for one beside the engine.
+        flavour: Which graph of a model directory the CPU backend runs, as `cpu-int8`; its best exact one if None.
 
     Raises:
         BackendError: A number is out of range.
@@ -54,6 +55,7 @@ class BackendOptions:
     cuda_graphs: bool = True
     kernels: Any = None
     runtime_cache: Path | None = None
+    flavour: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams"):
@@ -142,6 +144,8 @@ def open_backend(name: str, path: Path, options: BackendOptions) -> Backend:
     """
     if path.is_file() and path.suffix != ".engine":
         raise BackendError(f"{path} is neither a model directory nor an .engine", hint="name the model directory")
+    if options.flavour is not None and name != "onnxruntime-cpu":
+        raise BackendError(f"{name} takes no flavour", hint="choose --backend onnxruntime-cpu")
     if name == "auto":
         return _open_best(path, options)
     if name not in BACKENDS:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.backends import BackendName, BackendOptions
-from mmvision_export.errors import BackendError
+from mmvision_export.errors import BackendError, ManifestError
 from mmvision_export.grid import groups_of_images
-from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest
+from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.sidecar import Profile
 
 if TYPE_CHECKING:
@@ -46,11 +46,14 @@ class OnnxRuntimeBackend:
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
         manifest = Manifest.read(directory)
-        graph = self._graph_name(manifest)
+        graph = self._graph_name(manifest) if options.flavour is None else flavour_graph(options.flavour)
+        if graph not in manifest.files:
+            raise ManifestError(f"{directory} has no {graph}", hint="make flavours with: mmvision quantize")
         # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
         # longer than everything else here, and `mmvision inspect` does it.
         manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
-        manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
+        for data in {DATA, f"{graph}.data"} & set(manifest.files):
+            manifest.record_of(data).verify_size(directory / data, said_by="the manifest")
         self._session: onnxruntime.InferenceSession | None = self._new_session(directory / graph, options)
         self.config = manifest.config
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
@@ -59,7 +62,7 @@ class OnnxRuntimeBackend:
         self.info: dict[str, Any] = {
             "model": str(directory),
             "graph": graph,
-            "precision": manifest.precision,
+            "precision": options.flavour or manifest.precision,
             "weights_sha256": manifest.record_of(DATA).sha256,
             "onnxruntime": onnxruntime.__version__,
         }
@@ -102,7 +105,7 @@ class CpuBackend(OnnxRuntimeBackend):
 
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        if self.info["graph"] != GRAPH:  # only masked attention has to be kept short
+        if self.info["graph"] == CPU_GRAPH:  # only masked attention has to be kept short
             return super().run(pixel_values, grid_thw)
         bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
         groups = groups_of_images(grid_thw, _CPU_GROUP_PATCHES)
@@ -170,6 +173,9 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which saturates: have ONNX Runtime
+    # store int8 weights as uint8 there, whose kernel does not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -1,0 +1,147 @@
+"""The graph for TensorRT: float16, with QuantizeLinear and DequantizeLinear around the products that are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from mmvision_export.onnx_passes import retype
+from mmvision_export.quantization.formats import EightBitFormat, scale_from_magnitude
+from mmvision_export.quantization.units import Unit
+
+__all__ = ["LOWEST_OPSET", "balance", "quantize_statically"]
+
+Array = npt.NDArray[np.float32]
+LOWEST_OPSET = 19  # the first whose QuantizeLinear takes float16 and makes float8
+
+
+def balance(model: ir.Model, units: Sequence[Unit], divisors: Mapping[str, Array]) -> None:
+    """Divide layer norms' outputs channel by channel, and multiply the weights that read them. The function stays.
+
+    Args:
+        model: Changed in place; weights are converted when they are read, one at a time.
+        units: Those to balance, among others.
+        divisors: By the units' inputs, `[in]` each.
+    """
+    weights = model.graph.initializers
+    nodes = {node.name: node for node in model.graph}
+    for unit in units:
+        divisor = divisors.get(unit.input)
+        if divisor is None or unit.norm is None:
+            continue
+        for value in nodes[unit.norm].inputs[1:]:
+            assert value is not None and value.name is not None
+            _scale(weights[value.name], np.reciprocal(divisor))
+        for linear in unit.linears:
+            _scale(weights[linear.weight], divisor)
+
+
+def _scale(value: ir.Value, factor: Array) -> None:
+    tensor = value.const_value
+    assert tensor is not None
+
+    def scaled() -> ir.TensorProtocol:
+        return ir.tensor((tensor.numpy() * factor).astype(np.float32))
+
+    value.const_value = ir.LazyTensor(scaled, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=value.name)
+
+
+def quantize_statically(
+    model: ir.Model,
+    units: Sequence[Unit],
+    magnitudes: Mapping[str, float],
+    kind: EightBitFormat,
+    keep: Collection[str],
+    dtype: ir.DataType = ir.DataType.FLOAT16,
+) -> None:
+    """Make the products of a float32 graph 8-bit, but for the units to keep, and all else float16.
+
+    Weights have a scale for each output channel, the tensors they multiply one scale each. Biases, attention, layer
+    norms and what is added to the residual stream stay float16.
+
+    Args:
+        model: Balanced; changed in place.
+        units: All units.
+        magnitudes: By the units' inputs: where they are cut off.
+        kind: The format.
+        keep: Names of units that stay float16.
+        dtype: FLOAT16; FLOAT to see what quantising does by itself.
+
+    Raises:
+        ExportError: A weight is not finite in float16.
+    """
+    graph = model.graph
+    exact = {linear.weight: graph.initializers[linear.weight].const_value for u in units for linear in u.linears}
+    if dtype != ir.DataType.FLOAT:
+        retype(model, dtype)
+    nodes = {node.name: node for node in graph}
+    zero = _initializer(graph, f"{kind.name}_zero_point", ir.tensor(kind.quantized(np.zeros(()), np.ones(()))))
+    for unit in units:
+        if unit.name in keep:
+            continue
+        readers = [nodes[linear.name] for linear in unit.linears]
+        value = readers[0].inputs[0]
+        assert value is not None
+        exact_scale = scale_from_magnitude(magnitudes[unit.input], kind.maximum)
+        scale = _initializer(graph, f"{unit.name}.input_scale", ir.tensor(exact_scale.astype(dtype.numpy())))
+        stored = _node(graph, readers[0], "QuantizeLinear", [value, scale, zero], f"{unit.name}.quantized", kind.dtype)
+        read = _node(graph, readers[0], "DequantizeLinear", [stored, scale, zero], f"{unit.name}.dequantized", dtype)
+        stored.shape = read.shape = value.shape
+        for linear, node in zip(unit.linears, readers, strict=True):
+            node.replace_input_with(0, read)
+            node.replace_input_with(1, _quantized_weight(graph, node, linear.weight, exact[linear.weight], kind, dtype))
+
+
+def _quantized_weight(
+    graph: ir.Graph,
+    node: ir.Node,
+    name: str,
+    exact: ir.TensorProtocol | None,
+    kind: EightBitFormat,
+    dtype: ir.DataType,
+) -> ir.Value:
+    assert exact is not None
+    scales = scale_from_magnitude(np.abs(exact.numpy()).max(axis=1), kind.maximum)  # [out]
+
+    def convert() -> ir.TensorProtocol:
+        return ir.tensor(kind.quantized(exact.numpy(), scales[:, None]))
+
+    del graph.initializers[name]
+    weight = _initializer(
+        graph, name, ir.LazyTensor(convert, dtype=kind.dtype, shape=ir.Shape(exact.shape.numpy()), name=name)
+    )
+    scale = _initializer(graph, f"{name}_scale", ir.tensor(scales.astype(dtype.numpy())))
+    zero = _initializer(
+        graph, f"{name}_zero_point", ir.tensor(kind.quantized(np.zeros(len(scales)), np.ones(len(scales))))
+    )
+    read = _node(graph, node, "DequantizeLinear", [weight, scale, zero], f"{name}.dequantized", dtype, axis=0)
+    read.shape = weight.shape
+    return read
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    tensor.name = name
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _node(
+    graph: ir.Graph,
+    before: ir.Node,
+    op_type: str,
+    inputs: list[ir.Value],
+    name: str,
+    dtype: ir.DataType,
+    **attributes: int,
+) -> ir.Value:
+    node = ir.node(op_type, inputs, attributes=attributes, name=name)
+    node.outputs[0].name = name
+    node.outputs[0].type = ir.TensorType(dtype)
+    graph.insert_before(before, node)
+    return node.outputs[0]
