@@ -91,9 +91,6 @@ ModelOption = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
 
 
-app.command()(quantize)
-
-
 def _version(value: bool) -> None:
     if value:
         print(__version__)
@@ -276,6 +273,9 @@ def _integers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{option} must be integers with commas between, got {text!r}") from None
+
+
+app.command()(quantize)
 
 
 @app.command("build-plugins")

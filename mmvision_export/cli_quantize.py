@@ -111,7 +111,8 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
 
 
 def _print(report: QuantizationReport) -> None:
-    console.print(f"{'kept in higher precision':44}cosine if quantised alone")
+    if report.kept:
+        console.print(f"{'kept in higher precision':44}cosine if quantised alone")
     for name, cosine in report.kept.items():
         console.print(f"  {name:42}{cosine:.6f}", markup=False)
     total = len(report.kept) + len(report.quantized)

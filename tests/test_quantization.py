@@ -198,7 +198,9 @@ def test_an_engine_needs_its_flavour_first(exported: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     profile = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
     with pytest.raises(EngineError, match=r"has no model\.int8\.onnx") as caught:
-        build_engine(exported, profiles=[profile], backend="tensorrt-rtx", precision="int8", compute_capabilities=["8.9"])
+        build_engine(
+            exported, profiles=[profile], backend="tensorrt-rtx", precision="int8", compute_capabilities=["8.9"]
+        )
     assert "mmvision quantize --int8" in str(caught.value.hint)
 
 

@@ -103,7 +103,7 @@ class TensorRTBackend:
         )
         self.config = record.config
         self.profiles: Sequence[Profile] = record.profiles
-        # NumPy has no bfloat16: a bf16 graph takes and gives float32. Quantised graphs are float16 but for their products.
+        # NumPy has no bfloat16: a bf16 graph takes and gives float32. Quantised graphs take and give float16.
         self.dtype: np.dtype[Any] = np.dtype(np.float32 if record.precision in ("fp32", "bf16") else np.float16)
         self._costs = Costs(record.config, masked=record.masked)
         self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)

@@ -58,9 +58,9 @@ def print_parity(result: ParityResult) -> None:
             said = "the error grows as its precision explains"
         else:
             said = f"the error jumps at {graph.jump.stage}: {graph.jump.reason}"
-        console.print(f"  {name}: {said}", markup=False)
         if graph.missing:
-            console.print(f"  {name}: has no value named after {', '.join(graph.missing)}", markup=False)
+            said += f", as far as it shows: it has no value of its own for {', '.join(graph.missing)}"
+        console.print(f"  {name}: {said}", markup=False)
     largest = max(result.layers.magnitudes, key=lambda magnitude: magnitude.value)
     console.print(f"  largest activation: {largest.value:.4g}, {largest.where}", markup=False)
     for warning in result.warnings:
