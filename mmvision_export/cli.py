@@ -20,10 +20,12 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from mmvision_export import __version__
+from mmvision_export.cli_benchmark import benchmark
+from mmvision_export.cli_build import build_engine, build_plugins
+from mmvision_export.cli_options import Verbose, one_precision, the_model
 from mmvision_export.cli_quantize import quantize
 from mmvision_export.console import console, messages, progress_display
 from mmvision_export.errors import message_and_hint, print_error
-from mmvision_export.manifest import find_model_directory
 
 __all__ = ["app", "main"]
 
@@ -61,36 +63,6 @@ class RandomWeights(str, enum.Enum):
     outliers = "outliers"
 
 
-class Backend(str, enum.Enum):
-    """TensorRT to build with."""
-
-    auto = "auto"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-class Attention(str, enum.Enum):
-    """How an engine does attention."""
-
-    auto = "auto"
-    plugin = "plugin"
-    native = "native"
-    packed = "packed"
-
-
-class Machine(str, enum.Enum):
-    """CPU of a plugin library."""
-
-    x86_64 = "x86_64"
-    aarch64 = "aarch64"
-
-
-ModelOption = Annotated[
-    Optional[Path], typer.Option("--model", metavar="DIR", help="Model directory. Default: the only one in engines/.")
-]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
-
-
 def _version(value: bool) -> None:
     if value:
         print(__version__)
@@ -106,20 +78,6 @@ def _root(
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
-
-
-def _precision(**given: bool) -> str | None:
-    chosen = [name for name, is_given in given.items() if is_given]
-    if len(chosen) > 1:
-        raise typer.BadParameter(f"choose one of --{', --'.join(chosen)}")
-    return chosen[0] if chosen else None
-
-
-def _model(given: Path | None) -> Path:
-    model = find_model_directory(given)
-    if given is None:
-        messages.print(f"model: {model}", markup=False)
-    return model
 
 
 class _ExportCommand(TyperCommand):
@@ -170,7 +128,7 @@ def export(
     verbose: Verbose = False,
 ) -> None:
     """Export the encoder to ONNX, into a new model directory."""
-    precision = _precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
+    precision = one_precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
     if random_weights and (checkpoint or revision):
         raise typer.BadParameter("--random-weights takes no --checkpoint or --revision")
     if random_weights and preset is None:
@@ -246,7 +204,7 @@ def parity(
     from mmvision_export.report.terminal import print_parity, samples_from_options
     from mmvision_export.weights import WeightSource
 
-    path = _model(model)
+    path = the_model(model)
     if report is not None:
         checked_report_path(report, force=force)
     samples = samples_from_options(path, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw)
@@ -268,248 +226,10 @@ def parity(
         raise typer.Exit(1)
 
 
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{option} must be integers with commas between, got {text!r}") from None
-
-
 app.command()(quantize)
-
-
-@app.command("build-plugins")
-def build_plugins(
-    sm: Annotated[
-        Optional[list[int]],
-        typer.Option(
-            metavar="CC",
-            help="GPU to compile for, as 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
-        ),
-    ] = None,
-    head_dim: Annotated[
-        Optional[list[int]],
-        typer.Option(metavar="D", help="Head size of the attention kernel; may be repeated. Default: all, 16 to 128."),
-    ] = None,
-    machine: Annotated[
-        Optional[Machine],
-        typer.Option(help="CPU the library will run on. Default: this one's; another is cross-compiled."),
-    ] = None,
-    output: Annotated[
-        Optional[Path],
-        typer.Option(metavar="DIR", help="Folder for the library. Default: engines/plugins/ and the CPU."),
-    ] = None,
-    tensorrt_include: Annotated[
-        Optional[Path],
-        typer.Option(
-            metavar="DIR",
-            envvar="TENSORRT_INCLUDE_DIR",
-            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the library if it exists.")] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Build libmmvision_plugins.so, which makes TensorRT's attention cost what the images cost one by one.
-
-    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels
-    for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels
-    take two minutes on two cores.
-    """
-    from mmvision_export.plugin_build.library import build_plugins as build
-
-    with progress_display() as progress:
-        library, record = build(
-            sms=sm or (),
-            head_dims=head_dim or (),
-            machine=None if machine is None else machine.value,
-            output=output,
-            tensorrt_include=tensorrt_include,
-            force=force,
-            progress=progress,
-        )
-    console.print(
-        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(str(sm / 10) for sm in record.sms)}, head_dim {', '.join(map(str, record.head_dims))}; "
-        f"what each kernel uses: {library.parent / 'kernels.md'}",
-        markup=False,
-    )
-
-
-@app.command("build-engine")
-def build_engine(
-    model: ModelOption = None,
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="float16 engine; derived first if the graph is float32.")
-    ] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="INT8 engine, from what mmvision quantize made.")] = False,
-    fp8: Annotated[bool, typer.Option("--fp8", help="FP8 engine, from what mmvision quantize made.")] = False,
-    backend: Annotated[
-        Backend, typer.Option(help="TensorRT to build with; auto takes the one installed.")
-    ] = Backend.auto,
-    compute_capability: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            metavar="CC",
-            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
-            "without one all that TensorRT-RTX supports.",
-        ),
-    ] = None,
-    attention: Annotated[
-        Attention,
-        typer.Option(
-            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked product, which "
-            "costs the square of the whole batch. auto: plugin where it can be, else native."
-        ),
-    ] = Attention.auto,
-    plugin_library: Annotated[
-        Optional[Path],
-        typer.Option(metavar="FILE", help="libmmvision_plugins.so. Default: where build-plugins puts it."),
-    ] = None,
-    buckets: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="N,N,...",
-            help="Sizes in patches, each with a profile of its own that batches are padded to, as "
-            "256,1024,2304,4096. Instead of --min-, --opt- and --max-patches.",
-        ),
-    ] = None,
-    min_patches: Annotated[Optional[int], typer.Option(help="Fewest patches of a batch. Default: 4.")] = None,
-    opt_patches: Annotated[
-        Optional[int], typer.Option(help="Patches the kernels are chosen for. Default: 1024, or the maximum if less.")
-    ] = None,
-    max_patches: Annotated[
-        Optional[int], typer.Option(help="Most patches of a batch, all images together. Default: 4096.")
-    ] = None,
-    max_images: Annotated[int, typer.Option(help="Most images of a launch.")] = 64,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check/--no-check", help="Compare a derived fp16 graph first, and refuse one that failed parity."
-        ),
-    ] = True,
-    force: Annotated[bool, typer.Option("--force", help="Replace an engine of the same name.")] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Build a TensorRT or TensorRT-RTX engine.
-
-    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The precision is the
-    graph's own unless --fp16 is given. With the released preprocessing a still image is at most 2304 patches; 4
-    patches make one image token.
-    """
-    from mmvision_export.buckets import profiles_from_buckets
-    from mmvision_export.engine import build_engine as build
-    from mmvision_export.manifest import Manifest
-    from mmvision_export.sidecar import Profile
-
-    sizes = [min_patches, opt_patches, max_patches]
-    if buckets is not None and sizes != [None, None, None]:
-        raise typer.BadParameter("--buckets goes without --min-patches, --opt-patches and --max-patches")
-    directory = _model(model)
-    if buckets is not None:
-        profiles = profiles_from_buckets(_integers("--buckets", buckets), max_images, Manifest.read(directory).config)
-    else:
-        most = 4096 if max_patches is None else max_patches
-        profiles = [
-            Profile(
-                min_patches=4 if min_patches is None else min_patches,
-                opt_patches=min(1024, most) if opt_patches is None else opt_patches,
-                max_patches=most,
-                max_images=max_images,
-            )
-        ]
-    with progress_display() as progress:
-        engine, record = build(
-            directory,
-            profiles=profiles,
-            precision=_precision(fp16=fp16, int8=int8, fp8=fp8),
-            backend=backend.value,
-            compute_capabilities=compute_capability or (),
-            attention=attention.value,
-            plugin_library=plugin_library,
-            check=check,
-            force=force,
-            progress=progress,
-        )
-    console.print(
-        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(record.compute_capabilities)}, attention: {record.attention}",
-        markup=False,
-    )
-
-
-@app.command()
-def benchmark(
-    model: ModelOption = None,
-    backend: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            metavar="NAME[:GRAPH]",
-            help="Backend to measure, or one graph of the directory in it, as onnxruntime-cpu:model.onnx; may be "
-            "repeated. The others are compared with the first. Default: onnxruntime-cpu.",
-        ),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Graphs of onnxruntime-cpu: fp32, int8, or both with a comma between.")
-    ] = "fp32",
-    against: Annotated[
-        str,
-        typer.Option(
-            metavar="PEERS",
-            help="transformers-eager, transformers-sdpa, nemo, torch-eager, torch-compile; commas between.",
-        ),
-    ] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Small batches, for CI.")] = False,
-    threads: Annotated[Optional[int], typer.Option(help="Of each side. Default: all CPUs.", min=1)] = None,
-    repeats: Annotated[int, typer.Option(help="Most runs of each side on a workload.", min=1)] = 5,
-    seconds: Annotated[float, typer.Option(help="Time for one workload, all sides together.", min=0)] = 60,
-    output: Annotated[
-        Optional[Path],
-        typer.Option(
-            metavar="DIR", help="Folder for results.json and the plots. Default: benchmark/ in the current folder."
-        ),
-    ] = None,
-    page: Annotated[
-        Optional[Path],
-        typer.Option(metavar="FILE.md", help="Write a page about it too, with its plots in a folder of the same stem."),
-    ] = None,
-    verbose: Verbose = False,
-) -> None:
-    """Measure backends, and PyTorch implementations of others, side by side.
-
-    Every side has the same weights, inputs and threads, and a process of its own; they take turns. What is measured is
-    kept after each workload, so that an interrupt loses only the last.
-    """
-    from mmvision_export.benchmark.run import run_benchmark
-
-    with progress_display() as progress:
-        result, folder = run_benchmark(
-            _model(model),
-            backends=backend or ["onnxruntime-cpu"],
-            precisions=[name.strip() for name in precision.split(",") if name.strip()],
-            peers=[name.strip() for name in against.split(",") if name.strip()],
-            workloads="quick" if quick else "standard",
-            threads=threads,
-            repeats=repeats,
-            seconds_per_workload=seconds,
-            output=output or Path("benchmark"),
-            page=page,
-            progress=progress,
-        )
-    first, *others = result.sides
-    table = Table(box=None, header_style="bold")
-    for title in ("workload", f"{first}, ms", "range", "of peak", *(f"x {other}" for other in others)):
-        table.add_column(title, justify="left" if title == "workload" else "right")
-    for workload in result.workloads:
-        if (ours := result.of(first, workload.name)) is None:
-            continue
-        share = result.flops(workload) / ours.median / 1e9 / result.gemm_peak_gflops
-        ratios = [result.ratio(other, workload.name) for other in others]
-        spread = f"{1e3 * min(ours.seconds):.0f} to {1e3 * max(ours.seconds):.0f}"
-        cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        table.add_row(workload.name, f"{1e3 * ours.median:.0f}", spread, f"{share:.0%}", *cells)
-    console.print(table, width=max(console.width, 60 + 22 * len(result.sides)))
-    console.print(f"{folder}: results.json and plots", markup=False)
+app.command("build-plugins")(build_plugins)
+app.command("build-engine")(build_engine)
+app.command()(benchmark)
 
 
 @app.command()

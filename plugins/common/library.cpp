@@ -5,8 +5,8 @@
 // does not: then the library has to register its creators by itself. registerSelf does so if there is a TensorRT in the
 // process; getCreators takes that back, so that loadLibrary finds nothing registered twice.
 
+#include "common/creator.h"
 #include "common/error.h"
-#include "common/plugin.h"
 #include "common/tensorrt_library.h"
 #include "qk_rotary_embedding/qk_rotary_embedding.h"
 #include "varlen_attention/varlen_attention.h"

@@ -12,14 +12,13 @@
 
 #include "common/error.h"
 #include "common/kernels.h"
+#include "common/shapes.h"
 
 #include <NvInferRuntime.h>
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -60,67 +59,6 @@ constexpr Input ofType(char const* name, nvinfer1::DataType type)
 constexpr bool isSupportedFloat(nvinfer1::DataType type)
 {
     return type == nvinfer1::DataType::kHALF || type == nvinfer1::DataType::kBF16;
-}
-
-// Shapes as messages show them: [-1, 16, 80].
-inline std::string shapeName(nvinfer1::Dims const& dims)
-{
-    std::string text = "[";
-    for (int32_t i = 0; i < dims.nbDims; ++i)
-    {
-        text += (i == 0 ? "" : ", ") + std::to_string(dims.d[i]);
-    }
-    return text + "]";
-}
-
-inline void requireRank(char const* name, nvinfer1::Dims const& dims, int32_t rank)
-{
-    if (dims.nbDims != rank)
-    {
-        throw Error(std::string{name} + " must have " + std::to_string(rank) + " dimensions, got " + shapeName(dims));
-    }
-}
-
-// Whether two dimensions are equal, or one is not known yet.
-constexpr bool mayBeEqual(int64_t a, int64_t b)
-{
-    return a < 0 || b < 0 || a == b;
-}
-
-// q, k and what has their shape: [N, heads, head_dim] with a head_dim that the kernels are written for.
-inline void requireHeads(char const* name, nvinfer1::Dims const& dims)
-{
-    constexpr int64_t kMAX_HEAD_DIM = 128;
-    constexpr int64_t kHEAD_DIM_STEP = 16;
-    constexpr int64_t kMAX_HEADS = 65535; // second dimension of a CUDA grid
-    requireRank(name, dims, 3);
-    int64_t const heads = dims.d[1];
-    int64_t const headDim = dims.d[2];
-    if (headDim % kHEAD_DIM_STEP != 0 || headDim < kHEAD_DIM_STEP || headDim > kMAX_HEAD_DIM)
-    {
-        throw Error("head_dim must be a multiple of 16 from 16 to 128, fixed when the engine is built; " + std::string{name}
-            + " is " + shapeName(dims));
-    }
-    if (heads < 1 || heads > kMAX_HEADS)
-    {
-        throw Error(
-            "heads must be from 1 to 65535, fixed when the engine is built; " + std::string{name} + " is " + shapeName(dims));
-    }
-}
-
-inline void requireSameShape(
-    char const* name, nvinfer1::Dims const& dims, char const* otherName, nvinfer1::Dims const& other)
-{
-    bool same = dims.nbDims == other.nbDims;
-    for (int32_t i = 0; same && i < dims.nbDims; ++i)
-    {
-        same = mayBeEqual(dims.d[i], other.d[i]);
-    }
-    if (!same)
-    {
-        throw Error(std::string{name} + " must have the shape of " + otherName + ", got " + shapeName(dims) + " and "
-            + shapeName(other));
-    }
 }
 
 template <class Op>
@@ -397,92 +335,6 @@ private:
 
     State mState;
     std::shared_ptr<LoadedKernel const> mKernel;
-    std::vector<nvinfer1::PluginField> mFields;
-    nvinfer1::PluginFieldCollection mCollection{};
-};
-
-template <class Op>
-class Creator final : public nvinfer1::IPluginCreatorV3One
-{
-public:
-    Creator()
-    {
-        for (auto const& attribute : Op::kATTRIBUTES)
-        {
-            mFields.emplace_back(attribute.name, nullptr, nvinfer1::PluginFieldType::kFLOAT32, 1);
-        }
-        mCollection = {static_cast<int32_t>(mFields.size()), mFields.data()};
-    }
-
-    char const* getPluginName() const noexcept override
-    {
-        return Op::kNAME;
-    }
-
-    char const* getPluginVersion() const noexcept override
-    {
-        return kVERSION;
-    }
-
-    char const* getPluginNamespace() const noexcept override
-    {
-        return kNAMESPACE;
-    }
-
-    nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override
-    {
-        return &mCollection;
-    }
-
-    nvinfer1::IPluginV3* createPlugin(char const*, nvinfer1::PluginFieldCollection const* fields,
-        nvinfer1::TensorRTPhase) noexcept override
-    {
-        return guarded(Op::kNAME, static_cast<nvinfer1::IPluginV3*>(nullptr), [&]() -> nvinfer1::IPluginV3* {
-            typename Plugin<Op>::State state{{}, -1, -1};
-            for (auto const& attribute : Op::kATTRIBUTES)
-            {
-                float& value = state.attributes.*attribute.value;
-                if (!read(fields, attribute.name, nvinfer1::PluginFieldType::kFLOAT32, value))
-                {
-                    throw Error(std::string{"attribute "} + attribute.name + " is missing");
-                }
-                if (!std::isfinite(value))
-                {
-                    throw Error(std::string{"attribute "} + attribute.name + " must be finite, got " + std::to_string(value));
-                }
-            }
-            // There once an engine has been built.
-            read(fields, Plugin<Op>::kDTYPE_FIELD, nvinfer1::PluginFieldType::kINT32, state.dtype);
-            read(fields, Plugin<Op>::kHEAD_DIM_FIELD, nvinfer1::PluginFieldType::kINT32, state.headDim);
-            return std::make_unique<Plugin<Op>>(state).release();
-        });
-    }
-
-private:
-    // Other fields are left alone: the node's plugin_namespace and plugin_version come as fields too.
-    template <class Value>
-    static bool read(nvinfer1::PluginFieldCollection const* fields, char const* name, nvinfer1::PluginFieldType type,
-        Value& value)
-    {
-        for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i)
-        {
-            nvinfer1::PluginField const& field = fields->fields[i];
-            if (field.name == nullptr || std::strcmp(field.name, name) != 0)
-            {
-                continue;
-            }
-            if (field.type != type || field.length != 1 || field.data == nullptr)
-            {
-                throw Error(std::string{"attribute "} + name + " must be one "
-                    + (type == nvinfer1::PluginFieldType::kFLOAT32 ? "float32" : "int32") + ", got type "
-                    + std::to_string(static_cast<int32_t>(field.type)) + " and length " + std::to_string(field.length));
-            }
-            std::memcpy(&value, field.data, sizeof(value));
-            return true;
-        }
-        return false;
-    }
-
     std::vector<nvinfer1::PluginField> mFields;
     nvinfer1::PluginFieldCollection mCollection{};
 };
