@@ -163,6 +163,7 @@ def build_engine(
     sizes = [min_patches, opt_patches, max_patches]
     if buckets is not None and sizes != [None, None, None]:
         raise typer.BadParameter("--buckets goes without --min-patches, --opt-patches and --max-patches")
+    precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
     directory = the_model(model)
     if buckets is not None:
         profiles = profiles_from_buckets(_integers("--buckets", buckets), max_images, Manifest.read(directory).config)
@@ -180,7 +181,7 @@ def build_engine(
         engine, record = build(
             directory,
             profiles=profiles,
-            precision=one_precision(fp16=fp16, int8=int8, fp8=fp8),
+            precision=precision,
             backend=backend.value,
             compute_capabilities=compute_capability or (),
             attention=attention.value,

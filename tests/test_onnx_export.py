@@ -162,7 +162,8 @@ def test_bfloat16_graph_takes_and_gives_float32(tmp_path: Path) -> None:
 
 def test_manifest_describes_the_files(exported: Path) -> None:
     manifest = Manifest.read(exported)
-    assert {**manifest.source, "sha256": ""} == {"kind": "random", "preset": None, "seed": 1, "sha256": ""}
+    source = {"kind": "random", "random_kind": "plain", "preset": None, "seed": 1, "sha256": ""}
+    assert {**manifest.source, "sha256": ""} == source
     assert len(manifest.source["sha256"]) == 64
     assert {"torch", "onnx", "mmvision-export"} <= set(manifest.versions)
     for name, record in manifest.files.items():

@@ -20,7 +20,7 @@ constexpr uint8_t kKPARAM_INFO = 0x17;
 constexpr uint32_t kPARAMETER_SIZE_SHIFT = 18;
 
 constexpr uint16_t kMACHINE_CUDA = 190;
-constexpr unsigned char kABI_CUDA_13 = 8;
+constexpr unsigned char kABI_BLACKWELL = 8;
 constexpr uint32_t kACCELERATED = 0x800;
 
 template <class Value>
@@ -75,11 +75,11 @@ Image readCubin(unsigned char const* data)
     {
         throw std::runtime_error("an ELF file that is no cubin");
     }
-    bool const isCuda13 = header.e_ident[EI_ABIVERSION] >= kABI_CUDA_13;
+    bool const isBlackwell = header.e_ident[EI_ABIVERSION] >= kABI_BLACKWELL;
     Image image{};
-    image.sm = static_cast<int32_t>(isCuda13 ? (header.e_flags >> 8U) & 0xFFU : header.e_flags & 0xFFU);
-    // From CUDA 13 on the mark is elsewhere; only the kernels for 11.0, which have it, are compiled by it.
-    image.isExact = isCuda13 || (header.e_flags & kACCELERATED) != 0;
+    image.sm = static_cast<int32_t>(isBlackwell ? (header.e_flags >> 8U) & 0xFFU : header.e_flags & 0xFFU);
+    // From Blackwell on the mark is elsewhere; Triton compiles all kernels for these with it.
+    image.isExact = isBlackwell || (header.e_flags & kACCELERATED) != 0;
 
     auto const section = [&](size_t index) {
         return readAt<Elf64_Shdr>(data + header.e_shoff + index * header.e_shentsize);
