@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from mmvision_export.cli_options import ModelOption, Verbose, the_model
 from mmvision_export.console import console, messages, progress_display
 from mmvision_export.errors import QuantizationError
-from mmvision_export.manifest import PREPROCESSOR, Manifest, find_model_directory
+from mmvision_export.manifest import PREPROCESSOR, Manifest
 
 if TYPE_CHECKING:
     from mmvision_export.quantization.quantize import QuantizationReport
@@ -36,10 +37,7 @@ def quantize(
     cpu_int8: Annotated[
         bool, typer.Option("--cpu-int8", help="INT8 for ONNX Runtime's CPU provider; needs no ranges.")
     ] = False,
-    model: Annotated[
-        Optional[Path],
-        typer.Option("--model", metavar="DIR", help="float32 model directory. Default: the only one in engines/."),
-    ] = None,
+    model: ModelOption = None,
     image: Annotated[
         Optional[list[Path]], typer.Option(metavar="FILE", help="Image to calibrate on; may be repeated.")
     ] = None,
@@ -52,7 +50,7 @@ def quantize(
     min_cosine: Annotated[
         float, typer.Option(help="Gate: smallest cosine of a held-out token with the float32 graph's.")
     ] = 0.999,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Make a quantised flavour of a float32 model directory.
 
@@ -68,7 +66,7 @@ def quantize(
         raise typer.BadParameter("choose one of --int8, --fp8, --cpu-int8")
     if image and calibration:
         raise typer.BadParameter("give either --image or --calibration")
-    directory = find_model_directory(model)
+    directory = the_model(model)
     if calibration is not None:
         if not calibration.is_dir():
             raise QuantizationError(f"{calibration}: no such folder")
@@ -105,9 +103,11 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
         raise QuantizationError("at least 2 images are needed, to calibrate on and to check with, got 1")
     preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, config)
     batches = [patches_from_images([image_from_file(path)], preprocessor, names=[str(path)]) for path in images]
-    held_out = batches[_HELD_OUT - 1 :: _HELD_OUT] or batches[-1:]
-    chosen = {id(batch) for batch in held_out}
-    return [batch for batch in batches if id(batch) not in chosen], list(held_out)
+    held_out = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
+    return (
+        [batch for index, batch in enumerate(batches) if index not in held_out],
+        [batches[index] for index in sorted(held_out)],
+    )
 
 
 def _print(report: QuantizationReport) -> None:

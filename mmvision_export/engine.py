@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from mmvision_export.lowering import choose_lowering, lowered_model
 from mmvision_export.manifest import DATA, GRAPH, PLANS, QUANTIZED_PRECISIONS, Manifest, file_record, flavour_graph
 from mmvision_export.onnx_files import derive_fp16
 from mmvision_export.output import new_files
-from mmvision_export.plugin_library import LIBRARY, PLUGINS, load_plugin_library
+from mmvision_export.plugin_library import default_library, load_plugin_library
 from mmvision_export.progress import Progress
 from mmvision_export.sidecar import EngineRecord, PluginFile, Profile, sidecar_path
 from mmvision_export.tensorrt_build import PlanRequest, plan_from_model
@@ -162,7 +161,7 @@ def build_engine(
         precision=precision,
         config=manifest.config,
         compute_capabilities=capabilities,
-        library=plugin_library or PLUGINS / platform.machine() / LIBRARY,
+        library=plugin_library or default_library(),
         progress=progress,
     )
     if lowering.library is not None:

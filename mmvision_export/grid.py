@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import InputError
 
-__all__ = ["checked_grid", "checked_pixel_values", "groups_of_images", "tokens_per_image"]
+__all__ = ["batch_in_groups", "checked_grid", "checked_pixel_values", "groups_of_images", "tokens_per_image"]
 
 
 def checked_grid(grid_thw: Any, config: EncoderConfig, num_patches: int | None = None) -> npt.NDArray[np.int64]:
@@ -112,6 +112,15 @@ def groups_of_images(grid_thw: npt.NDArray[np.int64], max_patches: int) -> list[
             start, patches = row, 0
         patches += count
     return [*groups, slice(start, len(grid_thw))]
+
+
+def batch_in_groups(
+    pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64], max_patches: int
+) -> list[tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]]:
+    """A valid batch cut as by `groups_of_images`: patches and rows of each group, which are views."""
+    bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
+    groups = groups_of_images(grid_thw, max_patches)
+    return [(pixel_values[bounds[g.start] : bounds[g.stop]], grid_thw[g]) for g in groups]
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:

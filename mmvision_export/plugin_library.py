@@ -15,11 +15,9 @@ from mmvision_export.domain import DOMAIN, OP_VERSION
 from mmvision_export.errors import BackendError, ManifestError
 from mmvision_export.manifest import FileRecord, read_json
 
-__all__ = ["LIBRARY", "PLUGINS", "PluginLibraryRecord", "library_record_path", "load_plugin_library"]
+__all__ = ["LIBRARY", "PluginLibraryRecord", "default_library", "library_record_path", "load_plugin_library"]
 
 LIBRARY = "libmmvision_plugins.so"
-PLUGINS = Path("engines") / "plugins"
-"""Where `mmvision build-plugins` puts libraries: in a folder for each CPU."""
 
 _FORMAT = 1
 
@@ -74,6 +72,11 @@ class PluginLibraryRecord:
         if record.machine != platform.machine():
             raise ManifestError(f"{library} is for {record.machine}, this machine is {platform.machine()}", hint=build)
         return record
+
+
+def default_library(machine: str | None = None) -> Path:
+    """Where `mmvision build-plugins` puts the library for a CPU, this machine's if None."""
+    return Path("engines") / "plugins" / (machine or platform.machine()) / LIBRARY
 
 
 def library_record_path(library: Path) -> Path:

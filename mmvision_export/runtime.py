@@ -153,11 +153,10 @@ class VisionEncoder:
             InputError: The input breaks a rule of `grid_thw`, has an image too large for the engine, or is not finite.
             BackendError: The runtime failed, or cannot read device memory.
         """
-        grid = checked_grid(_host_array(grid_thw), self.config)
         if device_of(pixel_values) is not None:
-            return self._encode_on_device(pixel_values, grid, stream)
+            return self._encode_on_device(pixel_values, _host_array(grid_thw), stream)
         patches = checked_pixel_values(_host_array(pixel_values), self.config, self._backend.dtype)
-        checked_grid(grid, self.config, num_patches=len(patches))
+        grid = checked_grid(_host_array(grid_thw), self.config, num_patches=len(patches))
         refuse_too_large(grid, self._backend.profiles, self.config)
         if stream is None:
             return _as_given(self._backend.run(patches, grid), pixel_values)
@@ -167,7 +166,7 @@ class VisionEncoder:
         backend.run_into(image_embeds, patches, grid, stream=_handle_of(stream))
         return _as_given(image_embeds, pixel_values)
 
-    def _encode_on_device(self, pixel_values: Any, grid: npt.NDArray[np.int64], stream: Any) -> Any:
+    def _encode_on_device(self, pixel_values: Any, grid_thw: Any, stream: Any) -> Any:
         backend = self._device_backend("arrays on a CUDA device")
         handle = None if stream is None else _handle_of(stream)
         source = device_array(pixel_values, name="pixel_values", stream=_LEGACY_STREAM if handle is None else handle)
@@ -182,7 +181,7 @@ class VisionEncoder:
             raise InputError(
                 f"pixel_values must have shape [num_patches, {self.config.patch_dim}], got {list(source.shape)}"
             )
-        checked_grid(grid, self.config, num_patches=source.shape[0])
+        grid = checked_grid(grid_thw, self.config, num_patches=source.shape[0])
         refuse_too_large(grid, self._backend.profiles, self.config)
         shape = (source.shape[0] // self.config.patches_per_token, self.config.text_hidden_size)
         result = empty_like(pixel_values, shape, self.dtype)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mmvision_export.benchmark.peers import as_nemo, as_transformers
 from mmvision_export.checkpoint import checkpoint_from_folder, encoder_from_state_dict, released_name
 from mmvision_export.errors import CheckpointError
 from mmvision_export.random_weights import random_state_dict
 from tests.configs import HEAD_DIM_80
-from tests.test_independent import as_nemo, as_transformers
 
 State = dict[str, torch.Tensor]
 
@@ -26,10 +26,12 @@ FC1 = "vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"
 
 LAYOUTS: dict[str, Callable[[State], State]] = {
     "released": lambda s: {k: v.reshape(-1, 3, 2, 14, 14) if "patch_embedding" in k else v for k, v in s.items()},
-    "transformers": lambda s: {f"model.{name}": tensor for name, tensor in as_transformers(s).items()},
-    "nemo": lambda s: {f"vision_tower.{name}": tensor for name, tensor in as_nemo(s).items()},
-    "nemo module": as_nemo,
-    "nemo in a model": lambda s: {f"model.vision_tower.{name}": tensor for name, tensor in as_nemo(s).items()},
+    "transformers": lambda s: {f"model.{name}": tensor for name, tensor in as_transformers(s, HEAD_DIM_80).items()},
+    "nemo": lambda s: {f"vision_tower.{name}": tensor for name, tensor in as_nemo(s, HEAD_DIM_80).items()},
+    "nemo module": lambda s: as_nemo(s, HEAD_DIM_80),
+    "nemo in a model": lambda s: {
+        f"model.vision_tower.{name}": tensor for name, tensor in as_nemo(s, HEAD_DIM_80).items()
+    },
 }
 
 
@@ -218,6 +220,7 @@ import resource, sys, torch, dataclasses
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from pathlib import Path
 from mmvision_export.config import EncoderConfig
+from mmvision_export.benchmark.peers import as_nemo, as_transformers
 from mmvision_export.checkpoint import checkpoint_from_folder
 from mmvision_export.random_weights import random_state_dict
 from safetensors.torch import save_file

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from mmvision_export import VisionEncoder
+from mmvision_export.benchmark.peers import as_transformers
 from mmvision_export.errors import InputError
 from mmvision_export.integrations.transformers import replace_vision_tower
 from tests.configs import HEAD_DIM_80, batch, relative_l2
-from tests.test_independent import as_transformers, weights
+from tests.test_independent import weights
 
 IMAGE, VIDEO = 5, 6
 
@@ -67,7 +68,7 @@ def model() -> Any:
     # Embeddings large enough that what is seen decides what is said.
     for parameter in whole.model.language_model.parameters():
         nn.init.normal_(parameter, std=0.2) if parameter.ndim > 1 else None
-    missing, unexpected = whole.model.load_state_dict(as_transformers(weights("80")), strict=False)
+    missing, unexpected = whole.model.load_state_dict(as_transformers(weights("80"), HEAD_DIM_80), strict=False)
     assert not unexpected
     assert all(name.startswith("language_model.") for name in missing)
     return whole

@@ -22,7 +22,7 @@ from mmvision_export.preprocess import PreprocessorConfig, patches_from_frames
 from mmvision_export.progress import Progress
 from mmvision_export.video import VideoConfig, VideoSegment, sampled_indices
 from tests.configs import HEAD_DIM_80, relative_l2
-from tests.test_independent import run_transformers, weights
+from tests.test_independent import run_peer, weights
 from tests.test_preprocess import from_transformers
 
 av = pytest.importorskip("av", reason="PyAV is not installed")
@@ -107,7 +107,7 @@ def runtime(exported: Path) -> Any:
 
 def tower(pixels: torch.Tensor, grid: torch.Tensor) -> Any:
     """What transformers' tower and projector make of it, with the exported weights."""
-    return run_transformers(HEAD_DIM_80, weights("80"), "sdpa", pixels.numpy(), grid.numpy())
+    return run_peer("transformers-sdpa", HEAD_DIM_80, weights("80"), pixels.numpy(), grid.numpy())
 
 
 def test_video_equals_the_processor_and_the_tower(runtime: VisionEncoder, tmp_path: Path) -> None:

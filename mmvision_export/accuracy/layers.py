@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from mmvision_export.accuracy.gates import LARGEST_FINITE
-from mmvision_export.accuracy.jump import Jump, StageDistance, first_jump
+from mmvision_export.accuracy.jump import Jump, StageDistance, expected_errors, first_jump
 from mmvision_export.accuracy.magnitudes import Magnitude, observed_magnitudes
 from mmvision_export.accuracy.rounded import rounded_model
 from mmvision_export.accuracy.samples import Sample
@@ -68,6 +68,10 @@ class LayerComparison:
     eager: dict[str, list[StageDistance]]
     magnitudes: list[Magnitude]
 
+    def expected(self, graph: GraphStages) -> list[float | None]:
+        """The error that a graph's precision explains at each of its stages, see `expected_errors`."""
+        return expected_errors(graph.stages, _counterpart(graph.facts, self.eager))
+
     def summary(self, graph: str) -> dict[str, Any]:
         """What a manifest says of a graph's layers, as JSON values; nothing of one that was not looked into."""
         if graph not in self.graphs:
@@ -79,6 +83,10 @@ class LayerComparison:
             "first_jump": None if jump is None else {"stage": jump.stage, "reason": jump.reason},
             "largest_activation": {"value": largest.value, "where": largest.where},
         }
+
+
+def _counterpart(facts: GraphFacts, eager: Mapping[str, list[StageDistance]]) -> list[StageDistance] | None:
+    return None if facts.is_quantized else eager[facts.float_type]
 
 
 def compare_layers(
@@ -125,9 +133,8 @@ def compare_layers(
             outputs = _run_graph(path, facts, sample, config)
             # Each is let go when it has been compared.
             rows = [distance(stage, outputs.pop(stage), facts.float_type) for stage in names if stage in outputs]
-            own = beside[facts.float_type] if facts.precision == facts.float_type else None
             missing = [stage for stage in names if stage not in {row.stage for row in rows}]
-            compared[name] = GraphStages(facts, rows, first_jump(rows, own), missing)
+            compared[name] = GraphStages(facts, rows, first_jump(rows, _counterpart(facts, beside)), missing)
     return LayerComparison(sample.name, compared, beside, [found[stage] for stage in names])
 
 

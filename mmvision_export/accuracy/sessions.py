@@ -11,17 +11,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from mmvision_export.accuracy.samples import Sample
-from mmvision_export.backends.onnxruntime import PROVIDERS, require_provider
+from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
 from mmvision_export.errors import BackendError
 
 if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = ["run_model", "session_from_model"]
-
-_CPU = PROVIDERS["onnxruntime-cpu"]
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-_ERRORS_ONLY = 3
 
 
 def session_from_model(model: ir.Model, folder: Path) -> onnxruntime.InferenceSession:
@@ -30,17 +26,8 @@ def session_from_model(model: ir.Model, folder: Path) -> onnxruntime.InferenceSe
     Raises:
         BackendError: ONNX Runtime is not installed, or cannot load the model.
     """
-    require_provider(_CPU)
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
     content = ir.serde.serialize_model(model).SerializeToString()
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=[_CPU])
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise BackendError(f"ONNX Runtime cannot load {model.graph.name}: {error}") from error
+    return create_session(content, provider=PROVIDERS["onnxruntime-cpu"], weights_in=folder)
 
 
 def run_model(model: ir.Model, folder: Path, sample: Sample, outputs: Sequence[str]) -> list[npt.NDArray[np.floating]]:
@@ -54,6 +41,6 @@ def run_model(model: ir.Model, folder: Path, sample: Sample, outputs: Sequence[s
     feeds = {"pixel_values": sample.pixel_values.astype(dtype), "grid_thw": sample.grid_thw}
     try:
         results: list[npt.NDArray[np.floating]] = session.run(list(outputs), feeds)
-    except Exception as error:  # as above
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise BackendError(f"ONNX Runtime failed: {error}") from error
     return results

@@ -88,6 +88,11 @@ class GraphFacts:
     float_type: str
     data_files: tuple[str, ...]
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether products are in fewer bits than the hidden states, which eager PyTorch has no counterpart of."""
+        return self.precision != self.float_type
+
 
 def facts_of_graph(model: ir.Model) -> GraphFacts:
     """Precision, float type and weight files of a graph of this encoder."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mmvision_export.backends import BackendName, BackendOptions
 from mmvision_export.errors import BackendError, ManifestError
-from mmvision_export.grid import groups_of_images
+from mmvision_export.grid import batch_in_groups
 from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.sidecar import Profile
 
@@ -107,11 +107,8 @@ class CpuBackend(OnnxRuntimeBackend):
         """See `Backend.run`."""
         if self.info["graph"] == CPU_GRAPH:  # only masked attention has to be kept short
             return super().run(pixel_values, grid_thw)
-        bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
-        groups = groups_of_images(grid_thw, _CPU_GROUP_PATCHES)
-        pieces = [
-            super(CpuBackend, self).run(pixel_values[bounds[g.start] : bounds[g.stop]], grid_thw[g]) for g in groups
-        ]
+        groups = batch_in_groups(pixel_values, grid_thw, _CPU_GROUP_PATCHES)
+        pieces = [super(CpuBackend, self).run(*group) for group in groups]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -130,23 +127,27 @@ def require_provider(provider: str) -> None:
 
 
 def create_session(
-    graph: Path,
+    graph: Path | bytes,
     *,
     provider: str,
     device: int = 0,
     threads: int | None = None,
     provider_options: Mapping[str, str] | None = None,
     behind: Sequence[str] = (),
+    weights_in: Path | None = None,
+    entries: Mapping[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on exactly the provider asked for.
 
     Args:
-        graph: The `.onnx` file.
+        graph: The `.onnx` file, or a model in memory.
         provider: Its name.
         device: CUDA device, of all but the CPU provider.
         threads: Threads of the CPU provider; its own choice if None.
         provider_options: More of the provider's options.
         behind: Providers for the operators that this one does not take.
+        weights_in: Folder of the weights of a model in memory.
+        entries: More of the session's configuration.
 
     Raises:
         BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
@@ -155,12 +156,19 @@ def create_session(
     import onnxruntime
 
     options = session_options(threads)
+    if weights_in is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(weights_in.resolve())
+        )
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    source, name = (str(graph), str(graph)) if isinstance(graph, Path) else (graph, "the graph")
     place = {} if provider.startswith("CPU") else {"device_id": str(device)}
-    providers = [(provider, {**place, **(provider_options or {})}), *((name, place) for name in behind)]
+    providers = [(provider, {**place, **(provider_options or {})}), *((other, place) for other in behind)]
     try:
-        session = onnxruntime.InferenceSession(str(graph), options, providers=providers)
+        session = onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise BackendError(f"ONNX Runtime cannot load {graph}: {error}") from error
+        raise BackendError(f"ONNX Runtime cannot load {name}: {error}") from error
     # A provider that cannot start is replaced by the CPU's with no more than a logged warning.
     if session.get_providers()[0] != provider:
         raise BackendError(f"ONNX Runtime could not start {provider} on device {device}", hint="see: mmvision doctor")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from mmvision_export.config import EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import BackendError
 
-__all__ = ["PEERS", "peer_from_encoder"]
+__all__ = ["PEERS", "as_nemo", "as_transformers", "peer_from_encoder"]
 
 Peer = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,6 +43,26 @@ def peer_from_encoder(name: str, encoder: VisionEncoderModule) -> Peer:
         compiled: Peer = torch.compile(encoder, dynamic=True)
         return compiled
     raise BackendError(f"no such peer: {name}", hint=f"choose from: {', '.join(PEERS)}")
+
+
+def as_transformers(state: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """Our names -> those of transformers' MiniMaxM3VLModel, without `model.`."""
+    prefix = "vision_tower.vision_model."
+    result = {}
+    for name, tensor in state.items():
+        new = name.replace(f"{prefix}encoder.", "vision_tower.").replace(prefix, "vision_tower.")
+        new = new.replace("embeddings.patch_embedding", "embeddings.proj")
+        new = new.replace("patch_merge_mlp.linear_", "multi_modal_projector.merge_linear_")
+        result[new] = _convolution(tensor, config) if "embeddings.proj" in new else tensor
+    return result
+
+
+def as_nemo(state: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
+    """Our names -> those of NeMo's MiniMaxM3VisionModel."""
+    return {
+        name.removeprefix("vision_tower."): _convolution(tensor, config) if "patch_embedding" in name else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _convolution(tensor: Tensor, config: EncoderConfig) -> Tensor:
@@ -74,13 +94,7 @@ def _transformers(encoder: VisionEncoderModule, attention: str) -> Peer:
     vision._attn_implementation = attention
     with torch.device("meta"):
         tower, projector = MiniMaxM3VLVisionModel(vision), MiniMaxM3VLMultiModalProjector(settings)
-    prefix = "vision_tower.vision_model."
-    state = {}
-    for name, tensor in encoder.state_dict().items():
-        new = name.replace(f"{prefix}encoder.", "vision_tower.").replace(prefix, "vision_tower.")
-        new = new.replace("embeddings.patch_embedding", "embeddings.proj")
-        new = new.replace("patch_merge_mlp.linear_", "multi_modal_projector.merge_linear_")
-        state[new] = _convolution(tensor, config) if "embeddings.proj" in new else tensor
+    state = as_transformers(encoder.state_dict(), config)
     for module, part in ((tower, "vision_tower."), (projector, "multi_modal_projector.")):
         # Assigned, not copied: one copy of the weights in the process, as a user of transformers has.
         weights = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
@@ -127,11 +141,7 @@ def _nemo(encoder: VisionEncoderModule) -> Peer:
         },
     )
     model = _nemo_module().MiniMaxM3VisionModel(settings, config.text_hidden_size, config.projector_hidden_size)
-    state = {
-        name.removeprefix("vision_tower."): _convolution(tensor, config) if "patch_embedding" in name else tensor
-        for name, tensor in encoder.state_dict().items()
-    }
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(as_nemo(encoder.state_dict(), config), strict=True, assign=True)
     model.eval()
 
     def run(pixel_values: Tensor, grid_thw: Tensor) -> Tensor:

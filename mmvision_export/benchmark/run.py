@@ -13,13 +13,13 @@ from mmvision_export.benchmark.peers import PEERS
 from mmvision_export.benchmark.report import page_from_result, write_plots
 from mmvision_export.benchmark.workloads import workloads_for
 from mmvision_export.errors import BenchmarkError
-from mmvision_export.manifest import Manifest
+from mmvision_export.manifest import Manifest, flavour_graph
 from mmvision_export.output import new_files
 from mmvision_export.progress import Progress
 
 __all__ = ["run_benchmark", "sides_from"]
 
-INT8_GRAPH = "model.cpu-int8.onnx"
+INT8_GRAPH = flavour_graph("cpu-int8")
 """The graph that precision `int8` stands for."""
 
 

@@ -160,15 +160,15 @@ def _gemm_gflops(side: str, threads: int) -> float:
     product: Callable[[], Any]
     if side.startswith("onnxruntime"):
         import onnx
-        import onnxruntime
+
+        from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
 
         graph = "g (float[m, k] x) => (float[m, n] y) {y = Gemm <transB: int = 1> (x, w)}"
         text = f'<ir_version: 10, opset_import: ["": 18]> {graph}'
         model = onnx.parser.parse_model(text)
         model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        content = model.SerializeToString()
+        session = create_session(content, provider=PROVIDERS["onnxruntime-cpu"], threads=threads)
         product = lambda: session.run(None, {"x": x})  # noqa: E731
     else:
         import torch

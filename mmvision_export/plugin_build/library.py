@@ -21,7 +21,7 @@ from mmvision_export.plugin_build.embed import write_embedded_kernels
 from mmvision_export.plugin_build.headers import cuda_headers, tensorrt_header_version, tensorrt_headers
 from mmvision_export.plugin_build.kernels import DTYPES, HEAD_DIMS, PORTABLE_PTX_SM, compile_kernels, plugins_root
 from mmvision_export.plugin_build.resources import ARCHITECTURES, CompiledKernel, resource_table
-from mmvision_export.plugin_library import LIBRARY, PLUGINS, PluginLibraryRecord, library_record_path
+from mmvision_export.plugin_library import LIBRARY, PluginLibraryRecord, default_library, library_record_path
 from mmvision_export.progress import Progress
 
 __all__ = ["MACHINES", "build_plugins", "cmake_build"]
@@ -64,8 +64,7 @@ def build_plugins(
     machine = machine or here
     if machine not in MACHINES:
         raise PluginError(f"plugins can be built for {' and '.join(MACHINES)}, not for {machine}")
-    output = output or PLUGINS / machine
-    library = output / LIBRARY
+    library = default_library(machine) if output is None else output / LIBRARY
     if library.exists() and not force:
         raise OutputError(f"{library} already exists", hint="choose another --output, or replace it with --force")
     # Everything that can be missing is looked for before minutes are spent on kernels.
@@ -80,10 +79,13 @@ def build_plugins(
     for kernel in compile_kernels(all_sms, head_dims):
         kernels.append(kernel)
         progress.advance()
-    with new_files(output, name=LIBRARY) as new, tempfile.TemporaryDirectory(prefix="mmvision-plugins-") as temporary:
+    with (
+        new_files(library.parent, name=LIBRARY) as new,
+        tempfile.TemporaryDirectory(prefix="mmvision-plugins-") as temporary,
+    ):
         sources, build = Path(temporary) / "kernels", Path(temporary) / "build"
         sources.mkdir()
-        write_embedded_kernels([k for k in kernels if k.sm in sms or k.sm == PORTABLE_PTX_SM], sources)
+        write_embedded_kernels(kernels, sources)
         progress.step("compiling the library")
         settings = {"MMVISION_KERNELS": sources, "TENSORRT_INCLUDE_DIR": include, "CUDA_INCLUDE_DIR": cuda, **toolchain}
         cmake_build(build, settings)

@@ -19,11 +19,14 @@ from mmvision_export.quantization.formats import EightBitFormat, scale_from_magn
 from mmvision_export.quantization.statistics import Samples
 from mmvision_export.quantization.units import Unit
 
-__all__ = ["Rounding", "divisor_of", "static_rounding", "token_rounding"]
+__all__ = ["Rounding", "RoundingFor", "divisor_of", "static_rounding", "token_rounding"]
 
 Array = npt.NDArray[np.float32]
 Rounding = Callable[[Array], Array]
 """What a runtime makes of the rows `[N, in]` that it quantises."""
+
+RoundingFor = Callable[[EightBitFormat, float], Rounding]
+"""The rounding to a format of a tensor whose largest magnitude is given."""
 
 BALANCES = (0.0, 0.25, 0.5, 0.75)
 """Exponents tried; 0 leaves the layer norm as it is."""
@@ -35,8 +38,8 @@ def static_rounding(kind: EightBitFormat, magnitude: float) -> Rounding:
     return lambda rows: kind.rounded(rows, scale)
 
 
-def token_rounding(kind: EightBitFormat) -> Rounding:
-    """One scale for each row, from its own largest magnitude."""
+def token_rounding(kind: EightBitFormat, _: float) -> Rounding:
+    """One scale for each row, from its own largest magnitude whatever the tensor's is."""
     tiny = np.float32(np.finfo(np.float32).tiny)
     return lambda rows: kind.rounded(rows, np.maximum(np.abs(rows).max(axis=1, keepdims=True), tiny) / kind.maximum)
 
@@ -49,7 +52,7 @@ def _error(rows: Array, weight: Array, kind: EightBitFormat, rounding: Rounding)
 
 
 def divisor_of(
-    unit: Unit, found: Samples, weights: Mapping[str, Array], kind: EightBitFormat, per_token: bool
+    unit: Unit, found: Samples, weights: Mapping[str, Array], kind: EightBitFormat, rounding_for: RoundingFor
 ) -> Array | None:
     """What each channel of a layer norm's output is best divided by, `[in]`; None if by nothing."""
     if unit.norm is None:
@@ -63,7 +66,7 @@ def divisor_of(
         else:
             divisor = np.ones_like(found.magnitude)
         magnitude = float((found.magnitude / divisor).max())
-        rounding = token_rounding(kind) if per_token else static_rounding(kind, magnitude)
+        rounding = rounding_for(kind, magnitude)
         squares = 0.0
         for linear in unit.linears:
             exact, error = _error(found.rows / divisor, weights[linear.weight] * divisor, kind, rounding)

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mmvision_export.quantization.formats import INT8
+from mmvision_export.quantization.nodes import add_initializer, add_node
 from mmvision_export.quantization.units import Unit
 
 __all__ = ["quantize_dynamically"]
@@ -29,12 +30,12 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
     """
     graph = model.graph
     nodes = {node.name: node for node in graph}
-    maximum = _constant(graph, "int8_maximum", np.float32(INT8.maximum))
+    maximum = add_initializer(graph, "int8_maximum", ir.tensor(np.float32(INT8.maximum)))
     # A row of zeros has a scale too.
-    smallest = _constant(graph, "int8_smallest_scale", np.float32(1e-30))
+    smallest = add_initializer(graph, "int8_smallest_scale", ir.tensor(np.float32(1e-30)))
     # Unsigned, as the fastest kernels take it, with zero in the middle.
-    zero = _constant(graph, "uint8_zero_point", np.uint8(128))
-    row_axis = _constant(graph, "int8_row_axis", np.array([1], np.int64))
+    zero = add_initializer(graph, "uint8_zero_point", ir.tensor(np.uint8(128)))
+    row_axis = add_initializer(graph, "int8_row_axis", ir.tensor(np.array([1], np.int64)))
     for unit in units:
         if unit.name in keep:
             continue
@@ -42,21 +43,15 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
         x = readers[0].inputs[0]
         assert x is not None
 
-        def add(op_type: str, inputs: list[ir.Value], name: str, before: ir.Node, **attributes: int) -> ir.Value:
-            node = ir.node(op_type, inputs, attributes=attributes, name=name)
-            node.outputs[0].name = name
-            graph.insert_before(before, node)
-            return node.outputs[0]
-
         first, path = readers[0], f"{unit.name}.quantize"
-        size = add("Abs", [x], f"{path}.Abs", first)
-        largest = add("ReduceMax", [size, row_axis], f"{path}.ReduceMax", first, keepdims=0)
-        exact_scale = add("Div", [largest, maximum], f"{path}.Div", first)
-        scale = add("Max", [exact_scale, smallest], f"{path}.scale", first)  # [N]
-        shape = add("Shape", [scale], f"{path}.Shape", first)
-        zeros = add("Expand", [zero, shape], f"{path}.zero_point", first)
-        stored = add("QuantizeLinear", [x, scale, zeros], f"{path}.QuantizeLinear", first, axis=0)  # [N, in] uint8
-        column = add("Unsqueeze", [scale, row_axis], f"{path}.scale_column", first)  # [N, 1]
+        size = add_node(first, "Abs", [x], f"{path}.Abs")
+        largest = add_node(first, "ReduceMax", [size, row_axis], f"{path}.ReduceMax", keepdims=0)
+        exact_scale = add_node(first, "Div", [largest, maximum], f"{path}.Div")
+        scale = add_node(first, "Max", [exact_scale, smallest], f"{path}.scale")  # [N]
+        shape = add_node(first, "Shape", [scale], f"{path}.Shape")
+        zeros = add_node(first, "Expand", [zero, shape], f"{path}.zero_point")
+        stored = add_node(first, "QuantizeLinear", [x, scale, zeros], f"{path}.QuantizeLinear", axis=0)  # [N, in] uint8
+        column = add_node(first, "Unsqueeze", [scale, row_axis], f"{path}.scale_column")  # [N, 1]
         for linear, node in zip(unit.linears, readers, strict=True):
             value = node.inputs[1]
             assert value is not None and value.const_value is not None
@@ -69,29 +64,19 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
             name = f"{linear.weight}_int8"
             out, wide = (int(n) for n in exact.shape.numpy())
             tensor = ir.LazyTensor(convert, dtype=ir.DataType.INT8, shape=ir.Shape((wide, out)), name=name)
-            weight = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-            graph.register_initializer(weight)
-            weight_scale = _constant(graph, f"{linear.weight}_scale", scales.astype(np.float32))
-            product = add("MatMulInteger", [stored, weight, zero], f"{linear.name}.MatMulInteger", node)
-            result = add("Cast", [product], f"{linear.name}.Cast", node, to=ir.DataType.FLOAT.value)
-            result = add("Mul", [result, weight_scale], f"{linear.name}.Mul_channels", node)
-            result = add("Mul", [result, column], f"{linear.name}.Mul_rows", node)
+            weight = add_initializer(graph, name, tensor)
+            weight_scale = add_initializer(graph, f"{linear.weight}_scale", ir.tensor(scales.astype(np.float32)))
+            product = add_node(node, "MatMulInteger", [stored, weight, zero], f"{linear.name}.MatMulInteger")
+            result = add_node(node, "Cast", [product], f"{linear.name}.Cast", to=ir.DataType.FLOAT.value)
+            result = add_node(node, "Mul", [result, weight_scale], f"{linear.name}.Mul_channels")
+            result = add_node(node, "Mul", [result, column], f"{linear.name}.Mul_rows")
             if linear.bias is not None:
                 bias = node.inputs[2]
                 assert bias is not None
-                result = add("Add", [result, bias], f"{linear.name}.Add", node)
+                result = add_node(node, "Add", [result, bias], f"{linear.name}.Add")
             result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
             old = node.outputs[0]
             ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
             graph.remove(node, safe=True)
             result.name = old.name  # which for the last product is the graph's output's
             del graph.initializers[linear.weight]
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
-    tensor = ir.tensor(np.asarray(array), name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

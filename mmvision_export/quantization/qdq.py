@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from mmvision_export.onnx_passes import retype
 from mmvision_export.quantization.formats import EightBitFormat, scale_from_magnitude
+from mmvision_export.quantization.nodes import add_initializer, add_node
 from mmvision_export.quantization.units import Unit
 
 __all__ = ["LOWEST_OPSET", "balance", "quantize_statically"]
@@ -78,7 +79,7 @@ def quantize_statically(
     if dtype != ir.DataType.FLOAT:
         retype(model, dtype)
     nodes = {node.name: node for node in graph}
-    zero = _initializer(graph, f"{kind.name}_zero_point", ir.tensor(kind.quantized(np.zeros(()), np.ones(()))))
+    zero = add_initializer(graph, f"{kind.name}_zero_point", ir.tensor(kind.quantized(np.zeros(()), np.ones(()))))
     for unit in units:
         if unit.name in keep:
             continue
@@ -86,9 +87,9 @@ def quantize_statically(
         value = readers[0].inputs[0]
         assert value is not None
         exact_scale = scale_from_magnitude(magnitudes[unit.input], kind.maximum)
-        scale = _initializer(graph, f"{unit.name}.input_scale", ir.tensor(exact_scale.astype(dtype.numpy())))
-        stored = _node(graph, readers[0], "QuantizeLinear", [value, scale, zero], f"{unit.name}.quantized", kind.dtype)
-        read = _node(graph, readers[0], "DequantizeLinear", [stored, scale, zero], f"{unit.name}.dequantized", dtype)
+        scale = add_initializer(graph, f"{unit.name}.input_scale", ir.tensor(exact_scale.astype(dtype.numpy())))
+        stored = add_node(readers[0], "QuantizeLinear", [value, scale, zero], f"{unit.name}.quantized", kind.dtype)
+        read = add_node(readers[0], "DequantizeLinear", [stored, scale, zero], f"{unit.name}.dequantized", dtype)
         stored.shape = read.shape = value.shape
         for linear, node in zip(unit.linears, readers, strict=True):
             node.replace_input_with(0, read)
@@ -110,38 +111,13 @@ def _quantized_weight(
         return ir.tensor(kind.quantized(exact.numpy(), scales[:, None]))
 
     del graph.initializers[name]
-    weight = _initializer(
+    weight = add_initializer(
         graph, name, ir.LazyTensor(convert, dtype=kind.dtype, shape=ir.Shape(exact.shape.numpy()), name=name)
     )
-    scale = _initializer(graph, f"{name}_scale", ir.tensor(scales.astype(dtype.numpy())))
-    zero = _initializer(
+    scale = add_initializer(graph, f"{name}_scale", ir.tensor(scales.astype(dtype.numpy())))
+    zero = add_initializer(
         graph, f"{name}_zero_point", ir.tensor(kind.quantized(np.zeros(len(scales)), np.ones(len(scales))))
     )
-    read = _node(graph, node, "DequantizeLinear", [weight, scale, zero], f"{name}.dequantized", dtype, axis=0)
+    read = add_node(node, "DequantizeLinear", [weight, scale, zero], f"{name}.dequantized", dtype, axis=0)
     read.shape = weight.shape
     return read
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
-
-
-def _node(
-    graph: ir.Graph,
-    before: ir.Node,
-    op_type: str,
-    inputs: list[ir.Value],
-    name: str,
-    dtype: ir.DataType,
-    **attributes: int,
-) -> ir.Value:
-    node = ir.node(op_type, inputs, attributes=attributes, name=name)
-    node.outputs[0].name = name
-    node.outputs[0].type = ir.TensorType(dtype)
-    graph.insert_before(before, node)
-    return node.outputs[0]

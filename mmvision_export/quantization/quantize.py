@@ -23,7 +23,7 @@ from mmvision_export.manifest import DATA, GRAPH, Manifest, file_record, flavour
 from mmvision_export.metrics import metrics
 from mmvision_export.output import new_files
 from mmvision_export.progress import Progress
-from mmvision_export.quantization.balancing import divisor_of
+from mmvision_export.quantization.balancing import divisor_of, static_rounding, token_rounding
 from mmvision_export.quantization.dynamic import quantize_dynamically
 from mmvision_export.quantization.formats import FP8, INT8
 from mmvision_export.quantization.qdq import LOWEST_OPSET, balance, quantize_statically
@@ -212,7 +212,8 @@ def _plan(
     progress: Progress,
 ) -> _Plan:
     kind = FP8 if flavour == "fp8" else INT8
-    per_token = flavour == "cpu-int8"
+    is_dynamic = flavour == "cpu-int8"
+    rounding_for = token_rounding if is_dynamic else static_rounding
     found = samples(source, [unit.input for unit in units], batches, progress)
     initializers = ir.load(source).graph.initializers
 
@@ -223,11 +224,11 @@ def _plan(
     progress.step("balancing", total=len(units))
     divisors = {}
     for unit in units:
-        divisor = divisor_of(unit, found[unit.input], weights(unit), kind, per_token)
+        divisor = divisor_of(unit, found[unit.input], weights(unit), kind, rounding_for)
         if divisor is not None:
             divisors[unit.input] = divisor
         progress.advance()
-    ranges = {} if per_token else magnitudes(source, found, divisors, batches, method, progress)
+    ranges = {} if is_dynamic else magnitudes(source, found, divisors, batches, method, progress)
     plan = _Plan(divisors, ranges, {})
     few = _few(batches)
     reference = np.concatenate(run(source, few, weights_in=source.parent, dtype=np.float32))

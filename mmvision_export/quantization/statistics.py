@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from mmvision_export.backends.onnxruntime import require_provider
-from mmvision_export.errors import BackendError, QuantizationError
-from mmvision_export.grid import groups_of_images
+from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
+from mmvision_export.errors import QuantizationError
+from mmvision_export.grid import batch_in_groups
 from mmvision_export.progress import Progress
 
 __all__ = ["CALIBRATION_METHODS", "Batch", "CalibrationMethod", "Samples", "grouped", "magnitudes", "run", "samples"]
@@ -53,14 +53,7 @@ class Samples:
 
 def grouped(batches: Sequence[Batch]) -> list[Batch]:
     """Batches cut between images into groups of at most `GROUP_PATCHES` patches."""
-    result = []
-    for pixel_values, grid_thw in batches:
-        bounds = np.cumsum([0, *grid_thw.prod(axis=1)])
-        result += [
-            (pixel_values[bounds[g.start] : bounds[g.stop]], grid_thw[g])
-            for g in groups_of_images(grid_thw, GROUP_PATCHES)
-        ]
-    return result
+    return [group for batch in batches for group in batch_in_groups(*batch, GROUP_PATCHES)]
 
 
 def run(graph: Path | bytes, batches: Sequence[Batch], *, weights_in: Path, dtype: type[np.floating]) -> list[Array]:
@@ -181,17 +174,6 @@ def _stages(values: Sequence[ir.Value], patches: int) -> list[list[ir.Value]]:
 
 
 def _session(graph: Path | bytes, weights_in: Path) -> Any:
-    require_provider("CPUExecutionProvider")
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     # As the graph says it: no integer kernels in place of Q/DQ, whose rounding differs from one processor to another.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_in))
-    try:
-        return onnxruntime.InferenceSession(
-            graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise BackendError(f"ONNX Runtime cannot load the graph: {error}") from error
+    exact = {"session.disable_quant_qdq": "1"}
+    return create_session(graph, provider=PROVIDERS["onnxruntime-cpu"], weights_in=weights_in, entries=exact)

@@ -61,7 +61,7 @@ def error_figure(layers: LayerComparison) -> str:
             colour = f"C{index}"
             errors = [row.distance.relative_l2 for row in graph.stages]
             axes.semilogy([place[r.stage] for r in graph.stages], errors, "o-", color=colour, markersize=4, label=name)
-            if graph.facts.precision == graph.facts.float_type:
+            if not graph.facts.is_quantized:
                 eager = [row.distance.relative_l2 for row in layers.eager[graph.facts.float_type]]
                 axes.semilogy(
                     range(len(stages)),

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmvision_export import __version__
 from mmvision_export.accuracy.gates import FLOAT16_MAX, GATES, NEAR_OVERFLOW
-from mmvision_export.accuracy.jump import EXCESS, expected_errors
+from mmvision_export.accuracy.jump import EXCESS
 from mmvision_export.errors import OutputError, ParityError
 from mmvision_export.output import new_files
 from mmvision_export.parity import ParityResult, ParityRow
@@ -59,16 +59,7 @@ def record_from_parity(result: ParityResult) -> dict[str, Any]:
                     "headroom": row.headroom,
                     **row.distance.to_dict(),
                 }
-                for row, expected in zip(
-                    graph.stages,
-                    expected_errors(
-                        graph.stages,
-                        layers.eager[graph.facts.float_type]
-                        if graph.facts.precision == graph.facts.float_type
-                        else None,
-                    ),
-                    strict=True,
-                )
+                for row, expected in zip(graph.stages, layers.expected(graph), strict=True)
             ],
         }
         for name, graph in layers.graphs.items()
