@@ -108,7 +108,7 @@ def varlen_attention(
     out: Array = np.full_like(q, np.nan)
     for start, end in itertools.pairwise(bounds):
         scores = np.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
         weights /= weights.sum(axis=-1, keepdims=True)
         out[start:end] = np.einsum("hqk,khd->qhd", weights, v[start:end])
     return out

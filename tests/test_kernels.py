@@ -90,7 +90,7 @@ def test_random_segments(lengths: list[int], head_dim: int, dtype: str, blocks: 
 @pytest.mark.parametrize("dtype", sorted(TYPES))
 @pytest.mark.parametrize(
     "lengths",
-    [[4], [1], [63], [64], [65], [31, 33], [127, 1, 129], [4] * 40, [64] * 3, [2, 301, 2], [97, 101, 103]],
+    [[4], [1], [0, 1, 0], [63], [64], [65], [31, 33], [127, 1, 129], [4] * 40, [64] * 3, [2, 301, 2], [97, 101, 103]],
     ids=str,
 )
 def test_sizes_that_hurt(lengths: list[int], dtype: str) -> None:
