@@ -30,6 +30,7 @@ __all__ = [
     "FLOOR_PATCHES",
     "Costs",
     "Launch",
+    "LaunchPlanner",
     "padding_rows",
     "plan_launches",
     "profiles_from_buckets",
@@ -39,6 +40,8 @@ __all__ = [
 FLOOR_PATCHES = 256
 """A launch of fewer patches takes as long as one of this many: it reads every weight once, two bytes for the two
 operations per patch, and GPUs from Orin to H100 do 150 to 420 float16 operations in the time of reading one byte."""
+
+_REMEMBERED_PLANS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +167,11 @@ def plan_launches(grid_thw: npt.NDArray[np.int64], profiles: Sequence[Profile], 
     ascending = sorted(enumerate(profiles), key=lambda item: item[1].max_patches)
     most_patches = ascending[-1][1].max_patches
     most_images = max(profile.max_images for profile in profiles)
-    # By number of images: operations and number of launches of the best cut of so many, and its last launch.
-    best: list[tuple[float, int, Launch | None]] = [(0, 0, None)]
+    # By number of images: operations and number of launches of the best cut of so many; of its last launch, the first
+    # image and the profile.
+    best: list[tuple[float, int, int, int]] = [(0, 0, 0, 0)]
     for end in range(1, len(counts) + 1):
-        least: tuple[float, int, Launch | None] = (math.inf, 0, None)
+        least: tuple[float, int, int, int] = (math.inf, 0, 0, 0)
         squares = 0
         for start in range(end - 1, max(-1, end - 1 - most_images), -1):
             patches = bounds[end] - bounds[start]
@@ -180,23 +184,41 @@ def plan_launches(grid_thw: npt.NDArray[np.int64], profiles: Sequence[Profile], 
                     operations = best[start][0] + costs.of(patches + padding, squares + padding**2)
                     launches = best[start][1] + 1
                     if (operations, launches) < least[:2]:
-                        launch = Launch(slice(start, end), slice(bounds[start], bounds[end]), index)
-                        least = operations, launches, launch
+                        least = operations, launches, start, index
                     break
         best.append(least)
     plan: list[Launch] = []
     end = len(counts)
     while end:
-        last = best[end][2]
-        if last is None:
+        operations, _, start, index = best[end]
+        if math.isinf(operations):
             raise InputError(
                 f"the batch has {bounds[-1]} patches in {len(counts)} images, which cannot be cut into launches "
                 f"that the engine takes ({_describe(profiles)})",
                 hint="send more or larger images, or build an engine with a smaller --min-patches, or with --buckets",
             )
-        plan.append(last)
-        end = last.images.start
+        plan.append(Launch(slice(start, end), slice(bounds[start], bounds[end]), index))
+        end = start
     return plan[::-1]
+
+
+class LaunchPlanner:
+    """Plans the launches of one engine, and remembers the plans of the last grids: a camera always sends the same.
+
+    Args:
+        profiles: The engine's.
+        costs: What a launch costs.
+    """
+
+    def __init__(self, profiles: Sequence[Profile], costs: Costs) -> None:
+        def plan(grid: bytes) -> Sequence[Launch]:
+            return tuple(plan_launches(np.frombuffer(grid, np.int64).reshape(-1, 3), profiles, costs))
+
+        self._plan = functools.lru_cache(maxsize=_REMEMBERED_PLANS)(plan)
+
+    def __call__(self, grid_thw: npt.NDArray[np.int64]) -> Sequence[Launch]:
+        """See `plan_launches`."""
+        return self._plan(grid_thw.tobytes())
 
 
 def refuse_too_large(

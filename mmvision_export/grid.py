@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import InputError
+from mmvision_export.finite import finite_rows
 
 __all__ = ["batch_in_groups", "checked_grid", "checked_pixel_values", "groups_of_images", "tokens_per_image"]
 
@@ -88,15 +89,9 @@ def checked_pixel_values(pixel_values: Any, config: EncoderConfig, dtype: npt.DT
         raise InputError(f"pixel_values must be {' or '.join(map(str, accepted))}, got {patches.dtype}")
     if patches.ndim != 2 or patches.shape[1] != config.patch_dim:
         raise InputError(f"pixel_values must have shape [num_patches, {config.patch_dim}], got {list(patches.shape)}")
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore"):
         patches = np.ascontiguousarray(patches, dtype=wanted)
-        if wanted == np.float32:
-            # One pass at the speed of memory: a row's sum is finite only if all its values are. They are scaled so that
-            # no sum of finite values overflows. Row by row, since a threaded product waits for busy cores.
-            scale = np.full(config.patch_dim, 2.0**-64, np.float32)
-            finite = np.isfinite(np.vecdot(patches, scale) if hasattr(np, "vecdot") else patches @ scale)
-        else:
-            finite = np.isfinite(patches).all(axis=1)
+    finite = finite_rows(patches)
     if not finite.all():
         raise InputError(f"pixel_values row {int(np.argmin(finite))} holds values that are not finite in {wanted}")
     return patches

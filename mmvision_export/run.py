@@ -24,6 +24,7 @@ from mmvision_export import __version__
 from mmvision_export.backends import BACKENDS
 from mmvision_export.embeds_file import FORMATS, EmbedsFile, embeds_file, refuse_unknown_format
 from mmvision_export.errors import InputError, OutputError, message_and_hint, print_error
+from mmvision_export.finite import refuse_embeddings_not_finite
 from mmvision_export.grid import tokens_per_image
 from mmvision_export.manifest import find_model_directory
 from mmvision_export.preprocess import image_from_file, patches_from_images
@@ -170,7 +171,7 @@ def _encode_batch(arguments: argparse.Namespace, encoder: VisionEncoder, file: E
     prepared = time.perf_counter()
     image_embeds = encoder(pixel_values, grid_thw)
     encoded = time.perf_counter()
-    _refuse_not_finite(image_embeds)
+    refuse_embeddings_not_finite(image_embeds)
     tokens = tokens_per_image(grid_thw, encoder.config)
     if file is not None:
         names = inputs if len(inputs) == len(tokens) else [f"{inputs[0]}, row {row}" for row in range(len(tokens))]
@@ -200,7 +201,7 @@ def _encode_video(arguments: argparse.Namespace, encoder: VisionEncoder, file: E
     for segment in encoder.encode_video(
         arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=_ProgressLine()
     ):
-        _refuse_not_finite(segment.image_embeds)
+        refuse_embeddings_not_finite(segment.image_embeds)
         if file is not None:
             file.add(str(arguments.video), segment.grid_thw, segment.image_embeds, segment.timestamps)
         tokens += len(segment.image_embeds)
@@ -240,11 +241,6 @@ class _ProgressLine(Progress):
             filled = int(30 * self._done / self._total) if self._total else 0
             bar = "#" * filled + "." * (30 - filled)
             print(f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}", end=end, file=sys.stderr, flush=True)
-
-
-def _refuse_not_finite(image_embeds: npt.NDArray[np.floating]) -> None:
-    if not np.isfinite(image_embeds).all():
-        raise InputError("the embeddings are not finite", hint="check the model with: mmvision parity")
 
 
 def _inputs(

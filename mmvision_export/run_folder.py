@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmvision_export.embeds_file import embeds_file
-from mmvision_export.errors import InputError, MmvisionError, OutputError
+from mmvision_export.errors import MmvisionError, OutputError
+from mmvision_export.finite import refuse_embeddings_not_finite
 from mmvision_export.grid import tokens_per_image
 from mmvision_export.manifest import read_json
 from mmvision_export.output import new_files
@@ -92,8 +91,7 @@ def encode_folder(
         try:
             pixel_values, grid_thw = patches_from_images([image_from_file(source)], preprocessor, names=[str(source)])
             image_embeds = encoder(pixel_values, grid_thw)
-            if not np.isfinite(image_embeds).all():
-                raise InputError(f"{source}: the embeddings are not finite")
+            refuse_embeddings_not_finite(image_embeds)
             row = tuple(grid_thw[0].tolist())
             with embeds_file(target) as file:
                 file.add(str(source), row, image_embeds)

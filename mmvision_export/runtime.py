@@ -17,7 +17,6 @@ from PIL import Image
 
 from mmvision_export.backends import Backend, BackendOptions, DeviceBackend, open_backend
 from mmvision_export.backends.device_array import device_array, device_of, empty_like
-from mmvision_export.buckets import refuse_too_large
 from mmvision_export.config import EncoderConfig
 from mmvision_export.errors import BackendError, InputError
 from mmvision_export.grid import checked_grid, checked_pixel_values, tokens_per_image
@@ -157,7 +156,6 @@ class VisionEncoder:
             return self._encode_on_device(pixel_values, _host_array(grid_thw), stream)
         patches = checked_pixel_values(_host_array(pixel_values), self.config, self._backend.dtype)
         grid = checked_grid(_host_array(grid_thw), self.config, num_patches=len(patches))
-        refuse_too_large(grid, self._backend.profiles, self.config)
         if stream is None:
             return _as_given(self._backend.run(patches, grid), pixel_values)
         backend = self._device_backend("a CUDA stream")
@@ -182,7 +180,6 @@ class VisionEncoder:
                 f"pixel_values must have shape [num_patches, {self.config.patch_dim}], got {list(source.shape)}"
             )
         grid = checked_grid(grid_thw, self.config, num_patches=source.shape[0])
-        refuse_too_large(grid, self._backend.profiles, self.config)
         shape = (source.shape[0] // self.config.patches_per_token, self.config.text_hidden_size)
         result = empty_like(pixel_values, shape, self.dtype)
         target = device_array(result, name="image_embeds", stream=_LEGACY_STREAM if handle is None else handle)

@@ -7,6 +7,7 @@ file is the one that was built; it does not say that whoever built it can be tru
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class Profile:
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ManifestError(f"{field.name} must be an integer, got {value!r}")
 
-    @property
+    @functools.cached_property
     def is_bucket(self) -> bool:
         """Whether it accepts one size only."""
         return self.min_patches == self.max_patches and self.min_images == self.max_images

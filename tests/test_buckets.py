@@ -16,6 +16,7 @@ from mmvision_export.buckets import (
     FLOOR_PATCHES,
     Costs,
     Launch,
+    LaunchPlanner,
     fitting_grid,
     padding_rows,
     plan_launches,
@@ -222,3 +223,21 @@ def test_random_batches_equal_runs_of_one_image(exported: Path) -> None:
         whole = run_graph(graph, pixels, rows)
         assert relative_l2(np.concatenate(pieces), whole) <= 1e-6
     assert rest
+
+
+def test_a_plan_is_made_once_for_a_grid_and_anew_for_another() -> None:
+    profiles = profiles_from_buckets([16, 64], 4, FULL)
+    costs = Costs(FULL, masked=False)
+    planner = LaunchPlanner(profiles, costs)
+    first, second = np.array([(1, 4, 4)] * 5), np.array([(1, 8, 8), (1, 2, 2)])
+    assert planner(first) is planner(first.copy())
+    for grid in (first, second, first):
+        assert list(planner(grid)) == plan_launches(grid, profiles, costs)
+    assert planner(first) != planner(second)
+
+
+def test_a_refused_grid_is_refused_again() -> None:
+    planner = LaunchPlanner(profiles_from_buckets([16], 1, FULL), Costs(FULL, masked=False))
+    for _ in range(2):
+        with pytest.raises(InputError, match="at most 16"):
+            planner(np.array([(1, 8, 8)]))

@@ -21,7 +21,7 @@ from mmvision_export.backends import BackendName
 from mmvision_export.backends.cuda import Cuda
 from mmvision_export.backends.device_array import DeviceArray
 from mmvision_export.backends.launch_lane import Lane
-from mmvision_export.buckets import Costs, plan_launches
+from mmvision_export.buckets import Costs, LaunchPlanner
 from mmvision_export.errors import BackendError
 from mmvision_export.manifest import Manifest
 from mmvision_export.plugin_library import load_plugin_library
@@ -105,7 +105,7 @@ class TensorRTBackend:
         self.profiles: Sequence[Profile] = record.profiles
         # NumPy has no bfloat16: a bf16 graph takes and gives float32. Quantised graphs take and give float16.
         self.dtype: np.dtype[Any] = np.dtype(np.float32 if record.precision in ("fp32", "bf16") else np.float16)
-        self._costs = Costs(record.config, masked=record.masked)
+        self._plan = LaunchPlanner(self.profiles, Costs(record.config, masked=record.masked))
         self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
         self.info: dict[str, Any] = {
             "engine": str(engine),
@@ -183,7 +183,7 @@ class TensorRTBackend:
         stream: int | None,
     ) -> None:
         """See `DeviceBackend.run_into`."""
-        plan = plan_launches(grid_thw, self.profiles, self._costs)
+        plan = self._plan(grid_thw)
         with self._lane() as lane:
             self._cuda.use()
             lane.run(plan, pixel_values, grid_thw, image_embeds, stream=stream)
