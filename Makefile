@@ -48,8 +48,7 @@ demo: setup
 bench: setup
 	$(BIN)/mmvision export --onnx --preset shallow --random-weights --seed 0 --output engines/bench --force
 	$(BIN)/mmvision quantize --cpu-int8 --model engines/bench
-	$(BIN)/python scripts/bench_cpu_int8.py engines/bench
-	$(BIN)/mmvision benchmark --model engines/bench --against transformers-eager,transformers-sdpa,nemo,torch-compile \
+	$(BIN)/mmvision benchmark --model engines/bench --precision fp32,int8 --against transformers-eager,transformers-sdpa,nemo,torch-compile \
 		--output .bench --page docs/benchmarks.md
 
 test: setup

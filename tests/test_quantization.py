@@ -153,6 +153,16 @@ def test_balancing_does_not_change_the_function(outliers: Path) -> None:
     assert len(divisors) == 2 * CONFIG.num_hidden_layers
 
 
+def test_the_cpu_flavour_is_made_from_the_cpu_graph(quantized: tuple[Path, dict[str, QuantizationReport]]) -> None:
+    """Attention image by image, memory linear in patches; where a directory has no CPU graph, from the portable one."""
+    directory, reports = quantized
+    assert reports["cpu-int8"].source == "model.cpu.onnx"
+    assert {report.source for flavour, report in reports.items() if flavour != "cpu-int8"} == {"model.onnx"}
+    operators = {node.op_type for node in ir.load(directory / "model.cpu-int8.onnx").graph.all_nodes()}
+    assert {"MatMulInteger", "MultiHeadAttention", "Loop", "Scan"} <= operators
+    assert "VarlenAttention" not in operators
+
+
 def test_an_image_does_not_depend_on_its_batch(quantized: tuple[Path, dict[str, QuantizationReport]]) -> None:
     directory, _ = quantized
     pixels, grid = HELD_OUT[0]

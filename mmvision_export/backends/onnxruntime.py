@@ -56,6 +56,9 @@ class OnnxRuntimeBackend:
             manifest.record_of(data).verify_size(directory / data, said_by="the manifest")
         self._session: onnxruntime.InferenceSession | None = self._new_session(directory / graph, options)
         self.config = manifest.config
+        # Of a quantised flavour the manifest says which graph it was made from. Those without a record are the oldest.
+        source = manifest.quantization.get(graph, {}).get("source", graph)
+        self._masked = source != CPU_GRAPH
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
         import onnxruntime
 
@@ -105,8 +108,9 @@ class CpuBackend(OnnxRuntimeBackend):
 
     def run(self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        if self.info["graph"] == CPU_GRAPH:  # only masked attention has to be kept short
+        if not self._masked:
             return super().run(pixel_values, grid_thw)
+        # Only masked attention has to be kept short.
         groups = batch_in_groups(pixel_values, grid_thw, _CPU_GROUP_PATCHES)
         pieces = [super(CpuBackend, self).run(*group) for group in groups]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmvision_export.errors import BackendError, message_and_hint
-from mmvision_export.manifest import Manifest
+from mmvision_export.manifest import GRAPH, Manifest
 from mmvision_export.sample_batches import batch_of_grid
 
 __all__ = ["main"]
@@ -87,7 +87,7 @@ def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tu
     from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
     from mmvision_export.runtime import VisionEncoder
 
-    if graph:  # a certain graph of the directory, run as it is
+    if graph == GRAPH:  # as it is: no backend picks it where there is a better one
         Manifest.read(directory).verify(directory, [graph])
         session = create_session(directory / graph, provider=PROVIDERS[backend], threads=threads)
         import onnxruntime
@@ -96,15 +96,16 @@ def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tu
             (out,) = session.run(None, {"pixel_values": pixel_values, "grid_thw": grid_thw})
             return np.asarray(out)
 
-        return run_graph, {"version": onnxruntime.__version__, "precision": "int8" if "int8" in graph else "fp32"}
-    encoder = VisionEncoder.open(directory, backend=backend, threads=threads)
+        return run_graph, {"version": onnxruntime.__version__, "precision": "fp32"}
+    flavour = graph.removeprefix("model.").removesuffix(".onnx") or None
+    encoder = VisionEncoder.open(directory, backend=backend, threads=threads, flavour=flavour)
     run: Run = encoder
     if not backend.endswith("-cpu"):
         run = _with_cuda_events(encoder)
     info = encoder.info
     return run, {
         "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
-        "precision": info["precision"],
+        "precision": "int8" if "int8" in info["precision"] else "fp32" if flavour else info["precision"],
     }
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from mmvision_export.quantization.formats import INT8
 from mmvision_export.quantization.nodes import add_initializer, add_node
-from mmvision_export.quantization.units import Unit
+from mmvision_export.quantization.units import Unit, readers_of
 
 __all__ = ["quantize_dynamically"]
 
@@ -23,13 +23,12 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
     """Replace the products of all units, but those to keep, by integer products.
 
     Args:
-        model: A float32 graph, balanced for the units that are quantised; changed in place. What is kept keeps its
-            place in the weight file.
+        model: A float32 graph, its CPU flavour or the portable one, balanced for the units that are quantised; changed
+            in place. What is kept keeps its place in the weight file.
         units: All units.
         keep: Names of units that stay float32.
     """
     graph = model.graph
-    nodes = {node.name: node for node in graph}
     maximum = add_initializer(graph, "int8_maximum", ir.tensor(np.float32(INT8.maximum)))
     # A row of zeros has a scale too.
     smallest = add_initializer(graph, "int8_smallest_scale", ir.tensor(np.float32(1e-30)))
@@ -39,7 +38,7 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
     for unit in units:
         if unit.name in keep:
             continue
-        readers = [nodes[linear.name] for linear in unit.linears]
+        readers = readers_of(model, unit)
         x = readers[0].inputs[0]
         assert x is not None
 
@@ -77,6 +76,7 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
             result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
             old = node.outputs[0]
             ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-            graph.remove(node, safe=True)
+            assert node.graph is not None
+            node.graph.remove(node, safe=True)
             result.name = old.name  # which for the last product is the graph's output's
             del graph.initializers[linear.weight]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from mmvision_export.onnx_passes import retype
 from mmvision_export.quantization.formats import EightBitFormat, scale_from_magnitude
 from mmvision_export.quantization.nodes import add_initializer, add_node
-from mmvision_export.quantization.units import Unit
+from mmvision_export.quantization.units import Unit, readers_of
 
 __all__ = ["LOWEST_OPSET", "balance", "quantize_statically"]
 
@@ -28,12 +28,14 @@ def balance(model: ir.Model, units: Sequence[Unit], divisors: Mapping[str, Array
         divisors: By the units' inputs, `[in]` each.
     """
     weights = model.graph.initializers
-    nodes = {node.name: node for node in model.graph}
     for unit in units:
         divisor = divisors.get(unit.input)
         if divisor is None or unit.norm is None:
             continue
-        for value in nodes[unit.norm].inputs[1:]:
+        normed = readers_of(model, unit)[0].inputs[0]
+        norm = None if normed is None else normed.producer()
+        assert norm is not None
+        for value in norm.inputs[1:]:
             assert value is not None and value.name is not None
             _scale(weights[value.name], np.reciprocal(divisor))
         for linear in unit.linears:

@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from mmvision_export.errors import QuantizationError
-from mmvision_export.manifest import DATA, GRAPH, Manifest, file_record, flavour_graph
+from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, file_record, flavour_graph
 from mmvision_export.metrics import metrics
 from mmvision_export.output import new_files
 from mmvision_export.progress import Progress
@@ -52,6 +52,7 @@ class QuantizationReport:
 
     Attributes:
         flavour: int8, fp8 or cpu-int8.
+        source: The graph it was made from, by file name; its attention is the flavour's.
         calibration_method: minmax, percentile or entropy; for cpu-int8 `none`, since it measures while it runs.
         min_cosine: The gate.
         reached: Smallest cosine of a token with the float32 graph's, on the held-out batches.
@@ -62,6 +63,7 @@ class QuantizationReport:
     """
 
     flavour: str
+    source: str
     calibration_method: str
     min_cosine: float
     reached: float
@@ -120,9 +122,13 @@ def quantize(
     progress.step("verifying the graph's files")
     manifest.verify(directory, (GRAPH, DATA))
     source = directory / GRAPH
+    basis = source
+    if flavour == "cpu-int8" and CPU_GRAPH in manifest.files:
+        manifest.verify(directory, (CPU_GRAPH,))
+        basis = directory / CPU_GRAPH
     calibration, held_out = grouped(calibration), grouped(held_out)
     units = units_of(ir.load(source))
-    plan = _plan(source, units, flavour, calibration, method, progress)
+    plan = _plan(source, basis, units, flavour, calibration, method, progress)
     reference = np.concatenate(run(source, held_out, weights_in=directory, dtype=np.float32))
     order = sorted(units, key=lambda unit: plan.cosines[unit.name])
 
@@ -131,7 +137,7 @@ def quantize(
         def cosine(kept: int) -> float:
             """Of the graph that keeps the worst units; it stays in the folder."""
             progress.step(f"{flavour} with {kept} of {len(units)} units in higher precision")
-            _write(source, new, flavour, units, plan, {unit.name for unit in order[:kept]})
+            _write(basis, new, flavour, units, plan, {unit.name for unit in order[:kept]})
             # Weights that a flavour shares lie one folder up, where it will be itself.
             if flavour == "cpu-int8":
                 _link(directory / DATA, new / DATA)
@@ -157,6 +163,7 @@ def quantize(
         records = {path.name: file_record(path) for path in new.iterdir()}
     report = QuantizationReport(
         flavour=flavour,
+        source=basis.name,
         calibration_method="none" if flavour == "cpu-int8" else method,
         min_cosine=min_cosine,
         reached=reached,
@@ -205,6 +212,7 @@ class _Plan:
 
 def _plan(
     source: Path,
+    basis: Path,
     units: Sequence[Unit],
     flavour: Flavour,
     batches: Sequence[Batch],
@@ -235,7 +243,7 @@ def _plan(
     progress.step("ranking units", total=len(units))
     for unit in units:
         model = _quantized(
-            source, flavour, units, plan, {other.name for other in units} - {unit.name}, ir.DataType.FLOAT
+            basis, flavour, units, plan, {other.name for other in units} - {unit.name}, ir.DataType.FLOAT
         )
         content = ir.serde.serialize_model(model).SerializeToString()
         result = np.concatenate(run(content, few, weights_in=source.parent, dtype=np.float32))
@@ -256,9 +264,9 @@ def _min_cosine(result: Array, reference: Array) -> float:
 
 
 def _quantized(
-    source: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str], dtype: ir.DataType
+    basis: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str], dtype: ir.DataType
 ) -> ir.Model:
-    model = ir.load(source)
+    model = ir.load(basis)
     # What is kept is kept as it was, so that a CPU flavour can share it.
     balance(model, [unit for unit in units if unit.name not in keep], plan.divisors)
     if flavour == "cpu-int8":
@@ -268,8 +276,8 @@ def _quantized(
     return model
 
 
-def _write(source: Path, new: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str]) -> None:
-    model = _quantized(source, flavour, units, plan, keep, ir.DataType.FLOAT16)
+def _write(basis: Path, new: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str]) -> None:
+    model = _quantized(basis, flavour, units, plan, keep, ir.DataType.FLOAT16)
     if flavour == "cpu-int8":
         _save_beside(model, new, flavour_graph(flavour))
     else:

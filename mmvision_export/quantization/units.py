@@ -10,7 +10,7 @@ import dataclasses
 
 import onnx_ir as ir
 
-__all__ = ["Linear", "Unit", "units_of"]
+__all__ = ["Linear", "Unit", "readers_of", "units_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,18 @@ def units_of(model: ir.Model) -> list[Unit]:
         name = linears[0].name if len(linears) == 1 else linears[0].name.rpartition(".")[0] + ".qkv"
         units.append(Unit(name, value, linears, norm))
     return units
+
+
+def readers_of(model: ir.Model, unit: Unit) -> list[ir.Node]:
+    """The nodes of a unit's products, in their order, wherever they stand: a flavour may have them in subgraphs.
+
+    They are found by the weights they read, whose names all graphs of a model directory share.
+    """
+    nodes = []
+    for linear in unit.linears:
+        (node,) = model.graph.initializers[linear.weight].consumers()
+        nodes.append(node)
+    return nodes
 
 
 def _linear(node: ir.Node) -> Linear:
