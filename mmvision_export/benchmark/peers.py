@@ -19,7 +19,7 @@ from mmvision_export.config import EncoderConfig
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import BackendError
 
-__all__ = ["PEERS", "as_nemo", "as_transformers", "peer_from_encoder"]
+__all__ = ["PEERS", "as_nemo", "as_transformers", "peer_from_encoder", "transformers_modules"]
 
 Peer = Callable[[Tensor, Tensor], Tensor]
 
@@ -72,6 +72,25 @@ def _convolution(tensor: Tensor, config: EncoderConfig) -> Tensor:
 
 
 def _transformers(encoder: VisionEncoderModule, attention: str) -> Peer:
+    tower, projector = transformers_modules(encoder, attention)
+
+    def run(pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        result: Tensor = projector(tower(pixel_values, grid_thw).last_hidden_state.squeeze(0))
+        return result
+
+    return run
+
+
+def transformers_modules(encoder: VisionEncoderModule, attention: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """transformers' tower and projector with the weights of an encoder, not copied.
+
+    Args:
+        encoder: The weights, and their dimensions.
+        attention: `eager` or `sdpa`.
+
+    Raises:
+        BackendError: transformers is not installed or too old.
+    """
     try:
         from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLConfig
         from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import (
@@ -101,12 +120,7 @@ def _transformers(encoder: VisionEncoderModule, attention: str) -> Peer:
         module.load_state_dict(weights, strict=True, assign=True)
         _fill_buffers(module, MiniMaxM3VLVisionModel(vision) if module is tower and _has_meta(module) else None)
         module.eval()
-
-    def run(pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        result: Tensor = projector(tower(pixel_values, grid_thw).last_hidden_state.squeeze(0))
-        return result
-
-    return run
+    return tower, projector
 
 
 def _has_meta(module: torch.nn.Module) -> bool:

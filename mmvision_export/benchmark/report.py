@@ -32,7 +32,9 @@ def write_plots(result: Result, folder: Path) -> None:
     def draw(name: str, series: str | None, x: Callable[[Workload], float], y: Any, xlabel: str, ylabel: str) -> None:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         ticks: set[float] = set()
-        for index, side in enumerate(result.sides):
+        for index, (side, facts) in enumerate(result.sides.items()):
+            if name == "roofline.png" and facts["precision"] == "int8":
+                continue  # the peak is that of floating-point products
             points = [
                 (x(w), y(w, m))
                 for w in result.workloads
@@ -44,13 +46,23 @@ def write_plots(result: Result, folder: Path) -> None:
                 line = "none" if series is None else "-"
                 width, order = (2.2, 3) if index == 0 else (1.2, 2)
                 xs, ys = zip(*points, strict=True)
-                axes.plot(xs, ys, marker="o", markersize=4, label=side, linestyle=line, linewidth=width, zorder=order)
+                axes.plot(
+                    xs,
+                    ys,
+                    color=f"C{index}",
+                    marker="o",
+                    markersize=4,
+                    label=side,
+                    linestyle=line,
+                    linewidth=width,
+                    zorder=order,
+                )
         axes.set_xscale("log", base=2)
         if name in ("latency.png", "memory.png"):
             axes.set_yscale("log")
-            for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                which(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.tick_params(axis="y", which="minor", labelsize=7)
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         if name == "roofline.png":
