@@ -82,7 +82,7 @@ def _transformers(encoder: VisionEncoderModule, attention: str) -> Peer:
 
 
 def transformers_modules(encoder: VisionEncoderModule, attention: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """transformers' tower and projector with the weights of an encoder, not copied.
+    """The tower and projector of transformers with the weights of an encoder, not copied.
 
     Args:
         encoder: The weights, and their dimensions.
