@@ -75,3 +75,8 @@ def _threads() -> int:
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MOST_THREADS - 1, thread_name_prefix="mmvision-finite")
+
+
+# A forked process has the pool but not its threads: what it handed to them would stay queued, and in memory, for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -40,7 +43,7 @@ def test_other_types(dtype: type[np.floating]) -> None:
 
 
 def test_it_does_not_wait_for_a_thread_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a forked process, where the pool's threads are gone, or on a machine whose cores are all busy."""
+    """As on a machine whose cores are all busy."""
     monkeypatch.setattr(finite, "_threads", lambda: 4)
     release = threading.Event()
     blocked = [finite._pool().submit(release.wait) for _ in range(3)]
@@ -49,3 +52,24 @@ def test_it_does_not_wait_for_a_thread_that_does_not_start(monkeypatch: pytest.M
     finally:
         release.set()
     assert all(future.result() for future in blocked)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_keeps_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "_threads", lambda: 4)
+    assert finite_rows(np.ones((8192, 8), np.float32)).all()  # the pool's threads run, here
+    child = os.fork()
+    if not child:
+        try:
+            values = np.ones((8192, 8), np.float32)
+            gone = weakref.ref(values)
+            finite_rows(values)
+            del values
+            until = time.monotonic() + 10
+            while gone() is not None and time.monotonic() < until:
+                time.sleep(0.01)
+            os._exit(0 if gone() is None else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -56,7 +56,7 @@ class OnnxRuntimeBackend:
             manifest.record_of(data).verify_size(directory / data, said_by="the manifest")
         self._session: onnxruntime.InferenceSession | None = self._new_session(directory / graph, options)
         self.config = manifest.config
-        # Of a quantised flavour the manifest says which graph it was made from. Those without a record are the oldest.
+        # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
         source = manifest.quantization.get(graph, {}).get("source", graph)
         self._masked = source != CPU_GRAPH
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
