@@ -29,15 +29,16 @@ def export(side: str, preset: str, folder: Path) -> dict[str, Any]:
 
     encoder = WeightSource.random(preset, 0).load(torch.float32).encoder
     if side == "transformers":
-        from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+        from transformers.exporters import configs, exporter_onnx
 
         from mmvision_export.benchmark.peers import transformers_modules
 
         tower, _ = transformers_modules(encoder, "sdpa")
         grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
+        exporter: Any = exporter_onnx.OnnxExporter  # typed for PreTrainedModel alone
         inputs = {"pixel_values": torch.zeros(32, encoder.config.patch_dim), "grid_thw": grid}
         start = time.perf_counter()
-        OnnxExporter().export(tower, inputs, config=OnnxConfig(dynamic=True)).save_pretrained(str(folder))
+        exporter().export(tower, inputs, config=configs.OnnxConfig(dynamic=True)).save_pretrained(str(folder))
     else:
         from mmvision_export.onnx_export import onnx_from_encoder
         from mmvision_export.onnx_files import save_graph
