@@ -144,7 +144,7 @@ def test_plain_weights_need_no_fallback_to_be_near(method: Any, exported: Path, 
 def test_balancing_does_not_change_the_function(outliers: Path) -> None:
     model = ir.load(outliers / "model.onnx")
     units = units_of(model)
-    found = samples(outliers / "model.onnx", [u.input for u in units if u.norm], CALIBRATION, Progress())
+    found = samples(outliers / "model.onnx", [u.input for u in units if u.normed], CALIBRATION, Progress())
     divisors = {name: np.sqrt(np.maximum(s.magnitude, 0.01)).astype(np.float32) for name, s in found.items()}
     balance(model, units, divisors)
     balanced = run(ir.serde.serialize_model(model).SerializeToString(), HELD_OUT, weights_in=outliers, dtype=np.float32)

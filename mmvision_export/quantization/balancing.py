@@ -55,7 +55,7 @@ def divisor_of(
     unit: Unit, found: Samples, weights: Mapping[str, Array], kind: EightBitFormat, rounding_for: RoundingFor
 ) -> Array | None:
     """What each channel of a layer norm's output is best divided by, `[in]`; None if by nothing."""
-    if unit.norm is None:
+    if not unit.normed:
         return None
     heaviest = np.max([np.abs(weights[linear.weight]).max(axis=0) for linear in unit.linears], axis=0)
     best, chosen = np.inf, None

@@ -30,7 +30,7 @@ def balance(model: ir.Model, units: Sequence[Unit], divisors: Mapping[str, Array
     weights = model.graph.initializers
     for unit in units:
         divisor = divisors.get(unit.input)
-        if divisor is None or unit.norm is None:
+        if divisor is None or not unit.normed:
             continue
         normed = readers_of(model, unit)[0].inputs[0]
         norm = None if normed is None else normed.producer()
@@ -80,12 +80,11 @@ def quantize_statically(
     exact = {linear.weight: graph.initializers[linear.weight].const_value for u in units for linear in u.linears}
     if dtype != ir.DataType.FLOAT:
         retype(model, dtype)
-    nodes = {node.name: node for node in graph}
     zero = add_initializer(graph, f"{kind.name}_zero_point", ir.tensor(kind.quantized(np.zeros(()), np.ones(()))))
     for unit in units:
         if unit.name in keep:
             continue
-        readers = [nodes[linear.name] for linear in unit.linears]
+        readers = readers_of(model, unit)
         value = readers[0].inputs[0]
         assert value is not None
         exact_scale = scale_from_magnitude(magnitudes[unit.input], kind.maximum)

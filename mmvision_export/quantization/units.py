@@ -36,13 +36,13 @@ class Unit:
         name: For people: the products' common path.
         input: Name of the tensor `[N, in]`.
         linears: The products.
-        norm: Name of the LayerNormalization node that makes the tensor, if one does.
+        normed: Whether a LayerNormalization makes the tensor.
     """
 
     name: str
     input: str
     linears: tuple[Linear, ...]
-    norm: str | None
+    normed: bool
 
 
 def units_of(model: ir.Model) -> list[Unit]:
@@ -57,10 +57,10 @@ def units_of(model: ir.Model) -> list[Unit]:
         source = readers[0].inputs[0]
         assert source is not None
         producer = source.producer()
-        norm = producer.name if producer is not None and producer.op_type == "LayerNormalization" else None
+        normed = producer is not None and producer.op_type == "LayerNormalization"
         linears = tuple(_linear(node) for node in readers)
         name = linears[0].name if len(linears) == 1 else linears[0].name.rpartition(".")[0] + ".qkv"
-        units.append(Unit(name, value, linears, norm))
+        units.append(Unit(name, value, linears, normed))
     return units
 
 
