@@ -66,6 +66,9 @@ def build_plugins(
             help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
         ),
     ] = None,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="Build libmmvision_cpu.so, for ONNX Runtime on x86-64 CPUs with AMX, instead.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the library if it exists.")] = False,
     verbose: Verbose = False,
 ) -> None:
@@ -74,7 +77,15 @@ def build_plugins(
     It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels
     for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels
     take two minutes on two cores.
+
+    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on AMX, where a CPU has it
+    (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds; model directories beside it use it.
     """
+    if cpu:
+        if sm or head_dim or machine is not None or tensorrt_include is not None:
+            raise typer.BadParameter("--cpu goes with --output and --force alone")
+        _build_cpu_kernels(output, force)
+        return
     from mmvision_export.plugin_build.library import build_plugins as build
 
     with progress_display() as progress:
@@ -92,6 +103,18 @@ def build_plugins(
         f"{', '.join(str(sm / 10) for sm in record.sms)}, head_dim {', '.join(map(str, record.head_dims))}; "
         f"what each kernel uses: {library.parent / 'kernels.md'}",
         markup=False,
+    )
+
+
+def _build_cpu_kernels(output: Path | None, force: bool) -> None:
+    from mmvision_export.backends.cpu_kernels import has_amx
+    from mmvision_export.plugin_build.cpu import build_cpu_kernels
+
+    with progress_display() as progress:
+        library, record = build_cpu_kernels(output=output, force=force, progress=progress)
+    here = "" if has_amx() else "; this CPU has no AMX and will not use it"
+    console.print(
+        f"{library}: {record.library.size_bytes / 1e6:.1f} MB, {record.versions['compiler']}{here}", markup=False
     )
 
 

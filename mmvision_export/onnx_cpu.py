@@ -24,7 +24,7 @@ from pathlib import Path
 import onnx
 
 from mmvision_export.config import EncoderConfig
-from mmvision_export.domain import DOMAIN
+from mmvision_export.domain import DOMAIN, OP_VERSION
 from mmvision_export.errors import ExportError
 
 __all__ = ["BLOCK_PATCHES", "cpu_graph_from_portable"]
@@ -36,7 +36,7 @@ _CONTRIB = "com.microsoft"
 
 # The syntax has no dots in the names of values.
 _DOT = "__"
-_DOTTED = re.compile(r"(?<![\w.])(?!com\.microsoft)[a-z_]\w*(?:\.\w+)+")
+_DOTTED = re.compile(rf"(?<![\w.])(?!com\.microsoft|{DOMAIN}\.)[a-z_]\w*(?:\.\w+)+")
 
 # Sizes [1] int64. The blocks are as equal as whole image tokens allow, to pad least.
 _BLOCKS = """
@@ -58,12 +58,7 @@ _BLOCKS = """
   padding = Sub (padded_patches, num_patches)
   pads = Concat <axis: int = 0> (zero, zero, padding, zero)
   in_blocks = Concat <axis: int = 0> (num_blocks, block_patches, minus_1)
-  packed = Constant <value_ints: ints = [-1, {hidden}]> ()
-  segments = Cast <to: int = 7> ({cu_seqlens})
-  num_bounds = Size (segments)
-  one_scalar = Squeeze (one)
-  num_images = Sub (num_bounds, one_scalar)
-  true = Constant <value: tensor = bool {{1}}> ()
+  heads = Constant <value_ints: ints = [-1, {heads}, {head_dim}]> ()
   patches_padded = Pad (pixel_values, pads)
   patches_blocks = Reshape (patches_padded, in_blocks)
   cos_padded = Pad ({cos}, pads)
@@ -76,9 +71,9 @@ _BLOCKS = """
 _QKV = """
     {p}normed = LayerNormalization <axis: int = -1, epsilon: float = {epsilon}> (
       {x}, {layer}.layer_norm1.weight, {layer}.layer_norm1.bias)
-    {p}q_flat = Gemm <transB: int = 1> ({p}normed, {layer}.self_attn.q_proj.weight, {layer}.self_attn.q_proj.bias)
-    {p}k_flat = Gemm <transB: int = 1> ({p}normed, {layer}.self_attn.k_proj.weight, {layer}.self_attn.k_proj.bias)
-    {p}v = Gemm <transB: int = 1> ({p}normed, {layer}.self_attn.v_proj.weight, {layer}.self_attn.v_proj.bias)
+    {p}q_flat = mmvision.Linear ({p}normed, {layer}.self_attn.q_proj.weight, {layer}.self_attn.q_proj.bias)
+    {p}k_flat = mmvision.Linear ({p}normed, {layer}.self_attn.k_proj.weight, {layer}.self_attn.k_proj.bias)
+    {p}v = mmvision.Linear ({p}normed, {layer}.self_attn.v_proj.weight, {layer}.self_attn.v_proj.bias)
     {p}q_batch = Unsqueeze ({p}q_flat, zero)
     {p}k_batch = Unsqueeze ({p}k_flat, zero)
     {p}q_rotated = com.microsoft.RotaryEmbedding <num_heads: int = {heads}, rotary_embedding_dim: int = {rope_dim}> (
@@ -90,66 +85,98 @@ _QKV = """
 """
 
 _EMBED = """
-    {p}embedded = Gemm <transB: int = 1> ({p}patches, embeddings.patch_embedding.weight)
+    {p}embedded = mmvision.Linear ({p}patches, embeddings.patch_embedding.weight)
     {p}x = LayerNormalization <axis: int = -1, epsilon: float = {epsilon}> (
       {p}embedded, pre_layrnorm.weight, pre_layrnorm.bias)
 """
 
 # The rest of a layer, after its attention.
 _LAYER = """
-    {p}projected = Gemm <transB: int = 1> (
+    {p}projected = mmvision.Linear (
       {p}attended, {layer}.self_attn.out_proj.weight, {layer}.self_attn.out_proj.bias)
     {p}between = Add ({p}x_in, {p}projected)
     {p}between_normed = LayerNormalization <axis: int = -1, epsilon: float = {epsilon}> (
       {p}between, {layer}.layer_norm2.weight, {layer}.layer_norm2.bias)
-    {p}inner = Gemm <transB: int = 1> ({p}between_normed, {layer}.mlp.fc1.weight, {layer}.mlp.fc1.bias)
+    {p}inner = mmvision.Linear ({p}between_normed, {layer}.mlp.fc1.weight, {layer}.mlp.fc1.bias)
     {p}activated = com.microsoft.Gelu ({p}inner)
-    {p}outer = Gemm <transB: int = 1> ({p}activated, {layer}.mlp.fc2.weight, {layer}.mlp.fc2.bias)
+    {p}outer = mmvision.Linear ({p}activated, {layer}.mlp.fc2.weight, {layer}.mlp.fc2.bias)
     {p}x = Add ({p}between, {p}outer)
 """
 
 _PROJECTOR = """
-    {p}proj_inner = Gemm <transB: int = 1> ({p}x, {linear_1})
+    {p}proj_inner = mmvision.Linear ({p}x, {linear_1})
     {p}proj_activated = com.microsoft.Gelu ({p}proj_inner)
-    {p}projected_out = Gemm <transB: int = 1> ({p}proj_activated, {linear_2})
+    {p}projected_out = mmvision.Linear ({p}proj_activated, {linear_2})
 """
 
-# Attention of each image. What remains behind the last image is padding, and may hold anything finite.
+# The last blocks' padding lies behind the last segment.
 _ATTENTION = """
-  {p}q_packed = Reshape ({block}q_blocks, packed)
-  {p}k_packed = Reshape ({block}k_blocks, packed)
-  {p}v_packed = Reshape ({block}v_blocks, packed)
-  {p}none = SequenceEmpty <dtype: int = 1> ()
-  {p}images = Loop (num_images, true, {p}none) <
-    body: graph = {name} (int64 {p}image, bool {p}go_on, seq(float[{p}rows, {hidden}]) {p}before)
-      => (bool {p}go_on_out, seq(float[{p}rows, {hidden}]) {p}after) {{
-    {p}go_on_out = Identity ({p}go_on)
-    {p}first_bound = Unsqueeze ({p}image, zero)
-    {p}second_bound = Add ({p}first_bound, one)
-    {p}start = Gather (segments, {p}first_bound)
-    {p}end = Gather (segments, {p}second_bound)
-    {p}q_rows = Slice ({p}q_packed, {p}start, {p}end, zero)
-    {p}k_rows = Slice ({p}k_packed, {p}start, {p}end, zero)
-    {p}v_rows = Slice ({p}v_packed, {p}start, {p}end, zero)
-    {p}q_image = Unsqueeze ({p}q_rows, zero)
-    {p}k_image = Unsqueeze ({p}k_rows, zero)
-    {p}v_image = Unsqueeze ({p}v_rows, zero)
-    {p}image_out = com.microsoft.MultiHeadAttention <num_heads: int = {heads}, scale: float = {scale}> (
-      {p}q_image, {p}k_image, {p}v_image)
-    {p}image_rows = Squeeze ({p}image_out, zero)
-    {p}after = SequenceInsert ({p}before, {p}image_rows)
+  {p}q_heads = Reshape ({block}q_blocks, heads)
+  {p}k_heads = Reshape ({block}k_blocks, heads)
+  {p}v_heads = Reshape ({block}v_blocks, heads)
+  {p}attended = mmvision.VarlenAttention <scale: float = {scale}> ({p}q_heads, {p}k_heads, {p}v_heads, {cu_seqlens})
+  {p}attended_blocks = Reshape ({p}attended, in_blocks)
+"""
+
+# The operators' definitions, which ONNX Runtime runs where the kernels of plugins/cpu are not at hand.
+_LINEAR = """
+<domain: "mmvision", opset_import: ["": {opset}]>
+Linear (x, weight, bias) => (y) {{
+  y = Gemm <transB: int = 1> (x, weight, bias)
+}}
+"""
+
+# Attention of each segment by itself. What remains behind the last may be anything finite.
+_VARLEN_ATTENTION = """
+<domain: "mmvision", opset_import: ["": {opset}, "com.microsoft": 1]>
+VarlenAttention <scale> (q, k, v, cu_seqlens) => (out) {{
+  zero = Constant <value_ints: ints = [0]> ()
+  one = Constant <value_ints: ints = [1]> ()
+  minus_1 = Constant <value_ints: ints = [-1]> ()
+  true = Constant <value: tensor = bool {{1}}> ()
+  packed = Constant <value_ints: ints = [0, -1]> ()
+  q_packed = Reshape (q, packed)
+  k_packed = Reshape (k, packed)
+  v_packed = Reshape (v, packed)
+  bounds = Cast <to: int = 7> (cu_seqlens)
+  num_bounds = Size (bounds)
+  one_scalar = Squeeze (one)
+  num_segments = Sub (num_bounds, one_scalar)
+  none = SequenceEmpty <dtype: int = 1> ()
+  segments = Loop (num_segments, true, none) <
+    body: graph = segment (int64 index, bool go_on, seq(float[rows, hidden]) before)
+      => (bool go_on_out, seq(float[rows, hidden]) after) {{
+    go_on_out = Identity (go_on)
+    first_bound = Unsqueeze (index, zero)
+    second_bound = Add (first_bound, one)
+    start = Gather (bounds, first_bound)
+    end = Gather (bounds, second_bound)
+    q_rows = Slice (q_packed, start, end, zero)
+    k_rows = Slice (k_packed, start, end, zero)
+    v_rows = Slice (v_packed, start, end, zero)
+    q_segment = Unsqueeze (q_rows, zero)
+    k_segment = Unsqueeze (k_rows, zero)
+    v_segment = Unsqueeze (v_rows, zero)
+    segment_out = com.microsoft.MultiHeadAttention <num_heads: int = {heads}, scale: float = @scale> (
+      q_segment, k_segment, v_segment)
+    rows_out = Squeeze (segment_out, zero)
+    after = SequenceInsert (before, rows_out)
   }}>
-  {p}behind = Slice ({p}v_packed, num_patches, padded_patches, zero)
-  {p}all_rows = SequenceInsert ({p}images, {p}behind)
-  {p}attended_packed = ConcatFromSequence <axis: int = 0> ({p}all_rows)
-  {p}attended_blocks = Reshape ({p}attended_packed, in_blocks)
+  last_bound = Gather (bounds, minus_1)
+  num_rows = Shape <start: int = 0, end: int = 1> (v)
+  behind = Slice (v_packed, last_bound, num_rows, zero)
+  all_rows = SequenceInsert (segments, behind)
+  out_packed = ConcatFromSequence <axis: int = 0> (all_rows)
+  shape = Shape (q)
+  out = Reshape (out_packed, shape)
+}}
 """
 
 _MERGER = """
   projected_rows = Reshape (projected_blocks, merged)
-  merge_inner = Gemm <transB: int = 1> (projected_rows, {merge_1})
+  merge_inner = mmvision.Linear (projected_rows, {merge_1})
   merge_activated = com.microsoft.Gelu (merge_inner)
-  tokens_padded = Gemm <transB: int = 1> (merge_activated, {merge_2})
+  tokens_padded = mmvision.Linear (merge_activated, {merge_2})
   image_embeds = Slice (tokens_padded, zero, num_tokens, zero)
 """
 
@@ -195,12 +222,18 @@ def cpu_graph_from_portable(
         [tensor for tensor in portable.graph.initializer if tensor.name in used],
     )
     opset = next(entry.version for entry in portable.opset_import if entry.domain in ("", "ai.onnx"))
+    facts = {"opset": opset, "heads": config.num_attention_heads}
     return onnx.helper.make_model(
         graph,
+        functions=[onnx.parser.parse_function(body.format(**facts)) for body in (_LINEAR, _VARLEN_ATTENTION)],
         producer_name=portable.producer_name,
         producer_version=portable.producer_version,
         ir_version=portable.ir_version,
-        opset_imports=[onnx.helper.make_opsetid("", opset), onnx.helper.make_opsetid(_CONTRIB, 1)],
+        opset_imports=[
+            onnx.helper.make_opsetid("", opset),
+            onnx.helper.make_opsetid(_CONTRIB, 1),
+            onnx.helper.make_opsetid(DOMAIN, OP_VERSION),
+        ],
     )
 
 
@@ -209,8 +242,8 @@ def _graph_text(
 ) -> str:
     """The graph from the blocks on, as text; what it reads of the portable graph are names."""
     facts = {
-        "hidden": config.hidden_size,
         "heads": config.num_attention_heads,
+        "head_dim": config.head_dim,
         "rope_dim": config.rope_dim,
         "epsilon": f"{config.layer_norm_eps:.9g}",
         "scale": f"{scale:.9g}",
@@ -227,7 +260,6 @@ def _graph_text(
             per_token=config.patches_per_token,
             cos=cos,
             sin=sin,
-            cu_seqlens=cu_seqlens,
             **facts,
         )
     ]
@@ -258,7 +290,7 @@ def _graph_text(
         )
         if index < last:
             attention = f"{layer}.attention."
-            parts.append(_ATTENTION.format(p=attention, block=p, name=f"attention_{index}", **facts))
+            parts.append(_ATTENTION.format(p=attention, block=p, cu_seqlens=cu_seqlens, **facts))
     merged = config.patches_per_token * config.text_hidden_size
     merger = [linear(f"patch_merge_mlp.linear_{number}") for number in (1, 2)]
     parts.append(f"  merged = Constant <value_ints: ints = [-1, {merged}]> ()\n")

@@ -31,11 +31,12 @@ from mmvision_export.accuracy.samples import Sample, samples_from_grids
 from mmvision_export.accuracy.sessions import session_from_model
 from mmvision_export.accuracy.stages import GraphFacts, facts_of_graph
 from mmvision_export.backends import BackendOptions, open_backend
+from mmvision_export.backends.cpu_kernels import CpuKernels, find_cpu_kernels
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.compute_capability import current_compute_capability
 from mmvision_export.encoder import VisionEncoderModule
 from mmvision_export.errors import BackendError, ManifestError, ParityError
-from mmvision_export.manifest import PLANS, Manifest, model_directory_of
+from mmvision_export.manifest import CPU_GRAPH, PLANS, Manifest, model_directory_of
 from mmvision_export.metrics import Metrics, metrics, token_errors
 from mmvision_export.polygraphy_setup import captured_messages
 from mmvision_export.progress import Progress
@@ -210,6 +211,9 @@ def _candidates(
         else:
             runner = OnnxrtRunner(_session_loader(directory / name), name=name)
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
+            if name == CPU_GRAPH and isinstance(kernels := find_cpu_kernels(directory), CpuKernels):
+                runner = OnnxrtRunner(_session_loader(directory / name, kernels), name=f"{name} (AMX kernels)")
+                candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
         if facts.float_type != "fp32":
             rounded = rounded_model(model, facts.float_type)
             runner = OnnxrtRunner(lambda model=rounded: session_from_model(model, directory), name=f"{name} (rounded)")
@@ -219,8 +223,8 @@ def _candidates(
     return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
 
 
-def _session_loader(graph: Path) -> Callable[[], Any]:
-    return lambda: create_session(graph, provider="CPUExecutionProvider")
+def _session_loader(graph: Path, kernels: CpuKernels | None = None) -> Callable[[], Any]:
+    return lambda: create_session(graph, provider="CPUExecutionProvider", kernels=kernels)
 
 
 def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Candidate:

@@ -52,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
+    model.add_argument("--no-cpu-kernels", dest="cpu_kernels", action="store_false", help="leave onnxruntime-cpu to "
+                       "its own operators, where mmvision build-plugins --cpu has built others")  # fmt: skip
     inputs = parser.add_argument_group("input")
     inputs.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded as one batch; with a "
                         "folder among them, one after the other into the folder --output")  # fmt: skip
@@ -124,6 +126,7 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         device=arguments.device,
         threads=arguments.threads,
         flavour=arguments.flavour,
+        cpu_kernels=arguments.cpu_kernels,
     )
 
 

@@ -61,6 +61,7 @@ class VisionEncoder:
         kernels: str | None = None,
         runtime_cache: str | Path | None = None,
         flavour: str | None = None,
+        cpu_kernels: bool = True,
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
@@ -78,6 +79,7 @@ class VisionEncoder:
             runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default beside the
                 engine, and a folder for `onnxruntime-rtx`.
             flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; the best exact one if None.
+            cpu_kernels: Whether `onnxruntime-cpu` uses kernels of `mmvision build-plugins --cpu`, where there are any.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
@@ -93,6 +95,7 @@ class VisionEncoder:
             kernels=kernels,
             runtime_cache=None if runtime_cache is None else Path(runtime_cache),
             flavour=flavour,
+            cpu_kernels=cpu_kernels,
         )
         opened = open_backend(backend, path, options)
         try:

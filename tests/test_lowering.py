@@ -10,9 +10,10 @@ import onnx_ir as ir
 import pytest
 
 from mmvision_export.errors import EngineError, ManifestError
+from mmvision_export.library_record import library_record_path
 from mmvision_export.lowering import Lowering, attention_body_for_tensorrt, choose_lowering, lowered_model
 from mmvision_export.manifest import file_record
-from mmvision_export.plugin_library import PluginLibraryRecord, library_record_path
+from mmvision_export.plugin_library import PluginLibraryRecord
 from mmvision_export.progress import Progress
 from tests.configs import HEAD_DIM_48, HEAD_DIM_80
 

@@ -94,9 +94,14 @@ def test_structure(exported: Path) -> None:
     assert model.graph.input == portable.graph.input
     assert model.graph.output == portable.graph.output
     operators = [node.op_type for node in model.graph.node]
-    assert operators.count("Loop") == HEAD_DIM_80.num_hidden_layers
+    assert operators.count("VarlenAttention") == HEAD_DIM_80.num_hidden_layers
     assert operators.count("Scan") == HEAD_DIM_80.num_hidden_layers + 1
     assert not {"Attention", "Softmax", "Erf", "Where"} & set(operators)
+    # Our operators carry their definition.
+    assert {(function.domain, function.name) for function in model.functions} == {
+        ("mmvision", "Linear"),
+        ("mmvision", "VarlenAttention"),
+    }
     # Every weight is the portable graph's own, read from the same place of the same file.
     theirs = {tensor.name: tensor for tensor in portable.graph.initializer}
     assert all(theirs[tensor.name] == tensor for tensor in model.graph.initializer)

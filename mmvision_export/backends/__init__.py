@@ -44,6 +44,7 @@ class BackendOptions:
         kernels: TensorRT-RTX's kernel strategy (`lazy`, `eager` or `none`), or None to choose.
         runtime_cache: TensorRT-RTX's file of compiled kernels, or None for one beside the engine.
         flavour: Which graph of a model directory the CPU backend runs, as `cpu-int8`; its best exact one if None.
+        cpu_kernels: Whether the CPU backend uses the kernels of `mmvision build-plugins --cpu`, where there are any.
 
     Raises:
         BackendError: A number is out of range.
@@ -56,6 +57,7 @@ class BackendOptions:
     kernels: Any = None
     runtime_cache: Path | None = None
     flavour: str | None = None
+    cpu_kernels: bool = True
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams"):

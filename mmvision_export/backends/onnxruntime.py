@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.backends import BackendName, BackendOptions
+from mmvision_export.backends.cpu_kernels import CpuKernels, find_cpu_kernels
 from mmvision_export.errors import BackendError, ManifestError
 from mmvision_export.grid import batch_in_groups
 from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
@@ -94,9 +95,18 @@ class OnnxRuntimeBackend:
 
 
 class CpuBackend(OnnxRuntimeBackend):
-    """ONNX Runtime's CPU provider, on every machine, with the graph's CPU flavour where there is one."""
+    """ONNX Runtime's CPU provider, on every machine, with the CPU flavour of the graph and kernels of ours for it."""
 
     name: BackendName = "onnxruntime-cpu"
+
+    def __init__(self, directory: Path, options: BackendOptions) -> None:
+        found = find_cpu_kernels(directory) if options.cpu_kernels else "left out"
+        self._kernels = found if isinstance(found, CpuKernels) else None
+        super().__init__(directory, options)
+        self.info["cpu_kernels"] = str(found.library) if isinstance(found, CpuKernels) else f"no: {found}"
+
+    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
+        return create_session(graph, provider=PROVIDERS[self.name], threads=options.threads, kernels=self._kernels)
 
     def _graph_name(self, manifest: Manifest) -> str:
         if manifest.precision == "bf16":
@@ -140,6 +150,7 @@ def create_session(
     behind: Sequence[str] = (),
     weights_in: Path | None = None,
     entries: Mapping[str, str] | None = None,
+    kernels: CpuKernels | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on exactly the provider asked for.
 
@@ -152,6 +163,7 @@ def create_session(
         behind: Providers for the operators that this one does not take.
         weights_in: Folder of the weights of a model in memory.
         entries: More of the session's configuration.
+        kernels: Kernels of ours for operators of the graph, on a CPU.
 
     Raises:
         BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
@@ -166,6 +178,8 @@ def create_session(
         )
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
+    if kernels is not None:
+        kernels.register(options)
     source, name = (str(graph), str(graph)) if isinstance(graph, Path) else (graph, "the graph")
     place = {} if provider.startswith("CPU") else {"device_id": str(device)}
     providers = [(provider, {**place, **(provider_options or {})}), *((other, place) for other in behind)]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mmvision_export import __version__
+from mmvision_export.benchmark.worker import PLAIN
 from mmvision_export.benchmark.workloads import Workload, work_of
 from mmvision_export.errors import BenchmarkError
 from mmvision_export.manifest import Manifest
@@ -77,10 +78,15 @@ class Result:
     model: dict[str, Any]
     threads: int
     sides: dict[str, dict[str, Any]]
-    gemm_peak_gflops: float
+    gemm_gflops: dict[str, float]  # by a side of each runtime: the best of its float32 products of the model's size
     workloads: list[Workload]
     measurements: list[Measurement]
     skipped: list[str]
+
+    @property
+    def gemm_peak_gflops(self) -> float:
+        """The fastest float32 matrix product of any side, in GFLOP/s."""
+        return max(self.gemm_gflops.values())
 
     def of(self, side: str, workload: str) -> Measurement | None:
         """One measurement, if it was made."""
@@ -161,17 +167,18 @@ class _Side:
 def _workers(names: Sequence[str], directory: Path, threads: int, progress: Progress) -> Iterator[dict[str, Any]]:
     sides: dict[str, _Side] = {}
     facts: dict[str, dict[str, Any]] = {}
+    peaks: dict[str, _Side] = {}
     try:
         for name in names:
             progress.step(f"opening {name}")
             sides[name] = _Side(name, directory, threads)
             facts[name] = sides[name].ask(do="open")
         # Not the sides themselves: what a matrix product needs would count as the model's memory.
-        peaks = {f"{name} peak": _Side(name, directory, threads) for name in _runtimes(names)}
-        sides |= peaks
+        for name in _runtimes(names):
+            peaks[name] = _Side(name, directory, threads)
         yield {"sides": sides, "facts": facts, "peaks": peaks}
     finally:
-        for side in sides.values():
+        for side in (*sides.values(), *peaks.values()):
             side.close()
 
 
@@ -213,8 +220,8 @@ def measure(
     with _workers(sides, directory, threads, progress) as opened, tempfile.TemporaryDirectory() as folder:
         workers, facts = opened["sides"], opened["facts"]
 
-        def gemm_peak() -> float:
-            return float(max(worker.ask(do="gemm")["gflops"] for worker in opened["peaks"].values()))
+        def measure_gemm(best: dict[str, float]) -> dict[str, float]:
+            return {name: max(best[name], side.ask(do="gemm")["gflops"]) for name, side in opened["peaks"].items()}
 
         progress.step("measuring the GEMM peak")
         result = Result(
@@ -230,7 +237,7 @@ def measure(
             },
             threads=threads,
             sides=facts,
-            gemm_peak_gflops=gemm_peak(),
+            gemm_gflops=measure_gemm(dict.fromkeys(opened["peaks"], 0.0)),
             workloads=[],
             measurements=[],
             skipped=[],
@@ -249,14 +256,17 @@ def measure(
             )
             result.workloads.append(workload)
             result.measurements += _measurements(replies, workload, facts, Path(folder))
-            result.gemm_peak_gflops = max(result.gemm_peak_gflops, gemm_peak())
+            result.gemm_gflops = measure_gemm(result.gemm_gflops)
             keep(result)
     return result
 
 
 def _runtimes(sides: Sequence[str]) -> list[str]:
-    """One side of each runtime, to measure its matrix product: ONNX Runtime's, and PyTorch's."""
-    kinds = {"onnxruntime" if "onnxruntime" in name else "torch": name for name in reversed(sides)}
+    """The sides whose matrix products there are: our kernels' or ONNX Runtime's, ONNX Runtime's own, and PyTorch's."""
+    kinds = {}
+    for name in reversed(sides):
+        backend, _, graph = name.partition(":")
+        kinds[graph == PLAIN if "onnxruntime" in backend else "torch"] = name
     return list(kinds.values())
 
 

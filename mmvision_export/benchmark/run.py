@@ -11,6 +11,7 @@ from mmvision_export.backends import BACKENDS
 from mmvision_export.benchmark.measure import Result, measure
 from mmvision_export.benchmark.peers import PEERS
 from mmvision_export.benchmark.report import page_from_result, write_plots
+from mmvision_export.benchmark.worker import PLAIN
 from mmvision_export.benchmark.workloads import workloads_for
 from mmvision_export.errors import BenchmarkError
 from mmvision_export.manifest import Manifest, flavour_graph
@@ -36,9 +37,9 @@ def sides_from(
         name, _, graph = backend.partition(":")
         if name not in BACKENDS:
             raise BenchmarkError(f"no such backend: {name}", hint=f"choose from: {', '.join(BACKENDS)}")
-        if graph and (graph not in manifest.files or name != "onnxruntime-cpu"):
+        if graph and (graph not in (*manifest.files, PLAIN) or name != "onnxruntime-cpu"):
             graphs = ", ".join(file for file in manifest.files if file.endswith(".onnx"))
-            raise BenchmarkError(f"{backend}: only onnxruntime-cpu takes a graph, one of {graphs}")
+            raise BenchmarkError(f"{backend}: only onnxruntime-cpu takes a graph, one of {graphs}; or {PLAIN}")
         for precision in [manifest.precision] if graph or name != "onnxruntime-cpu" else precisions:
             if precision == "int8":
                 if INT8_GRAPH not in manifest.files:

@@ -18,11 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from mmvision_export.backends.cpu_kernels import CpuKernels, find_cpu_kernels
+from mmvision_export.domain import DOMAIN
 from mmvision_export.errors import BackendError, message_and_hint
 from mmvision_export.manifest import GRAPH, Manifest
 from mmvision_export.sample_batches import batch_of_grid
 
-__all__ = ["main"]
+__all__ = ["PLAIN", "main"]
+
+PLAIN = "plain"
+"""In place of a graph's name: what the backend would run anyway, by ONNX Runtime's own operators alone."""
 
 _GEMM = (1024, 1280, 5120)  # rows, k, n: the encoder's largest product, for one block of patches
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -42,7 +47,7 @@ def main() -> None:
             state["run"], facts = _open(side, directory, threads)
             return {**facts, "open_s": time.perf_counter() - start, "rss_bytes": _memory("VmRSS")}
         if request["do"] == "gemm":
-            return {"gflops": _gemm_gflops(side, threads)}
+            return {"gflops": _gemm_gflops(side, directory, threads)}
         return _timed(state["run"], request)
 
     for line in sys.stdin:
@@ -97,8 +102,9 @@ def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tu
             return np.asarray(out)
 
         return run_graph, {"version": onnxruntime.__version__, "precision": "fp32"}
-    flavour = graph.removeprefix("model.").removesuffix(".onnx") or None
-    encoder = VisionEncoder.open(directory, backend=backend, threads=threads, flavour=flavour)
+    plain = graph == PLAIN
+    flavour = None if plain else graph.removeprefix("model.").removesuffix(".onnx") or None
+    encoder = VisionEncoder.open(directory, backend=backend, threads=threads, flavour=flavour, cpu_kernels=not plain)
     run: Run = encoder
     if not backend.endswith("-cpu"):
         run = _with_cuda_events(encoder)
@@ -106,6 +112,7 @@ def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tu
     return run, {
         "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
         "precision": "int8" if "int8" in info["precision"] else "fp32" if flavour else info["precision"],
+        "kernels": info.get("cpu_kernels", ""),
     }
 
 
@@ -153,7 +160,7 @@ def _timed(run: Run, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gemm_gflops(side: str, threads: int) -> float:
+def _gemm_gflops(side: str, directory: Path, threads: int) -> float:
     """Best of several float32 matrix products of the encoder's own size, in the side's runtime, GFLOP/s."""
     rows, k, n = _GEMM
     generator = np.random.default_rng(0)
@@ -164,12 +171,17 @@ def _gemm_gflops(side: str, threads: int) -> float:
 
         from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
 
-        graph = "g (float[m, k] x) => (float[m, n] y) {y = Gemm <transB: int = 1> (x, w)}"
-        text = f'<ir_version: 10, opset_import: ["": 18]> {graph}'
-        model = onnx.parser.parse_model(text)
+        kernels = None if side.endswith(f":{PLAIN}") else find_cpu_kernels(directory)
+        op = f"{DOMAIN}.Linear" if isinstance(kernels, CpuKernels) else "Gemm <transB: int = 1>"
+        graph = f"g (float[m, k] x) => (float[m, n] y) {{y = {op} (x, w)}}"
+        model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18, "{DOMAIN}": 1]> {graph}')
         model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
-        content = model.SerializeToString()
-        session = create_session(content, provider=PROVIDERS["onnxruntime-cpu"], threads=threads)
+        session = create_session(
+            model.SerializeToString(),
+            provider=PROVIDERS["onnxruntime-cpu"],
+            threads=threads,
+            kernels=kernels if isinstance(kernels, CpuKernels) else None,
+        )
         product = lambda: session.run(None, {"x": x})  # noqa: E731
     else:
         import torch

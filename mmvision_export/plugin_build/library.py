@@ -15,16 +15,17 @@ from pathlib import Path
 
 from mmvision_export import __version__
 from mmvision_export.errors import OutputError, PluginError
+from mmvision_export.library_record import library_record_path
 from mmvision_export.manifest import file_record
 from mmvision_export.output import new_files
 from mmvision_export.plugin_build.embed import write_embedded_kernels
 from mmvision_export.plugin_build.headers import cuda_headers, tensorrt_header_version, tensorrt_headers
 from mmvision_export.plugin_build.kernels import DTYPES, HEAD_DIMS, PORTABLE_PTX_SM, compile_kernels, plugins_root
 from mmvision_export.plugin_build.resources import ARCHITECTURES, CompiledKernel, resource_table
-from mmvision_export.plugin_library import LIBRARY, PluginLibraryRecord, default_library, library_record_path
+from mmvision_export.plugin_library import LIBRARY, PluginLibraryRecord, default_library
 from mmvision_export.progress import Progress
 
-__all__ = ["MACHINES", "build_plugins", "cmake_build"]
+__all__ = ["MACHINES", "build_plugins", "cmake_build", "toolchain"]
 
 MACHINES = ("x86_64", "aarch64")
 """CPUs a library can be built for."""
@@ -60,8 +61,7 @@ def build_plugins(
     """
     progress = progress or Progress()
     sms, head_dims = _checked("--sm", sms, tuple(ARCHITECTURES)), _checked("--head-dim", head_dims, HEAD_DIMS)
-    here = platform.machine()
-    machine = machine or here
+    machine = machine or platform.machine()
     if machine not in MACHINES:
         raise PluginError(f"plugins can be built for {' and '.join(MACHINES)}, not for {machine}")
     library = default_library(machine) if output is None else output / LIBRARY
@@ -71,7 +71,7 @@ def build_plugins(
     include = tensorrt_headers(tensorrt_include)
     version = tensorrt_header_version(include)
     cuda = cuda_headers()
-    toolchain = _toolchain(machine, here)
+    compiler = toolchain(machine)
 
     all_sms = sorted({*sms, PORTABLE_PTX_SM})
     progress.step(f"compiling kernels for {', '.join(map(str, all_sms))}", len(all_sms) * 2 * (len(head_dims) + 1))
@@ -87,8 +87,8 @@ def build_plugins(
         sources.mkdir()
         write_embedded_kernels(kernels, sources)
         progress.step("compiling the library")
-        settings = {"MMVISION_KERNELS": sources, "TENSORRT_INCLUDE_DIR": include, "CUDA_INCLUDE_DIR": cuda, **toolchain}
-        cmake_build(build, settings)
+        folders = {"MMVISION_KERNELS": sources, "TENSORRT_INCLUDE_DIR": include, "CUDA_INCLUDE_DIR": cuda}
+        cmake_build(build, {**folders, **compiler})
         shutil.copyfile(build / LIBRARY, new / LIBRARY)
         record = PluginLibraryRecord(
             library=file_record(new / LIBRARY),
@@ -114,7 +114,13 @@ def _checked(option: str, given: Sequence[int], known: Sequence[int]) -> list[in
     return sorted(set(given)) or list(known)
 
 
-def _toolchain(machine: str, here: str) -> dict[str, str | Path]:
+def toolchain(machine: str) -> dict[str, str | Path]:
+    """CMake's settings to compile for a CPU.
+
+    Raises:
+        PluginError: CMake or the compiler is not installed.
+    """
+    here = platform.machine()
     compiler = "g++" if machine == here else f"{machine}-linux-gnu-g++"
     packages = {"cmake": "cmake", "g++": "g++"}
     for tool in ("cmake", compiler):
@@ -126,18 +132,19 @@ def _toolchain(machine: str, here: str) -> dict[str, str | Path]:
     return {"CMAKE_TOOLCHAIN_FILE": plugins_root() / "cmake" / f"{machine}-linux-gnu.cmake"}
 
 
-def cmake_build(build: Path, settings: dict[str, str | Path]) -> None:
-    """Configure and build the CMake project `plugins/`.
+def cmake_build(build: Path, settings: dict[str, str | Path], *, project: str = ".") -> None:
+    """Configure and build a CMake project of `plugins/`.
 
     Args:
         build: Build folder, made if missing.
         settings: Cache variables.
+        project: Its folder in `plugins/`.
 
     Raises:
         PluginError: With the compiler's first messages.
     """
     variables = [f"-D{name}={value}" for name, value in settings.items()]
-    _run("cmake", "-S", str(plugins_root()), "-B", str(build), *variables)
+    _run("cmake", "-S", str(plugins_root() / project), "-B", str(build), *variables)
     _run("cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1))
 
 
