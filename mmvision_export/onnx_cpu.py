@@ -29,8 +29,8 @@ from mmvision_export.errors import ExportError
 
 __all__ = ["BLOCK_PATCHES", "cpu_graph_from_portable"]
 
-BLOCK_PATCHES = 1024
-"""Most patches of a block: enough rows for a matrix product at full speed, few enough for the cache."""
+BLOCK_PATCHES = 768
+"""Most patches of a block: enough rows for a matrix product at nearly full speed, few enough for little memory."""
 
 _CONTRIB = "com.microsoft"
 
@@ -59,6 +59,8 @@ _BLOCKS = """
   pads = Concat <axis: int = 0> (zero, zero, padding, zero)
   in_blocks = Concat <axis: int = 0> (num_blocks, block_patches, minus_1)
   heads = Constant <value_ints: ints = [-1, {heads}, {head_dim}]> ()
+  merged = Constant <value_ints: ints = [-1, {merged}]> ()
+  tokens_packed = Constant <value_ints: ints = [-1, {text_hidden}]> ()
   patches_padded = Pad (pixel_values, pads)
   patches_blocks = Reshape (patches_padded, in_blocks)
   cos_padded = Pad ({cos}, pads)
@@ -97,16 +99,18 @@ _LAYER = """
     {p}between = Add ({p}x_in, {p}projected)
     {p}between_normed = LayerNormalization <axis: int = -1, epsilon: float = {epsilon}> (
       {p}between, {layer}.layer_norm2.weight, {layer}.layer_norm2.bias)
-    {p}inner = mmvision.Linear ({p}between_normed, {layer}.mlp.fc1.weight, {layer}.mlp.fc1.bias)
-    {p}activated = com.microsoft.Gelu ({p}inner)
+    {p}activated = mmvision.LinearGelu ({p}between_normed, {layer}.mlp.fc1.weight, {layer}.mlp.fc1.bias)
     {p}outer = mmvision.Linear ({p}activated, {layer}.mlp.fc2.weight, {layer}.mlp.fc2.bias)
     {p}x = Add ({p}between, {p}outer)
 """
 
+# Patches become image tokens in the block too: what they are made of is nineteen times as wide as a patch's features.
 _PROJECTOR = """
-    {p}proj_inner = mmvision.Linear ({p}x, {linear_1})
-    {p}proj_activated = com.microsoft.Gelu ({p}proj_inner)
+    {p}proj_activated = mmvision.LinearGelu ({p}x, {linear_1})
     {p}projected_out = mmvision.Linear ({p}proj_activated, {linear_2})
+    {p}token_rows = Reshape ({p}projected_out, merged)
+    {p}merge_activated = mmvision.LinearGelu ({p}token_rows, {merge_1})
+    {p}tokens = mmvision.Linear ({p}merge_activated, {merge_2})
 """
 
 # The last blocks' padding lies behind the last segment.
@@ -123,6 +127,14 @@ _LINEAR = """
 <domain: "mmvision", opset_import: ["": {opset}]>
 Linear (x, weight, bias) => (y) {{
   y = Gemm <transB: int = 1> (x, weight, bias)
+}}
+"""
+
+_LINEAR_GELU = """
+<domain: "mmvision", opset_import: ["": {opset}, "com.microsoft": 1]>
+LinearGelu (x, weight, bias) => (y) {{
+  inner = Gemm <transB: int = 1> (x, weight, bias)
+  y = com.microsoft.Gelu (inner)
 }}
 """
 
@@ -172,11 +184,10 @@ VarlenAttention <scale> (q, k, v, cu_seqlens) => (out) {{
 }}
 """
 
-_MERGER = """
-  projected_rows = Reshape (projected_blocks, merged)
-  merge_inner = mmvision.Linear (projected_rows, {merge_1})
-  merge_activated = com.microsoft.Gelu (merge_inner)
-  tokens_padded = mmvision.Linear (merge_activated, {merge_2})
+_DEFINITIONS = (_LINEAR, _LINEAR_GELU, _VARLEN_ATTENTION)
+
+_TOKENS = """
+  tokens_padded = Reshape (tokens_blocks, tokens_packed)
   image_embeds = Slice (tokens_padded, zero, num_tokens, zero)
 """
 
@@ -211,7 +222,7 @@ def cpu_graph_from_portable(
     weights = {tensor.name for tensor in portable.graph.initializer}
     text = _graph_text(config, weights, block_patches, scale=scale, cos=cos, sin=sin, cu_seqlens=cu_seqlens)
     body = onnx.parser.parse_graph(_DOTTED.sub(lambda name: name[0].replace(".", _DOT), text))
-    _rename(body)
+    _finish(body)
     nodes = [*_ancestors(portable.graph, {cos, sin, cu_seqlens}), *body.node]
     used = {name for node in _with_subgraphs(nodes) for name in node.input}
     graph = onnx.helper.make_graph(
@@ -225,7 +236,7 @@ def cpu_graph_from_portable(
     facts = {"opset": opset, "heads": config.num_attention_heads}
     return onnx.helper.make_model(
         graph,
-        functions=[onnx.parser.parse_function(body.format(**facts)) for body in (_LINEAR, _VARLEN_ATTENTION)],
+        functions=[onnx.parser.parse_function(body.format(**facts)) for body in _DEFINITIONS],
         producer_name=portable.producer_name,
         producer_version=portable.producer_version,
         ir_version=portable.ir_version,
@@ -244,6 +255,8 @@ def _graph_text(
     facts = {
         "heads": config.num_attention_heads,
         "head_dim": config.head_dim,
+        "merged": config.patches_per_token * config.text_hidden_size,
+        "text_hidden": config.text_hidden_size,
         "rope_dim": config.rope_dim,
         "epsilon": f"{config.layer_norm_eps:.9g}",
         "scale": f"{scale:.9g}",
@@ -275,14 +288,16 @@ def _graph_text(
             results = {"x": "x_blocks", "q": "q_blocks", "k": "k_blocks", "v": "v_blocks"}
         else:
             projector = [linear(f"multi_modal_projector.linear_{number}") for number in (1, 2)]
-            inside.append(_PROJECTOR.format(p=p, linear_1=projector[0], linear_2=projector[1]))
-            results = {"projected_out": "projected_blocks"}
+            merger = [linear(f"patch_merge_mlp.linear_{number}") for number in (1, 2)]
+            linears = dict(zip(("linear_1", "linear_2", "merge_1", "merge_2"), projector + merger, strict=True))
+            inside.append(_PROJECTOR.format(p=p, **linears))
+            results = {"tokens": "tokens_blocks"}
         before_x, before_attended = f"blocks.{index - 1}.x_blocks", f"layers.{index - 1}.attention.attended_blocks"
         fed = {"patches": "patches_blocks"} if index == 0 else {"x_in": before_x, "attended": before_attended}
         if index < last:
             fed |= {"cos": "cos_blocks", "sin": "sin_blocks"}
         scanned = ", ".join(f"float[{p}rows, {p}{name}_width] {p}{name}" for name in fed)
-        body_outputs = ", ".join(f"float[{p}rows, {p}{name}_width] {p}{name}" for name in results)
+        body_outputs = ", ".join(f"float[{p}{name}_rows, {p}{name}_width] {p}{name}" for name in results)
         outputs = ", ".join(name if index == last else f"{p}{name}" for name in results.values())
         parts.append(
             f"  {outputs} = Scan <num_scan_inputs: int = {len(fed)}, body: graph = block_{index} ({scanned})\n"
@@ -291,10 +306,7 @@ def _graph_text(
         if index < last:
             attention = f"{layer}.attention."
             parts.append(_ATTENTION.format(p=attention, block=p, cu_seqlens=cu_seqlens, **facts))
-    merged = config.patches_per_token * config.text_hidden_size
-    merger = [linear(f"patch_merge_mlp.linear_{number}") for number in (1, 2)]
-    parts.append(f"  merged = Constant <value_ints: ints = [-1, {merged}]> ()\n")
-    parts.append(_MERGER.format(merge_1=merger[0], merge_2=merger[1]))
+    parts.append(_TOKENS)
     return f"cpu (float[n, d] pixel_values) => (float[t, h] image_embeds) {{{''.join(parts)}}}"
 
 
@@ -316,14 +328,21 @@ def _with_subgraphs(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]
                 yield from _with_subgraphs(attribute.g.node)
 
 
-def _rename(graph: onnx.GraphProto) -> None:
-    """Give values their dots again, and nodes the names of their outputs, which a profiler's table shows."""
+def _finish(graph: onnx.GraphProto) -> None:
+    """Give values their dots again, and nodes the names of their outputs, which a profiler's table shows.
+
+    And say the type of what comes out of operators of `com.microsoft`, which the checker does not know.
+    """
     for value in (*graph.input, *graph.output):
         value.name = value.name.replace(_DOT, ".")
     for node in graph.node:
         node.input[:] = [name.replace(_DOT, ".") for name in node.input]
         node.output[:] = [name.replace(_DOT, ".") for name in node.output]
         node.name = node.output[0]
+        if node.op_type == "LinearGelu":
+            graph.value_info.add().CopyFrom(
+                onnx.helper.make_tensor_value_info(node.name, onnx.TensorProto.FLOAT, [None, None])
+            )
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                _rename(attribute.g)
+                _finish(attribute.g)

@@ -100,6 +100,7 @@ def test_structure(exported: Path) -> None:
     # Our operators carry their definition.
     assert {(function.domain, function.name) for function in model.functions} == {
         ("mmvision", "Linear"),
+        ("mmvision", "LinearGelu"),
         ("mmvision", "VarlenAttention"),
     }
     # Every weight is the portable graph's own, read from the same place of the same file.

@@ -172,6 +172,9 @@ def create_session(
     import onnxruntime
 
     options = session_options(threads)
+    if provider.startswith("CPU"):
+        # A pattern is planned for each shape that comes, and kept: twice the memory, and no faster.
+        options.enable_mem_pattern = False
     if weights_in is not None:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(weights_in.resolve())

@@ -47,8 +47,9 @@ class Measurement:
         warm: Whether a run before the first was thrown away. Only the longest workloads have none.
         cpu_s: CPU seconds of the process, median; unlike the time, hardly changed by what else the machine does.
         foreign_cpus: CPUs that other processes used meanwhile, median; more than a tenth is a disturbed measurement.
-        above_bytes: Peak resident memory while running, above that before the first workload.
-        peak_bytes: Peak resident memory while running.
+        above_bytes: Peak resident memory while running, above that of the opened model; without mapped files, of
+            which a runtime that reads its weights from their file only when it needs them has more then.
+        peak_bytes: Peak resident memory while running, with mapped files.
         relative_l2: Distance of the output from the first side's.
         device_ms: Median between CUDA events, on a GPU.
     """
@@ -324,7 +325,8 @@ def _measurements(
                 warm=all(run["warm"] for run in runs),
                 cpu_s=statistics.median(run["cpu_s"] for run in runs),
                 foreign_cpus=statistics.median(run["foreign_cpus"] for run in runs),
-                above_bytes=max(run["peak_bytes"] for run in runs) - facts[name]["rss_bytes"],
+                above_bytes=max(run["peak_bytes"] - run["file_bytes"] for run in runs)
+                - (facts[name]["rss_bytes"] - facts[name]["file_bytes"]),
                 peak_bytes=max(run["peak_bytes"] for run in runs),
                 relative_l2=distance.relative_l2,
                 device_ms=statistics.median(device) if device else None,

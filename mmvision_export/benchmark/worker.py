@@ -45,7 +45,8 @@ def main() -> None:
         if request["do"] == "open":
             start = time.perf_counter()
             state["run"], facts = _open(side, directory, threads)
-            return {**facts, "open_s": time.perf_counter() - start, "rss_bytes": _memory("VmRSS")}
+            opened = time.perf_counter() - start
+            return {**facts, "open_s": opened, "rss_bytes": _memory("VmRSS"), "file_bytes": _memory("RssFile")}
         if request["do"] == "gemm":
             return {"gflops": _gemm_gflops(side, directory, threads)}
         return _timed(state["run"], request)
@@ -156,6 +157,7 @@ def _timed(run: Run, request: dict[str, Any]) -> dict[str, Any]:
         "foreign_cpus": max(0.0, every - own) / seconds,
         "before_bytes": before,
         "peak_bytes": _memory("VmHWM"),
+        "file_bytes": _memory("RssFile"),
         "finite": bool(np.isfinite(out).all()),
     }
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from mmvision_export.errors import QuantizationError
 from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, file_record, flavour_graph
@@ -267,6 +268,8 @@ def _quantized(
     basis: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str], dtype: ir.DataType
 ) -> ir.Model:
     model = ir.load(basis)
+    # A CPU flavour's operators are products by other names, but for the one that is a product and an activation.
+    InlinePass(lambda function: function.name == "LinearGelu")(model)
     # What is kept is kept as it was, so that a CPU flavour can share it.
     balance(model, [unit for unit in units if unit.name not in keep], plan.divisors)
     if flavour == "cpu-int8":

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "cpu/tiles.h"
+#include "cpu/vector_math.h"
 
 namespace mmvision::cpu {
 
@@ -17,19 +18,6 @@ constexpr std::size_t kKeyTiles = 16;    // of a block of scores: 256 keys
 constexpr std::size_t kKeySteps = kKeyTiles * kTile / kStep;
 
 std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 1) / by; }
-
-// 2^x for x <= 0, to a unit in the last place: the series of e^(f ln 2) for |f| <= 1/2, whose rest is 5e-9.
-inline __m512 exp2(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, whole);
-    constexpr float kSeries[] = {1.52527338e-5F, 1.54035304e-4F, 1.33335581e-3F, 9.61812911e-3F,
-                                 5.55041087e-2F, 2.40226507e-1F, 6.93147181e-1F, 1.0F};
-    __m512 sum = _mm512_set1_ps(kSeries[0]);
-    for (std::size_t i = 1; i < sizeof kSeries / sizeof *kSeries; ++i) {
-        sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(kSeries[i]));
-    }
-    return _mm512_scalef_ps(sum, whole);
-}
 
 // One factor A of v^T: 16 channels, 32 keys, zero beyond.
 void pack_transposed(const float* v, std::size_t stride, std::size_t keys, std::size_t channels, Bf16* factor) {

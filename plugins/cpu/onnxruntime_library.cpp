@@ -177,9 +177,10 @@ void require(bool holds, const char* what) {
     }
 }
 
-// Linear(x [m, k], weight [n, k], bias [n] or none) -> y [m, n]
+// Linear and LinearGelu(x [m, k], weight [n, k], bias [n] or none) -> y [m, n]
+template <Activation activation>
 struct Linear {
-    static constexpr const char* kName = "Linear";
+    static constexpr const char* kName = activation == Activation::kGelu ? "LinearGelu" : "Linear";
     static constexpr std::size_t kInputs = 3;
     static int input_type(std::size_t) { return ort::kFloat; }
     static int characteristic(std::size_t index) { return index == 2 ? ort::kOptional : ort::kRequired; }
@@ -193,12 +194,13 @@ struct Linear {
         const Tensor weight = input(api_, context, 1);
         const Tensor bias = count > 2 ? input(api_, context, 2) : Tensor();
         require(x.shape.size() == 2 && weight.shape.size() == 2 && x.shape[1] == weight.shape[1],
-                "mmvision::Linear: x must be [m, k] and weight [n, k]");
+                "Linear: x must be [m, k] and weight [n, k]");
         require(bias.data == nullptr || (bias.shape.size() == 1 && bias.shape[0] == weight.shape[0]),
-                "mmvision::Linear: bias must be [n]");
+                "Linear: bias must be [n]");
         float* y = output(api_, context, {x.shape[0], weight.shape[0]});
         SessionWorkers workers(api_, context);
-        linear(x.floats(), weight.floats(), bias.floats(), y, {x.size(0), x.size(1), weight.size(0)}, workers);
+        linear(x.floats(), weight.floats(), bias.floats(), y, {x.size(0), x.size(1), weight.size(0)}, activation,
+               workers);
     }
 
 private:
@@ -284,13 +286,15 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     if (api == nullptr || !amx_allowed()) {
         return nullptr;
     }
-    // ONNX Runtime keeps pointers to both for as long as any session lives.
-    static const CustomOp<Linear> linear_op;
+    // ONNX Runtime keeps pointers to these for as long as any session lives.
+    static const CustomOp<Linear<Activation::kNone>> linear_op;
+    static const CustomOp<Linear<Activation::kGelu>> linear_gelu_op;
     static const CustomOp<VarlenAttention> attention_op;
     return guarded(api, [&] {
         OrtCustomOpDomain* domain = nullptr;
         check(ort::kCreateCustomOpDomain(api, "mmvision", &domain));
         check(ort::kCustomOpDomainAdd(api, domain, &linear_op));
+        check(ort::kCustomOpDomainAdd(api, domain, &linear_gelu_op));
         check(ort::kCustomOpDomainAdd(api, domain, &attention_op));
         check(ort::kAddCustomOpDomain(api, options, domain));
     });
