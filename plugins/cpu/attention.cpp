@@ -14,7 +14,7 @@ namespace mmvision::cpu {
 namespace {
 
 constexpr std::size_t kQueryTiles = 8;   // 128 queries share what is read of k and v
-constexpr std::size_t kKeyTiles = 16;    // of a block of scores: 256 keys
+constexpr std::size_t kKeyTiles = 32;    // of a block of scores: 512 keys
 constexpr std::size_t kKeySteps = kKeyTiles * kTile / kStep;
 
 std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 1) / by; }
@@ -47,8 +47,8 @@ struct Scratch {
     Bf16* k;        // [key tile][head step] factors
     Bf16* v;        // [channel tile][key step] factors
     Bf16* q;        // [query tile][head step] factors
-    Bf16* weights;  // [query tile][key step] factors
-    float* scores;  // [query tile][key tile] sums
+    Bf16* weights;  // [of two query tiles][key step] factors
+    float* scores;  // [of two query tiles][key tile] sums
     float* sums;    // [query tile][channel tile] sums
     float* scaled;  // a query tile [16, head_dim]
 
@@ -72,8 +72,8 @@ struct Scratch {
         k = factors(key_tiles * head_steps);
         v = factors(channel_tiles * key_tiles / 2);
         q = factors(kQueryTiles * head_steps);
-        weights = factors(kQueryTiles * kKeySteps);
-        scores = tiles(kQueryTiles * kKeyTiles);
+        weights = factors(2 * kKeySteps);
+        scores = tiles(2 * kKeyTiles);
         sums = tiles(kQueryTiles * channel_tiles);
         scaled = tiles(2 * head_steps);
         return static_cast<std::size_t>(at - start);
@@ -179,37 +179,35 @@ void varlen_attention(const float* q, const float* k, const float* v, const std:
             for (std::size_t key = 0; key < length; key += kKeyTiles * kTile) {
                 const std::size_t keys = std::min(kKeyTiles * kTile, length - key);
                 const std::size_t key_tiles = 2 * divide_up(keys, 2 * kTile);
-                for (std::size_t i = 0; i < key_tiles; i += 2) {
-                    const Bf16* a = own.k + (key / kTile + i) * own.head_steps * kFactor;
-                    for (std::size_t j = 0; j < query_tiles; j += 2) {
-                        const Bf16* b = own.q + j * own.head_steps * kFactor;
-                        float* first = own.scores + (j * kKeyTiles + i) * kSum;
+                // Two tiles of queries at a time, whose scores stay in the first-level cache.
+                for (std::size_t j = 0; j < query_tiles; j += 2) {
+                    const Bf16* b = own.q + j * own.head_steps * kFactor;
+                    for (std::size_t i = 0; i < key_tiles; i += 2) {
+                        const Bf16* a = own.k + (key / kTile + i) * own.head_steps * kFactor;
+                        float* first = own.scores + i * kSum;
                         float* second = first + kKeyTiles * kSum;
                         float* const sums[2][2] = {{first, second}, {first + kSum, second + kSum}};
                         multiply_2x2(a, a + own.head_steps * kFactor, b, b + own.head_steps * kFactor, own.head_steps,
                                      sums, false);
                     }
-                }
-                for (std::size_t j = 0; j < query_tiles; ++j) {
-                    const __m512 fade =
-                        softmax_block(own.scores + j * kKeyTiles * kSum, keys, own.weights + j * kKeySteps * kFactor,
-                                      maximum[j], total[j]);
-                    if (key > 0 && _mm512_cmp_ps_mask(fade, _mm512_set1_ps(1.0F), _CMP_NEQ_UQ) != 0) {
-                        float* tile = own.sums + j * own.channel_tiles * kSum;
-                        for (std::size_t at = 0; at < own.channel_tiles * kSum; at += kTile) {
-                            _mm512_store_ps(tile + at, _mm512_mul_ps(_mm512_load_ps(tile + at), fade));
+                    for (std::size_t half = 0; half < 2; ++half) {
+                        const __m512 fade = softmax_block(own.scores + half * kKeyTiles * kSum, keys,
+                                                          own.weights + half * kKeySteps * kFactor, maximum[j + half],
+                                                          total[j + half]);
+                        if (key > 0 && _mm512_cmp_ps_mask(fade, _mm512_set1_ps(1.0F), _CMP_NEQ_UQ) != 0) {
+                            float* tile = own.sums + (j + half) * own.channel_tiles * kSum;
+                            for (std::size_t at = 0; at < own.channel_tiles * kSum; at += kTile) {
+                                _mm512_store_ps(tile + at, _mm512_mul_ps(_mm512_load_ps(tile + at), fade));
+                            }
                         }
                     }
-                }
-                for (std::size_t i = 0; i < own.channel_tiles; i += 2) {
-                    const Bf16* a = own.v + (i * key_steps + key / kStep) * kFactor;
-                    for (std::size_t j = 0; j < query_tiles; j += 2) {
-                        const Bf16* b = own.weights + j * kKeySteps * kFactor;
+                    for (std::size_t i = 0; i < own.channel_tiles; i += 2) {
+                        const Bf16* a = own.v + (i * key_steps + key / kStep) * kFactor;
                         float* first = own.sums + (j * own.channel_tiles + i) * kSum;
                         float* second = first + own.channel_tiles * kSum;
                         float* const sums[2][2] = {{first, second}, {first + kSum, second + kSum}};
-                        multiply_2x2(a, a + key_steps * kFactor, b, b + kKeySteps * kFactor, divide_up(keys, kStep), sums,
-                                     key > 0);
+                        multiply_2x2(a, a + key_steps * kFactor, own.weights, own.weights + kKeySteps * kFactor,
+                                     divide_up(keys, kStep), sums, key > 0);
                     }
                 }
             }
