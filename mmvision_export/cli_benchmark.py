@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from mmvision_export.cli_options import ModelOption, Verbose, the_model
@@ -83,5 +84,6 @@ def benchmark(
         spread = f"{1e3 * min(ours.seconds):.0f} to {1e3 * max(ours.seconds):.0f}"
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         table.add_row(workload.name, f"{1e3 * ours.median:.0f}", spread, f"{share:.0%}", *cells)
-    console.print(table, width=max(console.width, 60 + 22 * len(result.sides)))
+    # Not folded to a width that a pipe has not: a terminal may fold it.
+    Console(width=max(console.width, 60 + 30 * len(result.sides))).print(table)
     console.print(f"{folder}: results.json and plots", markup=False)

@@ -79,7 +79,7 @@ class Result:
     model: dict[str, Any]
     threads: int
     sides: dict[str, dict[str, Any]]
-    gemm_gflops: dict[str, float]  # by a side of each runtime: the best of its float32 products of the model's size
+    gemm_gflops: dict[str, float]  # by runtime: the best of its float32 products of the model's size
     workloads: list[Workload]
     measurements: list[Measurement]
     skipped: list[str]
@@ -222,7 +222,10 @@ def measure(
         workers, facts = opened["sides"], opened["facts"]
 
         def measure_gemm(best: dict[str, float]) -> dict[str, float]:
-            return {name: max(best[name], side.ask(do="gemm")["gflops"]) for name, side in opened["peaks"].items()}
+            for side in opened["peaks"].values():
+                reply = side.ask(do="gemm")
+                best[reply["runtime"]] = max(best.get(reply["runtime"], 0.0), reply["gflops"])
+            return best
 
         progress.step("measuring the GEMM peak")
         result = Result(
@@ -238,7 +241,7 @@ def measure(
             },
             threads=threads,
             sides=facts,
-            gemm_gflops=measure_gemm(dict.fromkeys(opened["peaks"], 0.0)),
+            gemm_gflops=measure_gemm({}),
             workloads=[],
             measurements=[],
             skipped=[],
@@ -257,7 +260,7 @@ def measure(
             )
             result.workloads.append(workload)
             result.measurements += _measurements(replies, workload, facts, Path(folder))
-            result.gemm_gflops = measure_gemm(result.gemm_gflops)
+            measure_gemm(result.gemm_gflops)
             keep(result)
     return result
 

@@ -161,7 +161,7 @@ def page_from_result(result: Result, *, plots: str) -> str:
         tokens = workload.patches / result.model["patches_per_token"] / ours.median
         lines.append(
             f"| {workload.name} | {workload.patches} | {ours.median:.3g} s ({min(ours.seconds):.3g} to "
-            f"{max(ours.seconds):.3g}, {len(ours.seconds)} runs{'' if ours.warm else ', cold'}) | {share:.0%} | {tokens:.0f} | "
+            f"{max(ours.seconds):.3g}, {len(ours.seconds)} run{'s' * (len(ours.seconds) > 1)}{'' if ours.warm else ', cold'}) | {share:.0%} | {tokens:.0f} | "
             + " | ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
             + " |"
         )

@@ -85,7 +85,11 @@ public:
             std::size_t index = all.next++;
             void* block = nullptr;
             if (index < all.count && all.bytes > 0) {
-                block = allocator->Alloc(allocator, all.bytes + kAlignment);
+                try {  // this may be a thread of the pool, which no exception may leave
+                    block = allocator->Alloc(allocator, all.bytes + kAlignment);
+                } catch (const std::exception&) {
+                    block = nullptr;
+                }
                 if (block == nullptr) {
                     all.out_of_memory = true;
                     return;
