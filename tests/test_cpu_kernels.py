@@ -27,6 +27,7 @@ from mmvision_export.doctor import examine
 from mmvision_export.errors import BackendError, ManifestError, OutputError, PluginError
 from mmvision_export.parity import check_parity
 from mmvision_export.plugin_build.cpu import build_cpu_kernels
+from mmvision_export.plugin_build.kernels import plugins_root
 from mmvision_export.random_weights import random_state_dict
 from tests.configs import HEAD_DIM_80, arrays, batch, grids, relative_l2
 from tests.test_plugin_library import once, tool
@@ -299,6 +300,17 @@ def test_only_its_two_entry_points_are_visible(library: Path) -> None:
     )
     names = {line.split()[-1] for line in shown.stdout.splitlines() if " T " in line}
     assert names == {"RegisterCustomOps", "mmvision_cpu_supported"}
+
+
+@X86
+def test_clang_tidy(tmp_path: Path) -> None:
+    clang_tidy = tool("clang-tidy", "clang-tidy")
+    folder = plugins_root() / "cpu"
+    subprocess.run(["cmake", "-S", folder, "-B", tmp_path], check=True, capture_output=True)
+    # It reads GCC's command line, of whose warnings it does not know all.
+    command = [clang_tidy, "--quiet", "--extra-arg=-Wno-unknown-warning-option", "-p", tmp_path, *folder.glob("*.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_doctor_tells_who_would_gain(monkeypatch: pytest.MonkeyPatch) -> None:

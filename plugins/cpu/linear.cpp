@@ -17,32 +17,34 @@ namespace {
 constexpr std::size_t kBlockTiles = 10;
 constexpr std::size_t kBlockSteps = 32;
 
-std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 1) / by; }
-
-// Where a sum [outputs, rows] goes: 16 rows of y. The first adds the bias, the later ones what is there.
-struct Place {
+struct Result {
     float* y;
-    std::size_t stride;
+    const float* bias;
     std::size_t rows;
     std::size_t outputs;
-    const float* bias;
-    bool is_first;
-    bool is_last;
+    Activation activation;
 };
 
-void write_sum(const float* sum, const Place& place, Activation activation) {
+// Writes a sum [16 outputs, 16 rows] into y. The first part adds the bias, the later ones what is there.
+void write_sum(const float* sum, const Result& to, std::size_t row_tile, std::size_t output_tile, bool is_first,
+               bool is_last) {
+    const std::size_t first_row = row_tile * kTile;
+    const std::size_t output = output_tile * kTile;
+    if (first_row >= to.rows || output >= to.outputs) {
+        return;
+    }
     __m512i turned[kTile];
-    for (std::size_t output = 0; output < kTile; ++output) {
-        turned[output] = _mm512_load_si512(sum + output * kTile);
+    for (std::size_t i = 0; i < kTile; ++i) {
+        turned[i] = _mm512_load_si512(sum + i * kTile);
     }
     transpose(turned);
-    const __mmask16 kept = lanes(place.outputs);
-    const __m512 bias = place.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(kept, place.bias);
-    for (std::size_t row = 0; row < std::min(place.rows, kTile); ++row) {
-        float* y = place.y + row * place.stride;
+    const __mmask16 kept = lanes(to.outputs - output);
+    const __m512 bias = to.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(kept, to.bias + output);
+    for (std::size_t row = 0; row < std::min(to.rows - first_row, kTile); ++row) {
+        float* y = to.y + (first_row + row) * to.outputs + output;
         __m512 value = _mm512_castsi512_ps(turned[row]);
-        value = _mm512_add_ps(value, place.is_first ? bias : _mm512_maskz_loadu_ps(kept, y));
-        if (place.is_last && activation == Activation::kGelu) {
+        value = _mm512_add_ps(value, is_first ? bias : _mm512_maskz_loadu_ps(kept, y));
+        if (is_last && to.activation == Activation::kGelu) {
             value = gelu(value);
         }
         _mm512_mask_storeu_ps(y, kept, value);
@@ -51,6 +53,7 @@ void write_sum(const float* sum, const Place& place, Activation activation) {
 
 }  // namespace
 
+// NOLINTNEXTLINE(readability-non-const-parameter): y is written through `result`.
 void linear(const float* x, const float* weight, const float* bias, float* y, LinearShape shape, Activation activation,
             Workers& workers) {
     const std::size_t steps = divide_up(shape.inputs, kStep);
@@ -65,6 +68,8 @@ void linear(const float* x, const float* weight, const float* bias, float* y, Li
     const std::size_t part_tiles = 2 * divide_up(row_tiles / 2, row_parts);
     const std::size_t factor_bytes = kBlockTiles * pass_steps * kFactor * sizeof(Bf16);
     auto* x_factors = reinterpret_cast<Bf16*>(workers.shared(row_tiles * pass_steps * kFactor * sizeof(Bf16)));
+
+    const Result result{y, bias, shape.rows, shape.outputs, activation};
 
     for (std::size_t pass = 0; pass < passes; ++pass) {
         const std::size_t column = std::min(shape.inputs, pass * pass_steps * kStep);
@@ -95,15 +100,7 @@ void linear(const float* x, const float* weight, const float* bias, float* y, Li
                     multiply_2x2(a, a + pass_steps * kFactor, b, b + pass_steps * kFactor, pass_steps, four, false);
                     for (std::size_t j = 0; j < 2; ++j) {
                         for (std::size_t i = 0; i < 2; ++i) {
-                            const std::size_t row = (row_tile + j) * kTile;
-                            const std::size_t output = (block + tile + i) * kTile;
-                            if (row < shape.rows && output < shape.outputs) {
-                                write_sum(four[i][j],
-                                          {y + row * shape.outputs + output, shape.outputs, shape.rows - row,
-                                           shape.outputs - output, bias == nullptr ? nullptr : bias + output, pass == 0,
-                                           pass + 1 == passes},
-                                          activation);
-                            }
+                            write_sum(four[i][j], result, row_tile + j, block + tile + i, pass == 0, pass + 1 == passes);
                         }
                     }
                 }

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 extern "C" {
 struct OrtStatus;
@@ -68,8 +69,9 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 template <int place, class... Arguments>
 struct Function {
     OrtStatus* operator()(OrtApi* api, Arguments... arguments) const {
-        using Pointer = OrtStatus* (*)(Arguments...);
-        return reinterpret_cast<Pointer>(reinterpret_cast<std::uintptr_t>(api[place]))(arguments...);
+        OrtStatus* (*function)(Arguments...) = nullptr;
+        std::memcpy(&function, api + place, sizeof function);
+        return function(arguments...);
     }
 };
 
@@ -95,7 +97,9 @@ constexpr Function<274, const OrtKernelContext*, void (*)(void*, std::size_t), s
 template <int place, class Argument>
 struct Release {
     void operator()(OrtApi* api, Argument* argument) const {
-        reinterpret_cast<void (*)(Argument*)>(reinterpret_cast<std::uintptr_t>(api[place]))(argument);
+        void (*function)(Argument*) = nullptr;
+        std::memcpy(&function, api + place, sizeof function);
+        function(argument);
     }
 };
 

@@ -19,6 +19,8 @@ constexpr std::size_t kStep = 32;                            // of the inner dim
 constexpr std::size_t kFactor = kPieces * kTile * kStep;     // bfloat16 values of one factor tile, all pieces
 constexpr std::size_t kSum = kTile * kTile;                  // float32 values of a sum
 
+constexpr std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 1) / by; }
+
 // All eight tiles at full size, for the current thread, until the end of the scope.
 class TileScope {
 public:
