@@ -25,10 +25,12 @@ from mmvision_export.backends.cpu_kernels import CPU_LIBRARY, CpuKernels, find_c
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.doctor import examine
 from mmvision_export.errors import BackendError, ManifestError, OutputError, PluginError
+from mmvision_export.onnx_export import export_model_directory
 from mmvision_export.parity import check_parity
 from mmvision_export.plugin_build.cpu import build_cpu_kernels
 from mmvision_export.plugin_build.kernels import plugins_root
 from mmvision_export.random_weights import random_state_dict
+from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80, arrays, batch, grids, relative_l2
 from tests.test_plugin_library import once, tool
 
@@ -255,6 +257,15 @@ def test_without_amx_the_graph_defines_its_operators(beside: Path, monkeypatch: 
         assert np.isfinite(encoder(*batch([(1, 2, 2)], HEAD_DIM_80))).all()
 
 
+@AMX
+def test_a_float16_model_runs_beside_them(beside: Path) -> None:
+    """Its operators have the kernels' names and another type."""
+    export_model_directory(WeightSource(random_config=HEAD_DIM_80, seed=1), beside.parent / "half", precision="fp16")
+    with VisionEncoder.open(beside.parent / "half", backend="onnxruntime-cpu") as encoder:
+        assert encoder.info["cpu_kernels"] == "no: they are for model.cpu.onnx and what is made from it"
+        assert np.isfinite(encoder(*batch([(1, 2, 2)], HEAD_DIM_80))).all()
+
+
 @X86
 def test_a_damaged_library_is_not_loaded(beside: Path) -> None:
     library = beside.parent / "plugins" / "x86_64" / CPU_LIBRARY
@@ -308,8 +319,10 @@ def test_clang_tidy(tmp_path: Path) -> None:
     folder = plugins_root() / "cpu"
     subprocess.run(["cmake", "-S", folder, "-B", tmp_path], check=True, capture_output=True)
     # It reads GCC's command line, of whose warnings it does not know all.
-    command = [clang_tidy, "--quiet", "--extra-arg=-Wno-unknown-warning-option", "-p", tmp_path, *folder.glob("*.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--quiet", "--extra-arg=-Wno-unknown-warning-option", "-p", str(tmp_path)]
+    sources = sorted(map(str, folder.glob("*.cpp")))
+    assert len(sources) == 4
+    done = subprocess.run([clang_tidy, *options, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -55,11 +55,11 @@ class OnnxRuntimeBackend:
         manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
         for data in {DATA, f"{graph}.data"} & set(manifest.files):
             manifest.record_of(data).verify_size(directory / data, said_by="the manifest")
-        self._session: onnxruntime.InferenceSession | None = self._new_session(directory / graph, options)
-        self.config = manifest.config
         # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
         source = manifest.quantization.get(graph, {}).get("source", graph)
         self._masked = source != CPU_GRAPH
+        self._session: onnxruntime.InferenceSession | None = self._new_session(directory / graph, options)
+        self.config = manifest.config
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
         import onnxruntime
 
@@ -100,13 +100,17 @@ class CpuBackend(OnnxRuntimeBackend):
     name: BackendName = "onnxruntime-cpu"
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
-        found = find_cpu_kernels(directory) if options.cpu_kernels else "left out"
-        self._kernels = found if isinstance(found, CpuKernels) else None
+        self._kernels = find_cpu_kernels(directory) if options.cpu_kernels else "left out"
         super().__init__(directory, options)
+        found = self._kernels
         self.info["cpu_kernels"] = str(found.library) if isinstance(found, CpuKernels) else f"no: {found}"
 
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
-        return create_session(graph, provider=PROVIDERS[self.name], threads=options.threads, kernels=self._kernels)
+        if self._masked and isinstance(self._kernels, CpuKernels):
+            # They are float32's, and the portable graph's operators of these names may be of another type.
+            self._kernels = f"they are for {CPU_GRAPH} and what is made from it"
+        kernels = self._kernels if isinstance(self._kernels, CpuKernels) else None
+        return create_session(graph, provider=PROVIDERS[self.name], threads=options.threads, kernels=kernels)
 
     def _graph_name(self, manifest: Manifest) -> str:
         if manifest.precision == "bf16":

@@ -179,7 +179,7 @@ def page_from_result(result: Result, *, plots: str) -> str:
         "",
         "## Memory",
         "",
-        "Peak resident memory while running, above that of the opened model, in MB. It includes what an allocator keeps.",
+        "Peak resident memory while running, above that of the opened model, in MB. It includes what an allocator keeps of smaller batches. What is still kept of opening the model counts as opened, which is much for PyTorch.",
         "",
         "| workload | " + " | ".join(result.sides) + " |",
         "| --- | " + " | ".join("---:" for _ in result.sides) + " |",
