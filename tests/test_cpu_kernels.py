@@ -326,7 +326,16 @@ def test_clang_tidy(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_doctor_tells_who_would_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+@AMX
+def test_doctor_finds_them(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(library.parent, tmp_path / "engines" / "plugins" / "x86_64")
+    monkeypatch.chdir(tmp_path)
+    (report,) = [report for report in examine().backends if report.name == "onnxruntime-cpu"]
+    assert report.runs == f"yes, with kernels for this CPU's AMX: engines/plugins/x86_64/{CPU_LIBRARY}"
+
+
+def test_doctor_tells_who_would_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for amx, expected in ((True, "yes, faster with kernels for its AMX: mmvision build-plugins --cpu"), (False, "yes")):
         monkeypatch.setattr("mmvision_export.doctor.has_amx", lambda amx=amx: amx)
         (report,) = [report for report in examine().backends if report.name == "onnxruntime-cpu"]
