@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from mmvision_export.accuracy.stages import facts_of_graph
 from mmvision_export.engine import build_engine
 from mmvision_export.errors import BackendError, EngineError, ManifestError, QuantizationError
 from mmvision_export.manifest import Manifest
@@ -158,7 +159,9 @@ def test_the_cpu_flavour_is_made_from_the_cpu_graph(quantized: tuple[Path, dict[
     directory, reports = quantized
     assert reports["cpu-int8"].source == "model.cpu.onnx"
     assert {report.source for flavour, report in reports.items() if flavour != "cpu-int8"} == {"model.onnx"}
-    operators = {node.op_type for node in ir.load(directory / "model.cpu-int8.onnx").graph.all_nodes()}
+    model = ir.load(directory / "model.cpu-int8.onnx")
+    assert facts_of_graph(model).precision == "int8"  # by which parity's gate is chosen
+    operators = {node.op_type for node in model.graph.all_nodes()}
     assert {"MatMulInteger", "VarlenAttention", "Scan"} <= operators
     assert "LinearGelu" not in operators
 

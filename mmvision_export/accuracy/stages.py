@@ -104,7 +104,7 @@ def facts_of_graph(model: ir.Model) -> GraphFacts:
     else:
         float_type = "fp16" if model.graph.inputs[0].dtype == ir.DataType.FLOAT16 else "fp32"
     precision = float_type
-    if any(node.op_type in _QUANTIZING for node in model.graph):
+    if any(node.op_type in _QUANTIZING for node in model.graph.all_nodes()):  # a CPU flavour's are in subgraphs
         precision = "fp8" if any(dtype.name.startswith("FLOAT8") for dtype in types) else "int8"
     files = dict.fromkeys(str(t.location) for t in tensors if isinstance(t, ir.ExternalTensor))
     return GraphFacts(precision, float_type, tuple(files))
