@@ -152,6 +152,11 @@ def test_the_rule_for_a_jump_by_hand() -> None:
     quantised = first_jump(rows_of(*grown, 0.1), None)
     assert quantised is not None
     assert quantised.stage == "layers.4"
+    # A CPU flavour shows no stage; and where the first overflows no other error is known.
+    assert first_jump([], None) is None
+    at_once = first_jump(rows_of(nan, nan), None)
+    assert at_once is not None
+    assert at_once.stage == "layers.0"
 
 
 def test_gates_compare_with_eager_only_where_that_is_finite() -> None:

@@ -72,7 +72,9 @@ def expected_errors(stages: Sequence[StageDistance], eager: Sequence[StageDistan
         return [None if distance.non_finite else distance.relative_l2 for distance in beside]
     errors = [0.0, *(row.distance.relative_l2 for row in stages)]
     own = [max(0.0, after**2 - before**2) ** 0.5 for before, after in itertools.pairwise(errors)]
-    typical = statistics.median(error for error in own if math.isfinite(error))
+    finite = [error for error in own if math.isfinite(error)]
+    # There are none if the first overflows, or if the stages have no values of their own, as in a CPU flavour.
+    typical = statistics.median(finite) if finite else 0.0
     return [math.hypot(before, typical) for before in errors[:-1]]
 
 

@@ -58,6 +58,8 @@ def error_figure(layers: LayerComparison) -> str:
         stages = [magnitude.stage for magnitude in layers.magnitudes]
         place = {stage: index for index, stage in enumerate(stages)}
         for index, (name, graph) in enumerate(layers.graphs.items()):
+            if not graph.stages:
+                continue  # a CPU flavour's have no values of their own
             colour = f"C{index}"
             errors = [row.distance.relative_l2 for row in graph.stages]
             axes.semilogy([place[r.stage] for r in graph.stages], errors, "o-", color=colour, markersize=4, label=name)

@@ -174,6 +174,7 @@ def _verdicts(result: ParityResult) -> list[dict[str, Any]]:
                 "min_cosine": min(rows, key=lambda row: _or(row.metrics.min_cosine, -1.0)).metrics.min_cosine,
                 "failures": [f"{row.sample}: {failure}" for row in rows for failure in row.failures],
                 "jump": None if graph is None else graph.jump,
+                "stages": graph is not None and bool(graph.stages),
             }
         )
     return found

@@ -54,6 +54,9 @@ def print_parity(result: ParityResult) -> None:
         )
     console.print(f"\nlayer by layer, on {result.layers.sample}", markup=False)
     for name, graph in result.layers.graphs.items():
+        if not graph.stages:
+            console.print(f"  {name}: nothing to see, its stages have no values of their own", markup=False)
+            continue
         if graph.jump is None:
             said = "the error grows as its precision explains"
         else:
