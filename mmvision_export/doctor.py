@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmvision_export.backends import BACKENDS, BackendOptions, open_backend
-from mmvision_export.backends.cpu_kernels import CpuKernels, find_cpu_kernels, has_amx
+from mmvision_export.backends.cpu_kernels import find_cpu_kernels, has_amx
 from mmvision_export.backends.cuda import Cuda
 from mmvision_export.backends.tensorrt import import_tensorrt
 from mmvision_export.compute_capability import current_compute_capability, supported_by_rtx
@@ -101,9 +101,9 @@ def _runs(backend: str) -> str:
 
     require_provider(PROVIDERS[backend])
     if backend == "onnxruntime-cpu":
-        found = find_cpu_kernels(Path("engines"))
-        if isinstance(found, CpuKernels):
-            return f"yes, with kernels for this CPU's AMX: {found.library}"
+        library, _ = find_cpu_kernels(Path("engines"))
+        if library is not None:
+            return f"yes, with kernels for this CPU's AMX: {library}"
         return "yes, faster with kernels for its AMX: mmvision build-plugins --cpu" if has_amx() else "yes"
     return f"yes, on compute capability {Cuda(0).compute_capability()}"
 

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 from mmvision_export.errors import ManifestError
 from mmvision_export.manifest import FileRecord, read_json
 
-__all__ = ["LIBRARIES", "LibraryRecord", "library_record_path"]
+__all__ = ["LIBRARIES", "LibraryRecord", "default_folder", "library_record_path"]
 
 LIBRARIES = "plugins"
 """The folder of libraries, with one for each CPU: in `engines/`, beside the model directories, or in one of them."""
@@ -67,6 +67,11 @@ class LibraryRecord:
         if record.machine != platform.machine():
             raise ManifestError(f"{library} is for {record.machine}, this machine is {platform.machine()}", hint=build)
         return record
+
+
+def default_folder(machine: str) -> Path:
+    """Where `mmvision build-plugins` puts the libraries for a CPU."""
+    return Path("engines") / LIBRARIES / machine
 
 
 def library_record_path(library: Path) -> Path:

@@ -31,7 +31,7 @@ from mmvision_export.accuracy.samples import Sample, samples_from_grids
 from mmvision_export.accuracy.sessions import session_from_model
 from mmvision_export.accuracy.stages import GraphFacts, facts_of_graph
 from mmvision_export.backends import BackendOptions, open_backend
-from mmvision_export.backends.cpu_kernels import CpuKernels, find_cpu_kernels
+from mmvision_export.backends.cpu_kernels import find_cpu_kernels
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.compute_capability import current_compute_capability
 from mmvision_export.encoder import VisionEncoderModule
@@ -211,7 +211,7 @@ def _candidates(
         else:
             runner = OnnxrtRunner(_session_loader(directory / name), name=name)
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-            if name == CPU_GRAPH and isinstance(kernels := find_cpu_kernels(directory), CpuKernels):
+            if name == CPU_GRAPH and (kernels := find_cpu_kernels(directory)[0]):
                 runner = OnnxrtRunner(_session_loader(directory / name, kernels), name=f"{name} (AMX kernels)")
                 candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
         if facts.float_type != "fp32":
@@ -223,7 +223,7 @@ def _candidates(
     return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
 
 
-def _session_loader(graph: Path, kernels: CpuKernels | None = None) -> Callable[[], Any]:
+def _session_loader(graph: Path, kernels: Path | None = None) -> Callable[[], Any]:
     return lambda: create_session(graph, provider="CPUExecutionProvider", kernels=kernels)
 
 

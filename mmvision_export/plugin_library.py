@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from mmvision_export.domain import DOMAIN, OP_VERSION
 from mmvision_export.errors import BackendError
-from mmvision_export.library_record import LIBRARIES, LibraryRecord
+from mmvision_export.library_record import LibraryRecord, default_folder
 
 __all__ = ["LIBRARY", "PluginLibraryRecord", "default_library", "load_plugin_library"]
 
@@ -42,7 +42,7 @@ class PluginLibraryRecord(LibraryRecord):
 
 def default_library(machine: str | None = None) -> Path:
     """Where `mmvision build-plugins` puts the library for a CPU, this machine's if None."""
-    return Path("engines") / LIBRARIES / (machine or platform.machine()) / LIBRARY
+    return default_folder(machine or platform.machine()) / LIBRARY
 
 
 def load_plugin_library(trt: Any, library: Path, sha256: str) -> None:

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmvision_export import VisionEncoder, reference
-from mmvision_export.backends.cpu_kernels import CPU_LIBRARY, CpuKernels, find_cpu_kernels, has_amx
+from mmvision_export.backends.cpu_kernels import CPU_LIBRARY, find_cpu_kernels, has_amx
 from mmvision_export.backends.onnxruntime import create_session
 from mmvision_export.doctor import examine
 from mmvision_export.errors import BackendError, ManifestError, OutputError, PluginError
@@ -32,7 +32,7 @@ from mmvision_export.plugin_build.kernels import plugins_root
 from mmvision_export.random_weights import random_state_dict
 from mmvision_export.weights import WeightSource
 from tests.configs import HEAD_DIM_80, arrays, batch, grids, relative_l2
-from tests.test_plugin_library import once, tool
+from tests.tools import once, tool
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the CPU kernels are for x86-64")
 AMX = pytest.mark.skipif(not has_amx(), reason="this CPU has no AMX: the kernels cannot run")
@@ -70,11 +70,11 @@ def run_op(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     """Runs a graph of one operator, which has no definition here but the kernel."""
     root = tmp_path_factory.mktemp("op")
     shutil.copytree(library.parent, root / "plugins" / "x86_64")
-    kernels = find_cpu_kernels(root)
+    kernels, _ = find_cpu_kernels(root)
     sessions: dict[str, Any] = {}
 
     def run(graph: str, *inputs: np.ndarray) -> np.ndarray:
-        assert isinstance(kernels, CpuKernels)
+        assert kernels is not None
         if graph not in sessions:
             model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18, "mmvision": 1]> {graph}')
             content = model.SerializeToString()

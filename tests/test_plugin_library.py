@@ -8,12 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import filelock
 import pytest
 
 from mmvision_export import plugin_library
@@ -23,31 +21,9 @@ from mmvision_export.plugin_build.headers import cuda_headers, tensorrt_header_v
 from mmvision_export.plugin_build.kernels import compile_kernels, plugins_root
 from mmvision_export.plugin_build.library import build_plugins, cmake_build
 from mmvision_export.plugin_library import PluginLibraryRecord, load_plugin_library
+from tests.tools import once, tool
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-
-def tool(name: str, package: str) -> str:
-    """The path of a tool; without it a test is skipped, but in CI, which installs it, failed."""
-    found = shutil.which(name)
-    if found is None:
-        message = f"{name} is not installed: apt-get install {package}"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
-    return found
-
-
-def once(root: Path, make: Callable[[Path], object]) -> Path:
-    """A folder made once for all of pytest's worker processes."""
-    with filelock.FileLock(f"{root}.lock"):
-        if not root.exists():
-            new = root.with_suffix(".new")
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(parents=True)
-            make(new)
-            new.rename(root)
-    return root
 
 
 @pytest.fixture(scope="session")

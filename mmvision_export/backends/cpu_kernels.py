@@ -7,7 +7,6 @@ Without it, or on another processor, ONNX Runtime runs the functions that the gr
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,40 +17,17 @@ from mmvision_export.library_record import LIBRARIES, LibraryRecord
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["CPU_LIBRARY", "CpuKernels", "find_cpu_kernels", "has_amx"]
+__all__ = ["CPU_LIBRARY", "find_cpu_kernels", "has_amx", "register_cpu_kernels"]
 
 CPU_LIBRARY = "libmmvision_cpu.so"
+_NO_AMX = "no: this CPU has no AMX"
 
 
-@dataclasses.dataclass(frozen=True)
-class CpuKernels:
-    """A verified library that runs on this CPU.
-
-    Attributes:
-        library: The file.
-        record: What it was made with.
-    """
-
-    library: Path
-    record: LibraryRecord
-
-    def register(self, options: onnxruntime.SessionOptions) -> None:
-        """Let a session that is opened with these options use the kernels.
-
-        Raises:
-            BackendError: ONNX Runtime refuses the library.
-        """
-        try:
-            options.register_custom_ops_library(str(self.library.resolve()))
-        except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise BackendError(f"ONNX Runtime cannot load {self.library}: {error}", hint=LibraryRecord.BUILD) from error
-
-
-def find_cpu_kernels(directory: Path) -> CpuKernels | str:
+def find_cpu_kernels(directory: Path) -> tuple[Path | None, str]:
     """The library for a model directory, in `plugins/<CPU>/` of the directory itself or of the folder that it is in.
 
     Returns:
-        The library, or in a few words why there is none.
+        The library, verified and for this CPU, or None; and in words what was found.
 
     Raises:
         ManifestError: There is one, but it is not the file of its record.
@@ -61,9 +37,21 @@ def find_cpu_kernels(directory: Path) -> CpuKernels | str:
     for folder in (directory, directory.resolve().parent):
         library = folder / LIBRARIES / machine / CPU_LIBRARY
         if library.is_file():
-            record = LibraryRecord.read(library)
-            return CpuKernels(library, record) if _runs_here(library) else "this CPU has no AMX"
-    return f"none built; {LibraryRecord.BUILD}" if has_amx() else "this CPU has no AMX"
+            LibraryRecord.read(library)
+            return (library, str(library)) if _runs_here(library) else (None, _NO_AMX)
+    return None, f"no: none built; {LibraryRecord.BUILD}" if has_amx() else _NO_AMX
+
+
+def register_cpu_kernels(options: onnxruntime.SessionOptions, library: Path) -> None:
+    """Let a session that is opened with these options use a library's kernels.
+
+    Raises:
+        BackendError: ONNX Runtime refuses the library.
+    """
+    try:
+        options.register_custom_ops_library(str(library.resolve()))
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise BackendError(f"ONNX Runtime cannot load {library}: {error}", hint=LibraryRecord.BUILD) from error
 
 
 def _runs_here(library: Path) -> bool:

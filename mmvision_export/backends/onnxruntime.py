@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.backends import BackendName, BackendOptions
-from mmvision_export.backends.cpu_kernels import CpuKernels, find_cpu_kernels
+from mmvision_export.backends.cpu_kernels import find_cpu_kernels, register_cpu_kernels
 from mmvision_export.errors import BackendError, ManifestError
 from mmvision_export.grid import batch_in_groups
 from mmvision_export.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
@@ -100,16 +100,14 @@ class CpuBackend(OnnxRuntimeBackend):
     name: BackendName = "onnxruntime-cpu"
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
-        self._kernels = find_cpu_kernels(directory) if options.cpu_kernels else "left out"
         super().__init__(directory, options)
-        found = self._kernels
-        self.info["cpu_kernels"] = str(found.library) if isinstance(found, CpuKernels) else f"no: {found}"
+        self.info["cpu_kernels"] = self._kernels_found
 
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
-        if self._masked and isinstance(self._kernels, CpuKernels):
+        kernels, self._kernels_found = find_cpu_kernels(graph.parent) if options.cpu_kernels else (None, "no: left out")
+        if self._masked and kernels is not None:
             # They are float32's, and the portable graph's operators of these names may be of another type.
-            self._kernels = f"they are for {CPU_GRAPH} and what is made from it"
-        kernels = self._kernels if isinstance(self._kernels, CpuKernels) else None
+            kernels, self._kernels_found = None, f"no: they are for {CPU_GRAPH} and what is made from it"
         return create_session(graph, provider=PROVIDERS[self.name], threads=options.threads, kernels=kernels)
 
     def _graph_name(self, manifest: Manifest) -> str:
@@ -154,7 +152,7 @@ def create_session(
     behind: Sequence[str] = (),
     weights_in: Path | None = None,
     entries: Mapping[str, str] | None = None,
-    kernels: CpuKernels | None = None,
+    kernels: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on exactly the provider asked for.
 
@@ -167,7 +165,7 @@ def create_session(
         behind: Providers for the operators that this one does not take.
         weights_in: Folder of the weights of a model in memory.
         entries: More of the session's configuration.
-        kernels: Kernels of ours for operators of the graph, on a CPU.
+        kernels: Library of kernels for operators of the graph, from `find_cpu_kernels`.
 
     Raises:
         BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
@@ -186,7 +184,7 @@ def create_session(
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
     if kernels is not None:
-        kernels.register(options)
+        register_cpu_kernels(options, kernels)
     source, name = (str(graph), str(graph)) if isinstance(graph, Path) else (graph, "the graph")
     place = {} if provider.startswith("CPU") else {"device_id": str(device)}
     providers = [(provider, {**place, **(provider_options or {})}), *((other, place) for other in behind)]

@@ -136,10 +136,12 @@ def page_from_result(result: Result, *, plots: str) -> str:
         )
     products = ", ".join(f"{rate:.0f} ({name})" for name, rate in result.gemm_gflops.items())
     kernels = result.sides[first].get("kernels", "")
+    ran = "without kernels of its own" + (f" ({kernels})" if kernels else "")
+    if kernels.endswith(".so"):
+        ran = "with the AMX kernels of `mmvision build-plugins --cpu`"
     lines += [
         "",
-        f"{first} ran {'with the AMX kernels of `mmvision build-plugins --cpu`' if kernels.endswith('.so') else 'without kernels of its own'}"
-        f"{'' if kernels.endswith('.so') or not kernels else f' ({kernels})'}. The best product of float32 matrices, 1024 x 1280 by "
+        f"{first} ran {ran}. The best product of float32 matrices, 1024 x 1280 by "
         f"1280 x 5120, of each runtime, in GFLOP/s: {products}; the fastest is the *GEMM peak* below.",
         "",
         f"## How many times as long the others take as {first}",

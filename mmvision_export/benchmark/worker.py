@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mmvision_export.backends.cpu_kernels import CpuKernels, find_cpu_kernels
+from mmvision_export.backends.cpu_kernels import find_cpu_kernels
 from mmvision_export.domain import DOMAIN
 from mmvision_export.errors import BackendError, message_and_hint
 from mmvision_export.manifest import GRAPH, Manifest
@@ -174,8 +174,7 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
 
         from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
 
-        found = None if side.endswith(f":{PLAIN}") else find_cpu_kernels(directory)
-        kernels = found if isinstance(found, CpuKernels) else None
+        kernels = None if side.endswith(f":{PLAIN}") else find_cpu_kernels(directory)[0]
         runtime, op = ("our kernels", f"{DOMAIN}.Linear") if kernels else ("ONNX Runtime", "Gemm <transB: int = 1>")
         graph = f"g (float[m, k] x) => (float[m, n] y) {{y = {op} (x, w)}}"
         model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18, "{DOMAIN}": 1]> {graph}')

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmvision_export import __version__
 from mmvision_export.backends.cpu_kernels import CPU_LIBRARY
 from mmvision_export.errors import OutputError, PluginError
-from mmvision_export.library_record import LIBRARIES, LibraryRecord, library_record_path
+from mmvision_export.library_record import LibraryRecord, default_folder, library_record_path
 from mmvision_export.manifest import file_record
 from mmvision_export.output import new_files
 from mmvision_export.plugin_build.library import cmake_build, toolchain
@@ -43,7 +43,7 @@ def build_cpu_kernels(
     progress = progress or Progress()
     if platform.machine() != _MACHINE:
         raise PluginError(f"the CPU kernels are for {_MACHINE}, this machine is {platform.machine()}")
-    library = (output or Path("engines") / LIBRARIES / _MACHINE) / CPU_LIBRARY
+    library = (output or default_folder(_MACHINE)) / CPU_LIBRARY
     if library.exists() and not force:
         raise OutputError(f"{library} already exists", hint="choose another --output, or replace it with --force")
     settings = toolchain(_MACHINE)
