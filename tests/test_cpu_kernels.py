@@ -196,6 +196,17 @@ def test_attention_of_several_blocks(run_op: Callable[..., np.ndarray], lengths:
 
 
 @AMX
+def test_attention_whose_weights_nearly_vanish(run_op: Callable[..., np.ndarray]) -> None:
+    """Weights down to and below the smallest float32, each beside one that counts."""
+    generator = np.random.default_rng(0)
+    scores = np.where(np.arange(64) % 2, -np.linspace(60, 110, 64), 0).astype(np.float32)  # e^-87 is 2^-126
+    k, q = scores.reshape(64, 1, 1), np.ones((64, 1, 1), np.float32)
+    v = generator.standard_normal((64, 1, 1)).astype(np.float32)
+    out = run_op(ATTENTION.format(scale=1.0), q, k, v, np.array([0, 64], np.int32))
+    np.testing.assert_allclose(out, v[::2].astype(np.float64).mean(), atol=8 * SPLIT)
+
+
+@AMX
 @pytest.mark.parametrize("bounds", [[0, 5], [1, 4], [0, 3, 2, 4], []])
 def test_attention_refuses_bounds_that_are_none(run_op: Callable[..., np.ndarray], bounds: list[int]) -> None:
     q = np.ones((4, 1, 8), np.float32)

@@ -17,7 +17,7 @@ using Bf16 = std::uint16_t;
 constexpr int kPieces = 3;
 
 struct Split {
-    __m512 piece[kPieces];  // each a float32 whose lower 16 bits are zero
+    __m512 piece[kPieces];  // whose lower 16 bits are zero, but for the last ones of floats below 2^-110
 };
 
 inline Split split(__m512 x) {
@@ -37,9 +37,11 @@ inline __m512i append(__m512 first, __m512 second) {
                                      _mm512_castps_si512(second));
 }
 
-// The bfloat16 of 16 and 16 floats, in turns.
+// The bfloat16 of 16 and 16 floats, in turns. The last piece of a float below 2^-110 has bits in its lower half.
 inline __m512i interleave(__m512 even, __m512 odd) {
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
+                           _mm512_and_si512(_mm512_castps_si512(odd), upper));
 }
 
 // Transposes 16 rows of 16 values of 32 bits.
