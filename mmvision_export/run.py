@@ -20,19 +20,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mmvision_export import __version__
-from mmvision_export.backends import BACKENDS
-from mmvision_export.embeds_file import FORMATS, EmbedsFile, embeds_file, refuse_unknown_format
-from mmvision_export.errors import InputError, OutputError, message_and_hint, print_error
-from mmvision_export.finite import refuse_embeddings_not_finite
-from mmvision_export.grid import tokens_per_image
-from mmvision_export.manifest import find_model_directory
-from mmvision_export.preprocess import image_from_file, patches_from_images
-from mmvision_export.progress import Progress
-from mmvision_export.run_folder import encode_folder, refuse_foreign_output, run_identity
-from mmvision_export.runtime import VisionEncoder
+from mmvision_export.artifacts.manifest import find_model_directory
+from mmvision_export.core.errors import InputError, OutputError, message_and_hint, print_error
+from mmvision_export.core.files import array_from_file
+from mmvision_export.core.finite import refuse_embeddings_not_finite
+from mmvision_export.core.progress import Progress
+from mmvision_export.models.minimax_m3_vl.preprocess import image_from_file, patches_from_images
+from mmvision_export.runtime.backends import BACKENDS
+from mmvision_export.runtime.embeds_file import (
+    FORMATS,
+    EmbedsFile,
+    embeds_file,
+    refuse_unknown_format,
+)
+from mmvision_export.runtime.folder import encode_folder, refuse_foreign_output, run_identity
+from mmvision_export.runtime.grid import tokens_per_image
+from mmvision_export.runtime.vision_encoder import VisionEncoder
+from mmvision_export.version import __version__
 
-__all__ = ["array_from_file", "main"]
+__all__ = ["main"]
 
 _TEST_PATTERN = "test pattern, 448 x 448"
 
@@ -48,8 +54,12 @@ def _parser() -> argparse.ArgumentParser:
                        "only one under engines/)")  # fmt: skip
     model.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="runtime (default: %(default)s, "
                        "the fastest that works here)")  # fmt: skip
-    model.add_argument("--device", type=int, default=0, metavar="N", help="CUDA device (default: %(default)s)")
-    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)")
+    model.add_argument(
+        "--device", type=int, default=0, metavar="N", help="CUDA device (default: %(default)s)"
+    )
+    model.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)"
+    )
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
     model.add_argument("--no-cpu-kernels", dest="cpu_kernels", action="store_false", help="leave onnxruntime-cpu to "
@@ -57,16 +67,29 @@ def _parser() -> argparse.ArgumentParser:
     inputs = parser.add_argument_group("input")
     inputs.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded as one batch; with a "
                         "folder among them, one after the other into the folder --output")  # fmt: skip
-    inputs.add_argument("--video", type=Path, metavar="FILE", help="a video, encoded segment by segment")
-    inputs.add_argument("--fps", type=float, metavar="F", help="frames to sample per second of video (default: 1)")
-    inputs.add_argument("--pixel-values", type=Path, metavar="NPY", help="patches [num_patches, 1176], with --grid-thw")
-    inputs.add_argument("--grid-thw", type=Path, metavar="NPY", help="integers [num_images, 3]: t, h, w in patches")
+    inputs.add_argument(
+        "--video", type=Path, metavar="FILE", help="a video, encoded segment by segment"
+    )
+    inputs.add_argument(
+        "--fps", type=float, metavar="F", help="frames to sample per second of video (default: 1)"
+    )
+    inputs.add_argument(
+        "--pixel-values",
+        type=Path,
+        metavar="NPY",
+        help="patches [num_patches, 1176], with --grid-thw",
+    )
+    inputs.add_argument(
+        "--grid-thw", type=Path, metavar="NPY", help="integers [num_images, 3]: t, h, w in patches"
+    )
     inputs.add_argument("--resize-to-fit", action="store_true", help="make what is too large for the engine as small "
                         "as it has to be, rather than refuse it")  # fmt: skip
     outputs = parser.add_argument_group("output")
     outputs.add_argument("--output", type=Path, metavar="FILE|DIR", help="write image embeddings [tokens, text_hidden] "
                          "here: .npy, .safetensors or .jsonl; of a folder, a folder")  # fmt: skip
-    outputs.add_argument("--format", choices=FORMATS, help="of the files in a folder (default: npy)")
+    outputs.add_argument(
+        "--format", choices=FORMATS, help="of the files in a folder (default: npy)"
+    )
     outputs.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=__version__)
@@ -76,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments = parser.parse_args(argv)
-    given = [name for name in ("image", "video", "pixel_values") if getattr(arguments, name) is not None]
+    given = [
+        name for name in ("image", "video", "pixel_values") if getattr(arguments, name) is not None
+    ]
     if len(given) > 1 or (arguments.pixel_values is None) != (arguments.grid_thw is None):
         parser.error("give --image, or --video, or --pixel-values with --grid-thw")
     if arguments.threads is not None and arguments.threads < 1:
@@ -86,8 +111,12 @@ def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.resize_to_fit and arguments.pixel_values is not None:
         parser.error("--resize-to-fit goes with --image or --video: patches cannot be resized")
     arguments.folder = any(path.is_dir() for path in arguments.image or ())
-    if arguments.folder and (arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS):
-        parser.error("a folder of images needs --output, a folder for their embeddings; --format says in which files")
+    if arguments.folder and (
+        arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS
+    ):
+        parser.error(
+            "a folder of images needs --output, a folder for their embeddings; --format says in which files"
+        )
     if arguments.format is not None and not arguments.folder:
         parser.error("--format goes with a folder of images")
     return arguments
@@ -137,12 +166,17 @@ def _run_folder(arguments: argparse.Namespace) -> int:
         identity = run_identity(encoder, **options)
         refuse_foreign_output(arguments.output, arguments.image, identity, force=arguments.force)
         form = arguments.format or "npy"
-        for report in encode_folder(encoder, arguments.image, arguments.output, form, force=arguments.force, **options):
+        for report in encode_folder(
+            encoder, arguments.image, arguments.output, form, force=arguments.force, **options
+        ):
             counts[report["status"]] += 1
             print(json.dumps(report), flush=True)
             if report["status"] == "failed":
                 print_error(report["error"])
-        print(json.dumps({**encoder.info, "output": str(arguments.output), "files": counts}), flush=True)
+        print(
+            json.dumps({**encoder.info, "output": str(arguments.output), "files": counts}),
+            flush=True,
+        )
     if not sum(counts.values()):
         raise InputError(f"no files in {', '.join(map(str, arguments.image))}")
     return 1 if counts["failed"] else 0
@@ -153,7 +187,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if output is not None:
         refuse_unknown_format(output)
         if output.exists() and not arguments.force:
-            raise OutputError(f"{output} already exists", hint="choose another --output, or replace it with --force")
+            raise OutputError(
+                f"{output} already exists",
+                hint="choose another --output, or replace it with --force",
+            )
     start = time.perf_counter()
     with contextlib.ExitStack() as stack:
         encoder = stack.enter_context(_opened(arguments))
@@ -168,7 +205,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**encoder.info, **summary, "output": None if output is None else str(output)}
 
 
-def _encode_batch(arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None) -> dict[str, Any]:
+def _encode_batch(
+    arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None
+) -> dict[str, Any]:
     start = time.perf_counter()
     inputs, pixel_values, grid_thw = _inputs(arguments, encoder)
     prepared = time.perf_counter()
@@ -177,7 +216,11 @@ def _encode_batch(arguments: argparse.Namespace, encoder: VisionEncoder, file: E
     refuse_embeddings_not_finite(image_embeds)
     tokens = tokens_per_image(grid_thw, encoder.config)
     if file is not None:
-        names = inputs if len(inputs) == len(tokens) else [f"{inputs[0]}, row {row}" for row in range(len(tokens))]
+        names = (
+            inputs
+            if len(inputs) == len(tokens)
+            else [f"{inputs[0]}, row {row}" for row in range(len(tokens))]
+        )
         for name, row, embeds in zip(
             names, grid_thw.tolist(), np.split(image_embeds, np.cumsum(tokens)[:-1]), strict=True
         ):
@@ -196,7 +239,9 @@ def _encode_batch(arguments: argparse.Namespace, encoder: VisionEncoder, file: E
     }
 
 
-def _encode_video(arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None) -> dict[str, Any]:
+def _encode_video(
+    arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None
+) -> dict[str, Any]:
     start = time.perf_counter()
     segments: list[dict[str, Any]] = []
     tokens = 0
@@ -206,7 +251,9 @@ def _encode_video(arguments: argparse.Namespace, encoder: VisionEncoder, file: E
     ):
         refuse_embeddings_not_finite(segment.image_embeds)
         if file is not None:
-            file.add(str(arguments.video), segment.grid_thw, segment.image_embeds, segment.timestamps)
+            file.add(
+                str(arguments.video), segment.grid_thw, segment.image_embeds, segment.timestamps
+            )
         tokens += len(segment.image_embeds)
         segments.append(
             {
@@ -243,7 +290,12 @@ class _ProgressLine(Progress):
             end = "\n" if self._done >= self._total else ""
             filled = int(30 * self._done / self._total) if self._total else 0
             bar = "#" * filled + "." * (30 - filled)
-            print(f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}", end=end, file=sys.stderr, flush=True)
+            print(
+                f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}",
+                end=end,
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _inputs(
@@ -259,24 +311,6 @@ def _inputs(
         names = [str(path) for path in arguments.image]
         return names, *patches_from_images(images, preprocessor, names=names)
     return [_TEST_PATTERN], *patches_from_images([_test_pattern()], preprocessor)
-
-
-def array_from_file(path: Path) -> npt.NDArray[Any]:
-    """The array of a .npy file; nothing in it is unpickled.
-
-    Raises:
-        InputError: There is no such file, or it is no .npy file.
-    """
-    try:
-        with path.open("rb") as file:
-            array = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # NumPy's header parser raises whatever Python's tokenizer and zipfile do
-        raise InputError(f"{path}: not a readable .npy file: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: expected one array in a .npy file, got an archive")
-    return array
 
 
 def _test_pattern() -> Image.Image:

@@ -19,18 +19,36 @@ BINDINGS = STUBS / "tensorrt_bindings" / "tensorrt.pyi"
 def main() -> int:
     """Install and repair the stubs if they are not there, and run mypy."""
     if not BINDINGS.is_file():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(STUBS)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--upgrade",
+            "--target",
+            str(STUBS),
+        ]
         subprocess.run([*pip, "tensorrt-stubs==10.13.0.35.1"], check=True)
         (STUBS / "tensorrt_libs.pyi").touch()
         text = BINDINGS.read_text(encoding="utf-8")
         text = re.sub(r"\bin: list\[", "in_: list[", text)
         text = text.replace(
-            "power: Weights = None, channel_axis: int)", "power: Weights = None, channel_axis: int = ...)"
+            "power: Weights = None, channel_axis: int)",
+            "power: Weights = None, channel_axis: int = ...)",
         )
         BINDINGS.write_text(text, encoding="utf-8")
     environment = {**os.environ, "MYPYPATH": str(STUBS)}
-    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--cache-dir", str(STUBS / "cache")]
-    command += ["-m", "mmvision_export.backends.engines"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--no-error-summary",
+        "--cache-dir",
+        str(STUBS / "cache"),
+    ]
+    command += ["-m", "mmvision_export.runtime.backends.engines"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     # The stubs' own faults are not ours, unless they kept mypy from looking at ours (exit code 2).

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import sys
 
-from mmvision_export.plugin_build.kernels import compile_kernels
-from mmvision_export.plugin_build.resources import ARCHITECTURES, resource_table
+from mmvision_export.kernels.kernels import compile_kernels
+from mmvision_export.kernels.resources import ARCHITECTURES, resource_table
 
 
 def main() -> None:
     """Print the table, of float16 kernels."""
-    kernels = [k for k in compile_kernels(list(ARCHITECTURES), list(map(int, sys.argv[1:]))) if k.dtype == "fp16"]
+    kernels = [
+        k
+        for k in compile_kernels(list(ARCHITECTURES), list(map(int, sys.argv[1:])))
+        if k.dtype == "fp16"
+    ]
     print(resource_table(sorted(kernels, key=lambda k: (-k.head_dim, k.sm))))
 
 

@@ -25,7 +25,7 @@ def export(side: str, preset: str, folder: Path) -> dict[str, Any]:
     """Export once, in this process; seconds, peak memory and bytes written."""
     import torch
 
-    from mmvision_export.weights import WeightSource
+    from mmvision_export.models.weights import WeightSource
 
     encoder = WeightSource.random(preset, 0).load(torch.float32).encoder
     if side == "transformers":
@@ -38,10 +38,12 @@ def export(side: str, preset: str, folder: Path) -> dict[str, Any]:
         exporter: Any = exporter_onnx.OnnxExporter  # typed for PreTrainedModel alone
         inputs = {"pixel_values": torch.zeros(32, encoder.config.patch_dim), "grid_thw": grid}
         start = time.perf_counter()
-        exporter().export(tower, inputs, config=configs.OnnxConfig(dynamic=True)).save_pretrained(str(folder))
+        exporter().export(tower, inputs, config=configs.OnnxConfig(dynamic=True)).save_pretrained(
+            str(folder)
+        )
     else:
-        from mmvision_export.onnx_export import onnx_from_encoder
-        from mmvision_export.onnx_files import save_graph
+        from mmvision_export.export.onnx_export import onnx_from_encoder
+        from mmvision_export.graph.files import save_graph
 
         start = time.perf_counter()
         save_graph(onnx_from_encoder(encoder), folder, "model.onnx")
@@ -67,7 +69,12 @@ def main() -> None:
         for side in SIDES:
             command = [sys.executable, __file__, "--preset", arguments.preset, "--side", side]
             ended = subprocess.run(command, check=True, capture_output=True, text=True)
-            print(json.dumps({"round": round_, "side": side, **json.loads(ended.stdout.splitlines()[-1])}), flush=True)
+            print(
+                json.dumps(
+                    {"round": round_, "side": side, **json.loads(ended.stdout.splitlines()[-1])}
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -16,11 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from mmvision_export.buckets import Costs, LaunchPlanner, padding_rows, profiles_from_buckets
-from mmvision_export.config import EncoderConfig
-from mmvision_export.grid import checked_pixel_values
-from mmvision_export.preprocess import PreprocessorConfig
-from mmvision_export.runtime import VisionEncoder
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
+from mmvision_export.runtime.grid import checked_pixel_values
+from mmvision_export.runtime.launch_planner import (
+    Costs,
+    LaunchPlanner,
+    padding_rows,
+    profiles_from_buckets,
+)
+from mmvision_export.runtime.vision_encoder import VisionEncoder
 
 CALLS = 200
 
@@ -43,7 +48,9 @@ class Nothing:
         for launch in self._plan(grid_thw):
             rows = grid_thw[launch.images]
             count = launch.patches.stop - launch.patches.start
-            np.concatenate([rows, padding_rows(count, len(rows), self.profiles[launch.profile], self.config)])
+            np.concatenate(
+                [rows, padding_rows(count, len(rows), self.profiles[launch.profile], self.config)]
+            )
         return self._out
 
     def close(self) -> None:
@@ -58,24 +65,40 @@ def main() -> None:
     # Eight rows of four shapes of 1,024 patches each: more batches than there are calls, and so never one again.
     shapes = np.array([(1, 32, 32), (1, 16, 64), (1, 64, 16), (1, 8, 128)])
     fresh = [shapes[[call >> 2 * row & 3 for row in range(8)]] for call in range(1, CALLS + 1)]
-    times: dict[str, list[float]] = {"a grid seen before": [], "a new grid": [], "of it, reading the patches once": []}
+    times: dict[str, list[float]] = {
+        "a grid seen before": [],
+        "a new grid": [],
+        "of it, reading the patches once": [],
+    }
     for new in fresh:
         for name, call in (
             ("a grid seen before", lambda: encoder(pixels, same)),
             ("a new grid", lambda new=new: encoder(pixels, new)),
-            ("of it, reading the patches once", lambda: checked_pixel_values(pixels, encoder.config, np.float32)),
+            (
+                "of it, reading the patches once",
+                lambda: checked_pixel_values(pixels, encoder.config, np.float32),
+            ),
         ):
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
     statement = "from mmvision_export import VisionEncoder"
-    program = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    program = (
+        f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    )
     imports = [
-        float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", program], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for _ in range(5)
     ]
     overhead = {
-        name: {"median": round(statistics.median(seconds) * 1e3, 3), "minimum": round(min(seconds) * 1e3, 3)}
+        name: {
+            "median": round(statistics.median(seconds) * 1e3, 3),
+            "minimum": round(min(seconds) * 1e3, 3),
+        }
         for name, seconds in times.items()
     }
     import_ms = round(statistics.median(imports) * 1e3)

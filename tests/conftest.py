@@ -12,12 +12,13 @@ import hypothesis
 import pytest
 import torch
 
-from mmvision_export.checkpoint import encoder_from_state_dict
-from mmvision_export.encoder import VisionEncoderModule
-from mmvision_export.onnx_export import export_model_directory
-from mmvision_export.random_weights import random_state_dict
-from mmvision_export.weights import WeightSource
-from tests.configs import HEAD_DIM_80
+from mmvision_export.export.onnx_export import export_model_directory
+from mmvision_export.models.minimax_m3_vl.checkpoint import encoder_from_state_dict
+from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.random_weights import random_state_dict
+from mmvision_export.models.weights import WeightSource
+from tests.support.command import mmvision  # noqa: F401 - a fixture
+from tests.support.configs import HEAD_DIM_80
 
 # Examples are searched anew on every run, but in CI, where the same ones are tried each time, so that a red run is the
 # doing of a change. Times vary too much on shared machines for a deadline.
@@ -28,11 +29,15 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-    parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, tests marked gpu without one")
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="fail, rather than skip, tests marked gpu without one",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from mmvision_export.compute_capability import current_compute_capability
+    from mmvision_export.runtime.backends.cuda import current_compute_capability
 
     no_gpu = current_compute_capability() is None
     for item in items:
@@ -45,7 +50,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def encoder() -> VisionEncoderModule:
     """A small float32 encoder with the released head_dim."""
-    return encoder_from_state_dict(HEAD_DIM_80, random_state_dict(HEAD_DIM_80, seed=1, dtype=torch.float32))
+    return encoder_from_state_dict(
+        HEAD_DIM_80, random_state_dict(HEAD_DIM_80, seed=1, dtype=torch.float32)
+    )
 
 
 @pytest.fixture(scope="session")

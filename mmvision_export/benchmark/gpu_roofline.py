@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from mmvision_export.benchmark.workloads import Work, work_of
-from mmvision_export.config import PRESETS
+from mmvision_export.models.minimax_m3_vl.config import PRESETS
 
 __all__ = ["GPUS", "TOKENS", "Gpu", "gpu_markdown", "least_seconds"]
 
@@ -44,7 +44,9 @@ GPUS = (
 
 def least_seconds(work: dict[str, Work], gpu: Gpu) -> float:
     """Each operator takes at least as long as its arithmetic, and as its traffic, whichever is longer."""
-    return sum(max(item.flops / gpu.flops_per_s, item.bytes / gpu.bytes_per_s) for item in work.values())
+    return sum(
+        max(item.flops / gpu.flops_per_s, item.bytes / gpu.bytes_per_s) for item in work.values()
+    )
 
 
 def gpu_markdown() -> str:
@@ -64,7 +66,9 @@ def gpu_markdown() -> str:
         "| --- | " + " | ".join("---: | ---:" for _ in TOKENS) + " |",
     ]
     for name in works[TOKENS[0]]:
-        cells = [f"{works[t][name].flops / 1e9:.0f} | {works[t][name].bytes / 1e6:.0f}" for t in TOKENS]
+        cells = [
+            f"{works[t][name].flops / 1e9:.0f} | {works[t][name].bytes / 1e6:.0f}" for t in TOKENS
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     cells = [
         f"{sum(w.flops for w in works[t].values()) / 1e9:.0f} | {sum(w.bytes for w in works[t].values()) / 1e6:.0f}"
@@ -76,7 +80,9 @@ def gpu_markdown() -> str:
         "The least time that leaves, each operator bound by arithmetic or by memory, whichever is longer. A real kernel "
         "reaches a part of a GPU's peak, so that real times are longer; by how much only a measurement can say.",
         "",
-        "| GPU | peak, FP16 dense | memory | " + " | ".join(f"{t} tokens" for t in TOKENS) + " | source of the peaks |",
+        "| GPU | peak, FP16 dense | memory | "
+        + " | ".join(f"{t} tokens" for t in TOKENS)
+        + " | source of the peaks |",
         "| --- | ---: | ---: | " + " | ".join("---:" for _ in TOKENS) + " | --- |",
     ]
     for gpu in GPUS:

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from mmvision_export import __version__
+from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.benchmark.worker import PLAIN
 from mmvision_export.benchmark.workloads import Workload, work_of
-from mmvision_export.errors import BenchmarkError
-from mmvision_export.manifest import Manifest
-from mmvision_export.metrics import metrics
-from mmvision_export.progress import Progress
+from mmvision_export.core.errors import BenchmarkError
+from mmvision_export.core.metrics import metrics
+from mmvision_export.core.progress import Progress
+from mmvision_export.version import __version__
 
 __all__ = ["Measurement", "Result", "measure"]
 
@@ -79,7 +79,9 @@ class Result:
     model: dict[str, Any]
     threads: int
     sides: dict[str, dict[str, Any]]
-    gemm_gflops: dict[str, float]  # by runtime: the best of its float32 products of the model's size
+    gemm_gflops: dict[
+        str, float
+    ]  # by runtime: the best of its float32 products of the model's size
     workloads: list[Workload]
     measurements: list[Measurement]
     skipped: list[str]
@@ -91,7 +93,9 @@ class Result:
 
     def of(self, side: str, workload: str) -> Measurement | None:
         """One measurement, if it was made."""
-        return next((m for m in self.measurements if (m.side, m.workload) == (side, workload)), None)
+        return next(
+            (m for m in self.measurements if (m.side, m.workload) == (side, workload)), None
+        )
 
     def ratio(self, other: str, workload: str) -> float | None:
         """How many times as long another side takes as the first: the median over rounds of both in the same round."""
@@ -130,11 +134,27 @@ class _Side:
     def __init__(self, name: str, directory: Path, threads: int) -> None:
         self.name = name
         # One thread count for every library, set before it is loaded.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-m", "mmvision_export.benchmark.worker", name, str(directory), str(threads)]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "mmvision_export.benchmark.worker",
+            name,
+            str(directory),
+            str(threads),
+        ]
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed in close()
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -147,8 +167,12 @@ class _Side:
             line = ""
         if not line:
             self._log.seek(0)
-            said = self._log.read().strip().splitlines()[-1:] or [f"exit code {self._process.wait()}"]
-            raise BenchmarkError(f"{self.name} died: {said[0]}", hint="out of memory? Leave it out, or try --quick")
+            said = self._log.read().strip().splitlines()[-1:] or [
+                f"exit code {self._process.wait()}"
+            ]
+            raise BenchmarkError(
+                f"{self.name} died: {said[0]}", hint="out of memory? Leave it out, or try --quick"
+            )
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise BenchmarkError(f"{self.name}: {reply['error']}", hint=reply.get("hint"))
@@ -165,7 +189,9 @@ class _Side:
 
 
 @contextlib.contextmanager
-def _workers(names: Sequence[str], directory: Path, threads: int, progress: Progress) -> Iterator[dict[str, Any]]:
+def _workers(
+    names: Sequence[str], directory: Path, threads: int, progress: Progress
+) -> Iterator[dict[str, Any]]:
     sides: dict[str, _Side] = {}
     facts: dict[str, dict[str, Any]] = {}
     peaks: dict[str, _Side] = {}
@@ -218,7 +244,10 @@ def measure(
     config = manifest.config
     if len(set(sides)) != len(sides) or not sides:
         raise BenchmarkError(f"each side must be named once, got {', '.join(sides) or 'none'}")
-    with _workers(sides, directory, threads, progress) as opened, tempfile.TemporaryDirectory() as folder:
+    with (
+        _workers(sides, directory, threads, progress) as opened,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         workers, facts = opened["sides"], opened["facts"]
 
         def measure_gemm(best: dict[str, float]) -> dict[str, float]:
@@ -236,8 +265,14 @@ def measure(
                 "patches_per_token": config.patches_per_token,
                 "config": config.to_dict(),
                 "source": manifest.source.get("kind"),
-                "flops": {w.name: sum(x.flops for x in work_of(config, w.grid).values()) for w in workloads},
-                "bytes": {w.name: sum(x.bytes for x in work_of(config, w.grid).values()) for w in workloads},
+                "flops": {
+                    w.name: sum(x.flops for x in work_of(config, w.grid).values())
+                    for w in workloads
+                },
+                "bytes": {
+                    w.name: sum(x.bytes for x in work_of(config, w.grid).values())
+                    for w in workloads
+                },
             },
             threads=threads,
             sides=facts,
@@ -247,7 +282,11 @@ def measure(
             skipped=[],
         )
         for workload in workloads:
-            running = [name for name in sides if workload.patches <= MAX_PATCHES.get(name, workload.patches)]
+            running = [
+                name
+                for name in sides
+                if workload.patches <= MAX_PATCHES.get(name, workload.patches)
+            ]
             result.skipped += [f"{name}: {workload.name}" for name in sides if name not in running]
             progress.step(workload.name, total=repeats)
             replies = _rounds(
@@ -304,7 +343,10 @@ def _rounds(
 
 
 def _measurements(
-    replies: dict[str, list[dict[str, Any]]], workload: Workload, facts: dict[str, dict[str, Any]], folder: Path
+    replies: dict[str, list[dict[str, Any]]],
+    workload: Workload,
+    facts: dict[str, dict[str, Any]],
+    folder: Path,
 ) -> list[Measurement]:
     outputs = {name: np.load(folder / f"{name.replace(':', '_')}.npy") for name in replies}
     reference = next(iter(outputs.values()))
@@ -312,7 +354,11 @@ def _measurements(
     for name, runs in replies.items():
         distance = metrics(outputs[name], reference)
         int8 = "int8" in (facts[name]["precision"], next(iter(facts.values()))["precision"])
-        same = distance.min_cosine >= _MIN_COSINE_INT8 if int8 else distance.relative_l2 <= _MAX_RELATIVE_L2
+        same = (
+            distance.min_cosine >= _MIN_COSINE_INT8
+            if int8
+            else distance.relative_l2 <= _MAX_RELATIVE_L2
+        )
         if distance.non_finite or not same:
             raise BenchmarkError(
                 f"{name} computes something else than {next(iter(replies))} on {workload.name}: relative L2 "

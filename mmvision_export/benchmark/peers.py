@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmvision_export.config import EncoderConfig
-from mmvision_export.encoder import VisionEncoderModule
-from mmvision_export.errors import BackendError
+from mmvision_export.core.errors import BackendError
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 
 __all__ = ["PEERS", "as_nemo", "as_transformers", "peer_from_encoder", "transformers_modules"]
 
@@ -60,7 +60,9 @@ def as_transformers(state: Mapping[str, Tensor], config: EncoderConfig) -> dict[
 def as_nemo(state: Mapping[str, Tensor], config: EncoderConfig) -> dict[str, Tensor]:
     """Our names -> those of NeMo's MiniMaxM3VisionModel."""
     return {
-        name.removeprefix("vision_tower."): _convolution(tensor, config) if "patch_embedding" in name else tensor
+        name.removeprefix("vision_tower."): _convolution(tensor, config)
+        if "patch_embedding" in name
+        else tensor
         for name, tensor in state.items()
     }
 
@@ -81,7 +83,9 @@ def _transformers(encoder: VisionEncoderModule, attention: str) -> Peer:
     return run
 
 
-def transformers_modules(encoder: VisionEncoderModule, attention: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+def transformers_modules(
+    encoder: VisionEncoderModule, attention: str
+) -> tuple[torch.nn.Module, torch.nn.Module]:
     """The tower and projector of transformers with the weights of an encoder, not copied.
 
     Args:
@@ -118,7 +122,10 @@ def transformers_modules(encoder: VisionEncoderModule, attention: str) -> tuple[
         # Assigned, not copied: one copy of the weights in the process, as a user of transformers has.
         weights = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
         module.load_state_dict(weights, strict=True, assign=True)
-        _fill_buffers(module, MiniMaxM3VLVisionModel(vision) if module is tower and _has_meta(module) else None)
+        _fill_buffers(
+            module,
+            MiniMaxM3VLVisionModel(vision) if module is tower and _has_meta(module) else None,
+        )
         module.eval()
     return tower, projector
 
@@ -154,7 +161,9 @@ def _nemo(encoder: VisionEncoderModule) -> Peer:
             "temporal_patch_size": config.temporal_patch_size,
         },
     )
-    model = _nemo_module().MiniMaxM3VisionModel(settings, config.text_hidden_size, config.projector_hidden_size)
+    model = _nemo_module().MiniMaxM3VisionModel(
+        settings, config.text_hidden_size, config.projector_hidden_size
+    )
     model.load_state_dict(as_nemo(encoder.state_dict(), config), strict=True, assign=True)
     model.eval()
 
@@ -169,8 +178,13 @@ def _nemo_module() -> ModuleType:
     """NeMo's vision_encoder.py on its own: its package would import the whole training stack."""
     package = importlib.util.find_spec("nemo_automodel")
     if package is None or not package.submodule_search_locations:
-        raise BackendError("nemo-automodel is not installed", hint="pip install --no-deps nemo-automodel")
-    path = Path(package.submodule_search_locations[0]) / "components/models/minimax_m3_vl/vision_encoder.py"
+        raise BackendError(
+            "nemo-automodel is not installed", hint="pip install --no-deps nemo-automodel"
+        )
+    path = (
+        Path(package.submodule_search_locations[0])
+        / "components/models/minimax_m3_vl/vision_encoder.py"
+    )
     spec = importlib.util.spec_from_file_location("nemo_vision_encoder", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

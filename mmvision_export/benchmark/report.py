@@ -29,7 +29,14 @@ def write_plots(result: Result, folder: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib import ticker
 
-    def draw(name: str, series: str | None, x: Callable[[Workload], float], y: Any, xlabel: str, ylabel: str) -> None:
+    def draw(
+        name: str,
+        series: str | None,
+        x: Callable[[Workload], float],
+        y: Any,
+        xlabel: str,
+        ylabel: str,
+    ) -> None:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         ticks: set[float] = set()
         for index, (side, facts) in enumerate(result.sides.items()):
@@ -38,7 +45,8 @@ def write_plots(result: Result, folder: Path) -> None:
             points = [
                 (x(w), y(w, m))
                 for w in result.workloads
-                if (series is None or series in w.series) and (m := result.of(side, w.name)) is not None
+                if (series is None or series in w.series)
+                and (m := result.of(side, w.name)) is not None
             ]
             if points:
                 points.sort()
@@ -100,10 +108,19 @@ def write_plots(result: Result, folder: Path) -> None:
     def intensity(w: Workload) -> float:
         return result.flops(w) / float(result.model["bytes"][w.name])
 
-    draw("latency.png", "patches", lambda w: w.patches, latency, "patches of the image", "milliseconds, median")
+    draw(
+        "latency.png",
+        "patches",
+        lambda w: w.patches,
+        latency,
+        "patches of the image",
+        "milliseconds, median",
+    )
     each = next((w.grid[0] for w in result.workloads if "images" in w.series), (1, 0, 0))
     images = f"images of {each[0] * each[1] * each[2]} patches"
-    draw("throughput.png", "images", lambda w: len(w.grid), throughput, images, "patches per second")
+    draw(
+        "throughput.png", "images", lambda w: len(w.grid), throughput, images, "patches per second"
+    )
     draw("memory.png", "patches", lambda w: w.patches, memory, "patches of the image", "MB")
     draw("roofline.png", None, intensity, gflops, "FLOP per byte of least traffic", "GFLOP/s")
 
@@ -167,7 +184,10 @@ def page_from_result(result: Result, *, plots: str) -> str:
             + " | ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
             + " |"
         )
-    lines += ["", "A dash: not run, since its dense attention would not fit." if result.skipped else ""]
+    lines += [
+        "",
+        "A dash: not run, since its dense attention would not fit." if result.skipped else "",
+    ]
     disturbed = [m for m in result.measurements if m.foreign_cpus > 0.1]
     if disturbed:
         worst = max(disturbed, key=lambda m: m.foreign_cpus)

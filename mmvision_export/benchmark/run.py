@@ -7,16 +7,16 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmvision_export.backends import BACKENDS
+from mmvision_export.artifacts.manifest import Manifest, flavour_graph
 from mmvision_export.benchmark.measure import Result, measure
 from mmvision_export.benchmark.peers import PEERS
 from mmvision_export.benchmark.report import page_from_result, write_plots
 from mmvision_export.benchmark.worker import PLAIN
 from mmvision_export.benchmark.workloads import workloads_for
-from mmvision_export.errors import BenchmarkError
-from mmvision_export.manifest import Manifest, flavour_graph
-from mmvision_export.output import new_files
-from mmvision_export.progress import Progress
+from mmvision_export.core.errors import BenchmarkError
+from mmvision_export.core.files import new_files
+from mmvision_export.core.progress import Progress
+from mmvision_export.runtime.backends import BACKENDS
 
 __all__ = ["run_benchmark", "sides_from"]
 
@@ -36,14 +36,20 @@ def sides_from(
     for backend in backends:
         name, _, graph = backend.partition(":")
         if name not in BACKENDS:
-            raise BenchmarkError(f"no such backend: {name}", hint=f"choose from: {', '.join(BACKENDS)}")
+            raise BenchmarkError(
+                f"no such backend: {name}", hint=f"choose from: {', '.join(BACKENDS)}"
+            )
         if graph and (graph not in (*manifest.files, PLAIN) or name != "onnxruntime-cpu"):
             graphs = ", ".join(file for file in manifest.files if file.endswith(".onnx"))
-            raise BenchmarkError(f"{backend}: only onnxruntime-cpu takes a graph, one of {graphs}; or {PLAIN}")
+            raise BenchmarkError(
+                f"{backend}: only onnxruntime-cpu takes a graph, one of {graphs}; or {PLAIN}"
+            )
         for precision in [manifest.precision] if graph or name != "onnxruntime-cpu" else precisions:
             if precision == "int8":
                 if INT8_GRAPH not in manifest.files:
-                    raise BenchmarkError(f"the model directory has no {INT8_GRAPH}", hint="use --precision fp32")
+                    raise BenchmarkError(
+                        f"the model directory has no {INT8_GRAPH}", hint="use --precision fp32"
+                    )
                 sides.append(f"{name}:{INT8_GRAPH}")
             elif precision == manifest.precision:
                 sides.append(backend)
@@ -101,5 +107,7 @@ def run_benchmark(
         with new_files(page.parent / page.stem, name="plots") as new:
             write_plots(result, new)
         with new_files(page.parent, name=page.name) as new:
-            (new / page.name).write_text(page_from_result(result, plots=page.stem), encoding="utf-8")
+            (new / page.name).write_text(
+                page_from_result(result, plots=page.stem), encoding="utf-8"
+            )
     return result, output

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from mmvision_export.backends.cpu_kernels import find_cpu_kernels
-from mmvision_export.domain import DOMAIN
-from mmvision_export.errors import BackendError, message_and_hint
-from mmvision_export.manifest import GRAPH, Manifest
-from mmvision_export.sample_batches import batch_of_grid
+from mmvision_export.artifacts.manifest import GRAPH, Manifest
+from mmvision_export.core.errors import BackendError, message_and_hint
+from mmvision_export.models.sample_batches import batch_of_grid
+from mmvision_export.ops.domain import DOMAIN
+from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
 
 __all__ = ["PLAIN", "main"]
 
@@ -46,7 +46,12 @@ def main() -> None:
             start = time.perf_counter()
             state["run"], facts = _open(side, directory, threads)
             opened = time.perf_counter() - start
-            return {**facts, "open_s": opened, "rss_bytes": _memory("VmRSS"), "file_bytes": _memory("RssFile")}
+            return {
+                **facts,
+                "open_s": opened,
+                "rss_bytes": _memory("VmRSS"),
+                "file_bytes": _memory("RssFile"),
+            }
         if request["do"] == "gemm":
             runtime, gflops = _gemm(side, directory, threads)
             return {"runtime": runtime, "gflops": gflops}
@@ -69,7 +74,7 @@ def _open(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]
     import torch
 
     from mmvision_export.benchmark.peers import peer_from_encoder
-    from mmvision_export.weights import DTYPES, WeightSource
+    from mmvision_export.models.weights import DTYPES, WeightSource
 
     torch.set_num_threads(threads)
     manifest = Manifest.read(directory)
@@ -81,7 +86,9 @@ def _open(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]
 
     def run(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            out: np.ndarray = peer(torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)).numpy()
+            out: np.ndarray = peer(
+                torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)
+            ).numpy()
             return out
 
     package = {"transf": "transformers", "nemo": "nemo-automodel"}.get(side[:6], "torch")
@@ -90,9 +97,11 @@ def _open(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]
     return run, {"version": importlib.metadata.version(package), "precision": manifest.precision}
 
 
-def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]]:
-    from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
-    from mmvision_export.runtime import VisionEncoder
+def _open_backend(
+    backend: str, graph: str, directory: Path, threads: int
+) -> tuple[Run, dict[str, Any]]:
+    from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_session
+    from mmvision_export.runtime.vision_encoder import VisionEncoder
 
     if graph == GRAPH:  # as it is: no backend picks it where there is a better one
         Manifest.read(directory).verify(directory, [graph])
@@ -106,14 +115,20 @@ def _open_backend(backend: str, graph: str, directory: Path, threads: int) -> tu
         return run_graph, {"version": onnxruntime.__version__, "precision": "fp32"}
     plain = graph == PLAIN
     flavour = None if plain else graph.removeprefix("model.").removesuffix(".onnx") or None
-    encoder = VisionEncoder.open(directory, backend=backend, threads=threads, flavour=flavour, cpu_kernels=not plain)
+    encoder = VisionEncoder.open(
+        directory, backend=backend, threads=threads, flavour=flavour, cpu_kernels=not plain
+    )
     run: Run = encoder
     if not backend.endswith("-cpu"):
         run = _with_cuda_events(encoder)
     info = encoder.info
     return run, {
         "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
-        "precision": "int8" if "int8" in info["precision"] else "fp32" if flavour else info["precision"],
+        "precision": "int8"
+        if "int8" in info["precision"]
+        else "fp32"
+        if flavour
+        else info["precision"],
         "kernels": info.get("cpu_kernels", ""),
     }
 
@@ -167,17 +182,26 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
     """Whose matrix product the side uses, and the best of several of the encoder's own size, float32, in GFLOP/s."""
     rows, k, n = _GEMM
     generator = np.random.default_rng(0)
-    x, w = generator.standard_normal((rows, k), np.float32), generator.standard_normal((n, k), np.float32)
+    x, w = (
+        generator.standard_normal((rows, k), np.float32),
+        generator.standard_normal((n, k), np.float32),
+    )
     product: Callable[[], Any]
     if side.startswith("onnxruntime"):
         import onnx
 
-        from mmvision_export.backends.onnxruntime import PROVIDERS, create_session
+        from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_session
 
         kernels = None if side.endswith(f":{PLAIN}") else find_cpu_kernels(directory)[0]
-        runtime, op = ("our kernels", f"{DOMAIN}.Linear") if kernels else ("ONNX Runtime", "Gemm <transB: int = 1>")
+        runtime, op = (
+            ("our kernels", f"{DOMAIN}.Linear")
+            if kernels
+            else ("ONNX Runtime", "Gemm <transB: int = 1>")
+        )
         graph = f"g (float[m, k] x) => (float[m, n] y) {{y = {op} (x, w)}}"
-        model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18, "{DOMAIN}": 1]> {graph}')
+        model = onnx.parser.parse_model(
+            f'<ir_version: 10, opset_import: ["": 18, "{DOMAIN}": 1]> {graph}'
+        )
         model.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
         session = create_session(
             model.SerializeToString(),
@@ -220,7 +244,13 @@ def _reset_peak() -> None:
 def _busy_s() -> float:
     """CPU seconds that this machine has spent on anything, since it started; 0 where it does not say."""
     try:
-        fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
+        fields = [
+            int(field)
+            for field in Path("/proc/stat")
+            .read_text(encoding="ascii")
+            .split("\n", 1)[0]
+            .split()[1:9]
+        ]
     except OSError:
         return 0.0
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from mmvision_export.config import EncoderConfig
-from mmvision_export.errors import InputError
+from mmvision_export.core.errors import InputError
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = ["QUICK", "STANDARD", "Work", "Workload", "work_of", "workloads_for"]
 
@@ -37,7 +37,9 @@ def _one(side: int, *also: str) -> Workload:
 
 
 def _equal(count: int, side: int) -> Workload:
-    return Workload(f"{count} images of {side * side} patches", ("images",), ((1, side, side),) * count)
+    return Workload(
+        f"{count} images of {side * side} patches", ("images",), ((1, side, side),) * count
+    )
 
 
 def _mixed(count: int, largest: int) -> Workload:
@@ -77,7 +79,9 @@ def workloads_for(names: str) -> tuple[Workload, ...]:
     """
     sets = {"quick": QUICK, "standard": STANDARD}
     if names not in sets:
-        raise InputError(f"no such set of workloads: {names}", hint=f"choose one of: {', '.join(sets)}")
+        raise InputError(
+            f"no such set of workloads: {names}", hint=f"choose one of: {', '.join(sets)}"
+        )
     # By size: what an allocator keeps of a large batch would count for the smaller ones after it.
     return tuple(sorted(sets[names], key=lambda workload: workload.patches))
 
@@ -124,7 +128,9 @@ def work_of(
     return {
         "patch embedding": products(patches, (config.patch_dim, hidden)),
         "attention projections": products(patches, *[(hidden, hidden)] * 4, times=layers),
-        "attention": Work(4.0 * scores * hidden * layers, 4.0 * patches * hidden * layers * bytes_per_value),
+        "attention": Work(
+            4.0 * scores * hidden * layers, 4.0 * patches * hidden * layers * bytes_per_value
+        ),
         "MLP": products(patches, (hidden, inner), (inner, hidden), times=layers),
         "projector": products(patches, (hidden, projector), (projector, text)),
         "merger": products(tokens, (config.patches_per_token * text, projector), (projector, text)),

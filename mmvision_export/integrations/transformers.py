@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmvision_export.errors import InputError
-from mmvision_export.runtime import VisionEncoder
+from mmvision_export.core.errors import InputError
+from mmvision_export.runtime.vision_encoder import VisionEncoder
 
 __all__ = ["replace_vision_tower"]
 
@@ -74,12 +74,18 @@ def replace_vision_tower(model: nn.Module, encoder: VisionEncoder) -> tuple[nn.M
     """
     inner: Any = getattr(model, "model", model)
     if not (hasattr(inner, "vision_tower") and hasattr(inner, "multi_modal_projector")):
-        raise InputError(f"a {type(model).__name__} has no vision_tower and multi_modal_projector to replace")
+        raise InputError(
+            f"a {type(model).__name__} has no vision_tower and multi_modal_projector to replace"
+        )
     settings, config = inner.config, encoder.config
     for name, theirs, ours in (
         ("text hidden_size", settings.text_config.hidden_size, config.text_hidden_size),
         ("patch_size", settings.vision_config.patch_size, config.patch_size),
-        ("spatial_merge_size", inner.multi_modal_projector.spatial_merge_size, config.spatial_merge_size),
+        (
+            "spatial_merge_size",
+            inner.multi_modal_projector.spatial_merge_size,
+            config.spatial_merge_size,
+        ),
         ("vision hidden_size", settings.vision_config.hidden_size, config.hidden_size),
         ("num_hidden_layers", settings.vision_config.num_hidden_layers, config.num_hidden_layers),
     ):

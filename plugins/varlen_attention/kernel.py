@@ -46,13 +46,21 @@ def num_programs(num_patches: int, num_segments: int, block_m: int) -> int:
 def _load(base, rows, valid, row_stride, first: tl.constexpr, size: tl.constexpr):
     # [rows, size] of one head's part; rows that are not valid are 0.
     columns = first + tl.arange(0, size)
-    return tl.load(base + rows[:, None].to(tl.int64) * row_stride + columns[None, :], mask=valid[:, None], other=0.0)
+    return tl.load(
+        base + rows[:, None].to(tl.int64) * row_stride + columns[None, :],
+        mask=valid[:, None],
+        other=0.0,
+    )
 
 
 @triton.jit
 def _store(base, rows, valid, row_stride, values, first: tl.constexpr, size: tl.constexpr):
     columns = first + tl.arange(0, size)
-    tl.store(base + rows[:, None].to(tl.int64) * row_stride + columns[None, :], values, mask=valid[:, None])
+    tl.store(
+        base + rows[:, None].to(tl.int64) * row_stride + columns[None, :],
+        values,
+        mask=valid[:, None],
+    )
 
 
 @triton.jit
@@ -91,7 +99,12 @@ def varlen_attention_kernel(
         rows = first_row + tl.arange(0, BLOCK_M)
         row_valid = rows < end
         offset = head.to(tl.int64) * (D0 + D1 + D2)
-        q_base, k_base, v_base, out_base = q_ptr + offset, k_ptr + offset, v_ptr + offset, out_ptr + offset
+        q_base, k_base, v_base, out_base = (
+            q_ptr + offset,
+            k_ptr + offset,
+            v_ptr + offset,
+            out_ptr + offset,
+        )
 
         q0 = _load(q_base, rows, row_valid, row_stride, 0, D0)
         acc0 = tl.zeros([BLOCK_M, D0], dtype=tl.float32)
@@ -111,9 +124,13 @@ def varlen_attention_kernel(
             k0 = _load(k_base, keys, key_valid, row_stride, 0, D0)
             scores = tl.dot(q0, tl.trans(k0))
             if D1 > 0:
-                scores = tl.dot(q1, tl.trans(_load(k_base, keys, key_valid, row_stride, D0, D1)), scores)
+                scores = tl.dot(
+                    q1, tl.trans(_load(k_base, keys, key_valid, row_stride, D0, D1)), scores
+                )
             if D2 > 0:
-                scores = tl.dot(q2, tl.trans(_load(k_base, keys, key_valid, row_stride, D0 + D1, D2)), scores)
+                scores = tl.dot(
+                    q2, tl.trans(_load(k_base, keys, key_valid, row_stride, D0 + D1, D2)), scores
+                )
             # In units of log2, so that the exponential is one instruction. Every row has at least one valid key in the
             # first block, so the running maximum is finite from there on.
             scores = tl.where(key_valid[None, :], scores * scale_log2, float("-inf"))
@@ -135,6 +152,22 @@ def varlen_attention_kernel(
         inverse = 1.0 / row_sum
         _store(out_base, rows, row_valid, row_stride, (acc0 * inverse[:, None]).to(q0.dtype), 0, D0)
         if D1 > 0:
-            _store(out_base, rows, row_valid, row_stride, (acc1 * inverse[:, None]).to(q0.dtype), D0, D1)
+            _store(
+                out_base,
+                rows,
+                row_valid,
+                row_stride,
+                (acc1 * inverse[:, None]).to(q0.dtype),
+                D0,
+                D1,
+            )
         if D2 > 0:
-            _store(out_base, rows, row_valid, row_stride, (acc2 * inverse[:, None]).to(q0.dtype), D0 + D1, D2)
+            _store(
+                out_base,
+                rows,
+                row_valid,
+                row_stride,
+                (acc2 * inverse[:, None]).to(q0.dtype),
+                D0 + D1,
+                D2,
+            )

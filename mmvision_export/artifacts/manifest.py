@@ -1,0 +1,225 @@
+"""The model directory and its `manifest.json`: what the files are, where they came from, and what has been checked.
+
+```
+<name>/
+  model.onnx  model.onnx.data      the portable graph and its weights
+  model.<flavour>.onnx             graphs derived from it
+  manifest.json
+  preprocessor_config.json
+  plans/*.engine                   engines, each with a .json sidecar of the same stem
+```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmvision_export.core.errors import ConfigError, ManifestError
+from mmvision_export.core.files import FileRecord, new_files, read_json
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+
+__all__ = [
+    "CPU_GRAPH",
+    "DATA",
+    "GRAPH",
+    "MANIFEST",
+    "PLANS",
+    "PRECISIONS",
+    "QUANTIZED_PRECISIONS",
+    "Manifest",
+    "find_model_directory",
+    "flavour_graph",
+    "model_directory_of",
+]
+
+GRAPH = "model.onnx"
+DATA = "model.onnx.data"
+CPU_GRAPH = "model.cpu.onnx"
+"""The graph of a float32 directory laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
+MANIFEST = "manifest.json"
+PLANS = "plans"
+_FORMAT = 1
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""Float types of a graph."""
+
+QUANTIZED_PRECISIONS = ("int8", "fp8")
+"""Flavours that engines are built from."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Manifest:
+    """Content of `manifest.json`.
+
+    Attributes:
+        config: The encoder's dimensions.
+        precision: Float type of `model.onnx`: fp32, fp16 or bf16.
+        opset: Version of the standard operators in `model.onnx`.
+        attention_body: Which standard ops define `VarlenAttention` in it.
+        source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed to load them again,
+            and `sha256` of the tensors.
+        versions: Versions of the packages that made the directory.
+        files: Every file of the directory that a runtime may open, by name relative to it.
+        parity: Results of the last comparison, by graph file name.
+        weights: The largest weight and what float16 would lose; see `weight_statistics`.
+        quantization: How each quantised graph was made, and what it lost, by graph file name.
+        created: When, in UTC, ISO 8601.
+    """
+
+    config: EncoderConfig
+    precision: str
+    opset: int
+    attention_body: str
+    source: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+    created: str
+    parity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    weights: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("opset", self.opset, int),
+            ("source", self.source, dict),
+            ("parity", self.parity, dict),
+            ("quantization", self.quantization, dict),
+            ("versions", self.versions, dict),
+            ("weights", self.weights, dict),
+        ):
+            if not isinstance(value, kind):
+                raise ManifestError(f"{name} must be {kind.__name__}, got {value!r}")
+        if self.precision not in PRECISIONS:
+            raise ManifestError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
+        required = {"random": {"seed"}, "checkpoint": {"checkpoint"}}.get(
+            str(self.source.get("kind"))
+        )
+        if required is None or not required <= set(self.source):
+            raise ManifestError(
+                f"source must say how to load the weights again, got {self.source!r}"
+            )
+
+    def update(
+        self,
+        directory: Path,
+        *,
+        files: Mapping[str, FileRecord] | None = None,
+        parity: Mapping[str, Any] | None = None,
+        quantization: Mapping[str, Any] | None = None,
+        without_parity: str | None = None,
+    ) -> None:
+        """Add to a directory's manifest, keeping what another process has added since it was read.
+
+        Args:
+            directory: The model directory.
+            files: Files that are there now.
+            parity: Results, by name of graph or engine.
+            quantization: Reports, by name of graph.
+            without_parity: A graph or engine whose result no longer holds.
+        """
+        latest = Manifest.read(directory)
+        self.files = {**latest.files, **(files or {})}
+        self.parity = {**latest.parity, **(parity or {})}
+        self.quantization = {**latest.quantization, **(quantization or {})}
+        if without_parity is not None:
+            self.parity.pop(without_parity, None)
+        self.write(directory)
+
+    def write(self, directory: Path) -> None:
+        """Write `manifest.json` into the directory, in one piece."""
+        content = {"format": _FORMAT, **dataclasses.asdict(self)}
+        with new_files(directory, name=MANIFEST) as new:
+            (new / MANIFEST).write_text(
+                json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+            )
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read the manifest of a model directory.
+
+        Raises:
+            ManifestError: There is none, it is malformed, or it is of a later format.
+        """
+        path = directory / MANIFEST
+        if not directory.is_dir():
+            raise ManifestError(
+                f"{directory}: no such model directory",
+                hint="make one with: mmvision export --onnx",
+            )
+        content = read_json(path)
+        if content.pop("format", None) != _FORMAT:
+            raise ManifestError(
+                f"{path}: not a manifest of format {_FORMAT}", hint="export the model again"
+            )
+        try:
+            config = EncoderConfig.from_dict(content.pop("config"))
+            files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
+            manifest = cls(config=config, files=files, **content)
+        except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
+            raise ManifestError(
+                f"{path}: malformed: {error}", hint="export the model again"
+            ) from error
+        return manifest
+
+    def record_of(self, name: str) -> FileRecord:
+        """The record of a file.
+
+        Raises:
+            ManifestError: The manifest does not list it.
+        """
+        if name not in self.files:
+            raise ManifestError(f"the manifest does not list {name}", hint="export the model again")
+        return self.files[name]
+
+    def verify(self, directory: Path, names: Iterable[str]) -> None:
+        """Check that files are present and are those the manifest describes.
+
+        Raises:
+            ManifestError: A file is missing, not in the manifest, or has another content.
+        """
+        for name in names:
+            self.record_of(name).verify(directory / name, said_by="the manifest")
+
+
+def flavour_graph(flavour: str) -> str:
+    """File name of a flavour's graph in a model directory."""
+    return f"model.{flavour}.onnx"
+
+
+def model_directory_of(path: Path) -> Path | None:
+    """The model directory that a path is, or that an engine file lies in; None for an engine on its own."""
+    if not path.is_file():
+        return path
+    folder = path.resolve().parent
+    return folder.parent if folder.name == PLANS and (folder.parent / MANIFEST).is_file() else None
+
+
+def find_model_directory(given: Path | None, root: Path = Path("engines")) -> Path:
+    """The model directory a command works on: the one named, or the only one under the root.
+
+    Args:
+        given: What `--model` said.
+        root: Folder of model directories.
+
+    Raises:
+        ManifestError: None was named, and there is not exactly one.
+    """
+    if given is not None:
+        return given
+    found = sorted(path.parent for path in root.glob(f"[!.]*/{MANIFEST}"))
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ManifestError(
+            f"no model directory under {root}/", hint="make one with: mmvision export --onnx"
+        )
+    names = ", ".join(str(path) for path in found)
+    raise ManifestError(
+        f"{len(found)} model directories under {root}/: {names}", hint="choose one with --model"
+    )

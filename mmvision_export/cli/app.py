@@ -1,0 +1,370 @@
+"""The `mmvision` command: each subcommand is a signature, a docstring and one call.
+
+Heavy packages are imported by the command that uses them, so that `mmvision --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from typer.core import TyperCommand
+
+from mmvision_export.cli.benchmark import benchmark
+from mmvision_export.cli.build import build_engine, build_plugins
+from mmvision_export.cli.console import console, messages, progress_display
+from mmvision_export.cli.options import Verbose, one_precision, the_model
+from mmvision_export.cli.quantize import quantize
+from mmvision_export.core.errors import message_and_hint, print_error
+from mmvision_export.version import __version__
+
+__all__ = ["app", "main"]
+
+HUB_CHECKPOINT = "MiniMaxAI/MiniMax-M3"
+
+_INTERRUPTED = 130
+
+# Which extra brings a package that a command turned out to need.
+_EXTRA_OF = {
+    "torch": "export",
+    "huggingface_hub": "export",
+    "onnxscript": "export",
+    "onnxruntime": "cpu",
+}
+
+
+app = typer.Typer(
+    name="mmvision",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    # Plain help: at 80 columns the boxed one cuts option names short.
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Take the MiniMax-M3-VL vision encoder from a PyTorch checkpoint to an engine that is the same function.",
+)
+
+
+class Preset(str, enum.Enum):
+    """Dimensions for random weights."""
+
+    tiny = "tiny"
+    shallow = "shallow"
+    full = "full"
+
+
+class RandomWeights(str, enum.Enum):
+    """Kinds of random weights."""
+
+    plain = "plain"
+    outliers = "outliers"
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+class _ExportCommand(TyperCommand):
+    """Reads `--random-weights` with no value as `--random-weights=plain`; typer has no options with optional values."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        flag = "--random-weights"
+        given = [
+            f"{flag}=plain"
+            if argument == flag and (following is None or following.startswith("-"))
+            else argument
+            for argument, following in itertools.zip_longest(args, args[1:])
+        ]
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_ExportCommand)
+def export(
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Write ONNX, the only format so far.", show_default=False)
+    ] = True,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="DIR|HUB_ID", help=f"Checkpoint folder or hub id. Default: {HUB_CHECKPOINT}."
+        ),
+    ] = None,
+    revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit of the hub repository.")
+    ] = None,
+    preset: Annotated[
+        Optional[Preset],
+        typer.Option(
+            help="Dimensions for --random-weights: tiny (7 M parameters) or full (865 M)."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        Optional[RandomWeights],
+        typer.Option(
+            metavar="[plain|outliers]",
+            help="Seeded random weights instead of a checkpoint: plain (also with no value), or with the outlier "
+            "channels and massive activations of trained vision transformers.",
+        ),
+    ] = None,
+    seed: Annotated[
+        Optional[int], typer.Option(help="Seed of the random weights. Default: 0.", min=0)
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            help="Model directory to make. Default: engines/ and the name of the checkpoint or preset.",
+        ),
+    ] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="float32 graph (default).")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="float16 graph.")] = False,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="bfloat16 graph, with float32 input and output.")
+    ] = False,
+    opset: Annotated[
+        int, typer.Option(help="ONNX opset, 18 to 23. Below 23, attention is MatMul and Softmax.")
+    ] = 23,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the model directory if it exists.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Export the encoder to ONNX, into a new model directory."""
+    precision = one_precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
+    if random_weights and (checkpoint or revision):
+        raise typer.BadParameter("--random-weights takes no --checkpoint or --revision")
+    if random_weights and preset is None:
+        raise typer.BadParameter("--random-weights needs --preset tiny or --preset full")
+    if (preset or seed is not None) and not random_weights:
+        raise typer.BadParameter("--preset and --seed go with --random-weights")
+    if checkpoint == "":
+        raise typer.BadParameter("--checkpoint is empty")
+
+    from mmvision_export.export.onnx_export import export_model_directory
+    from mmvision_export.models.weights import WeightSource
+
+    if preset is not None and random_weights is not None:
+        source = WeightSource.random(preset.value, seed or 0, random_weights.value)
+        output = output or Path("engines") / preset.value
+    else:
+        source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
+        output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).resolve().name
+    with progress_display() as progress:
+        manifest = export_model_directory(
+            source, output, precision=precision, opset=opset, force=force, progress=progress
+        )
+    size = sum(record.size_bytes for record in manifest.files.values())
+    console.print(
+        f"{output}: {precision} graph, opset {manifest.opset}, {size / 1e6:.1f} MB", markup=False
+    )
+    messages.print(f"next: mmvision parity --model {output}", markup=False)
+
+
+@app.command()
+def parity(
+    model: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--model",
+            metavar="DIR|ENGINE",
+            help="Model directory, or one engine in its plans/. Default: the only one in engines/.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="DIR|HUB_ID", help="Where the weights are. Default: where they were at export."
+        ),
+    ] = None,
+    image: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            metavar="FILE", help="Image to compare on; may be repeated, for one packed batch."
+        ),
+    ] = None,
+    pixel_values: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="NPY", help="Patches [num_patches, 1176] to compare on, with --grid-thw."
+        ),
+    ] = None,
+    grid_thw: Annotated[
+        Optional[Path],
+        typer.Option(metavar="NPY", help="Integers [num_images, 3]: t, h, w in patches."),
+    ] = None,
+    report: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="HTML",
+            help="Write a report with plots here, and all numbers as .json beside it.",
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the report if it exists.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure how far graphs and engines are from PyTorch in float64.
+
+    Every graph of the model directory, and the engines that fit this machine, on the images or patches given, or on
+    grids of every kind; and layer by layer on the worst of them. A summary is written into manifest.json. Exits with 1
+    if a difference is beyond its gate, or a value is not finite.
+    """
+    if (pixel_values is None) != (grid_thw is None):
+        raise typer.BadParameter("--pixel-values and --grid-thw go together")
+    if image and pixel_values:
+        raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
+
+    from mmvision_export.cli.parity_output import print_parity, samples_from_options
+    from mmvision_export.models.weights import WeightSource
+    from mmvision_export.parity.check import check_parity, record_parity
+    from mmvision_export.parity.report.page import (
+        checked_report_path,
+        record_from_parity,
+        write_report,
+    )
+
+    path = the_model(model)
+    if report is not None:
+        checked_report_path(report, force=force)
+    samples = samples_from_options(
+        path, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
+    )
+    source = WeightSource(checkpoint=checkpoint) if checkpoint else None
+    with progress_display() as progress:
+        result = check_parity(path, source=source, samples=samples, progress=progress)
+    if as_json:
+        print(json.dumps(record_from_parity(result), indent=2))
+    else:
+        print_parity(result)
+    record_parity(result)
+    if report is not None:
+        write_report(report, result, force=force)
+        messages.print(f"report: {report}", markup=False)
+    for row in result.rows:
+        for failure in row.failures:
+            print_error(f"{row.runner}, {row.sample}: {failure}")
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+app.command()(quantize)
+app.command("build-plugins")(build_plugins)
+app.command("build-engine")(build_engine)
+app.command()(benchmark)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        Path, typer.Argument(metavar="DIR|FILE", help="Model directory, .onnx graph or .engine.")
+    ],
+    verbose: Verbose = False,
+) -> None:
+    """Describe a model directory, graph or engine.
+
+    Inputs, operators, sizes, precision, versions and what was checked, as JSON. Of a model directory every file is
+    hashed and compared with the manifest.
+    """
+    from mmvision_export.graph.inspection import inspect as describe
+
+    print(json.dumps(describe(path), indent=2))
+
+
+@app.command()
+def doctor(
+    model: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--model", metavar="DIR", help="Model directory to choose a backend for, by opening it."
+        ),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Show which backends work here, and why others do not, fastest first.
+
+    With --model, also which of them --backend auto takes for a model directory, and why it passes over others.
+    """
+    from mmvision_export.cli.examination import choice_for, examine
+
+    report = examine()
+    table = Table(box=None, show_header=False)
+    for name, version in report.packages.items():
+        table.add_row(name, version or "-", style=None if version else "dim")
+    console.print(table)
+    for row in report.backends:
+        console.print(
+            f"\n[bold]{row.name}[/]\n  build engines: {escape(row.builds)}\n  run: {escape(row.runs)}"
+        )
+    if model is not None:
+        console.print(f"\n[bold]auto, for {escape(str(model))}[/]")
+        for name, reason in choice_for(model).items():
+            console.print(f"  {name}: {escape(reason)}")
+
+
+def main() -> None:
+    """Entry point: runs the command and turns its errors into messages and exit codes."""
+    verbose = "--verbose" in sys.argv
+    interrupted = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    # A killed command cleans up what it was writing, as an interrupted one does.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        # Not standalone: typer's own handling would print errors of usage and interrupts in its own ways.
+        code = app(standalone_mode=False)
+        interrupted = interrupted or code == _INTERRUPTED  # typer's answer to KeyboardInterrupt
+    except BaseException as error:
+        # An interrupt may arrive as the error of a library that was in the middle of something.
+        if not (interrupted or isinstance(error, KeyboardInterrupt)):
+            if verbose or not isinstance(error, Exception):
+                raise
+            sys.exit(_answer(error))
+        interrupted = True
+    if interrupted:
+        print_error("interrupted; what was not finished is not kept")
+        sys.exit(_INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _answer(error: Exception) -> int:
+    """Print an error and give its exit code."""
+    if hasattr(error, "format_message"):  # wrong usage; the class is one that typer keeps to itself
+        command = getattr(getattr(error, "ctx", None), "command_path", "mmvision")
+        print_error(error.format_message(), f"{command} --help")
+        return 2
+    if isinstance(error, ImportError) and error.name is not None:
+        package = error.name.partition(".")[0]
+        print_error(
+            f"{package} is not installed", f"pip install '.[{_EXTRA_OF.get(package, 'parity')}]'"
+        )
+        return 1
+    print_error(*message_and_hint(error))
+    return 1

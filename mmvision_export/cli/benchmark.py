@@ -1,0 +1,104 @@
+"""The `mmvision benchmark` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mmvision_export.cli.console import console, progress_display
+from mmvision_export.cli.options import ModelOption, Verbose, the_model
+
+__all__ = ["benchmark"]
+
+
+def benchmark(
+    model: ModelOption = None,
+    backend: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="NAME[:GRAPH]",
+            help="Backend to measure, or one graph of the directory in it, as onnxruntime-cpu:model.onnx; may be "
+            "repeated. The others are compared with the first. Default: onnxruntime-cpu.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(help="Graphs of onnxruntime-cpu: fp32, int8, or both with a comma between."),
+    ] = "fp32",
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="PEERS",
+            help="transformers-eager, transformers-sdpa, nemo, torch-eager, torch-compile; commas between.",
+        ),
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Small batches, for CI.")] = False,
+    threads: Annotated[
+        Optional[int], typer.Option(help="Of each side. Default: all CPUs.", min=1)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Most runs of each side on a workload.", min=1)] = 5,
+    seconds: Annotated[
+        float, typer.Option(help="Time for one workload, all sides together.", min=0)
+    ] = 60,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            help="Folder for results.json and the plots. Default: benchmark/ in the current folder.",
+        ),
+    ] = None,
+    page: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE.md",
+            help="Write a page about it too, with its plots in a folder of the same stem.",
+        ),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Measure backends, and PyTorch implementations of others, side by side.
+
+    Every side has the same weights, inputs and threads, and a process of its own; they take turns. What is measured is
+    kept after each workload, so that an interrupt loses only the last.
+    """
+    from mmvision_export.benchmark.run import run_benchmark
+
+    with progress_display() as progress:
+        result, folder = run_benchmark(
+            the_model(model),
+            backends=backend or ["onnxruntime-cpu"],
+            precisions=[name.strip() for name in precision.split(",") if name.strip()],
+            peers=[name.strip() for name in against.split(",") if name.strip()],
+            workloads="quick" if quick else "standard",
+            threads=threads,
+            repeats=repeats,
+            seconds_per_workload=seconds,
+            output=output or Path("benchmark"),
+            page=page,
+            progress=progress,
+        )
+    first, *others = result.sides
+    table = Table(box=None, header_style="bold")
+    for title in (
+        "workload",
+        f"{first}, ms",
+        "range",
+        "of peak",
+        *(f"x {other}" for other in others),
+    ):
+        table.add_column(title, justify="left" if title == "workload" else "right")
+    for workload in result.workloads:
+        if (ours := result.of(first, workload.name)) is None:
+            continue
+        share = result.flops(workload) / ours.median / 1e9 / result.gemm_peak_gflops
+        ratios = [result.ratio(other, workload.name) for other in others]
+        spread = f"{1e3 * min(ours.seconds):.0f} to {1e3 * max(ours.seconds):.0f}"
+        cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        table.add_row(workload.name, f"{1e3 * ours.median:.0f}", spread, f"{share:.0%}", *cells)
+    # Not folded to a width that a pipe has not: a terminal may fold it.
+    Console(width=max(console.width, 60 + 30 * len(result.sides))).print(table)
+    console.print(f"{folder}: results.json and plots", markup=False)

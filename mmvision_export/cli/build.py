@@ -1,0 +1,262 @@
+"""The `mmvision build-plugins` and `mmvision build-engine` commands."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mmvision_export.cli.console import console, progress_display
+from mmvision_export.cli.options import ModelOption, Verbose, one_precision, the_model
+
+__all__ = ["build_engine", "build_plugins"]
+
+
+class Backend(str, enum.Enum):
+    """TensorRT to build with."""
+
+    auto = "auto"
+    tensorrt = "tensorrt"
+    tensorrt_rtx = "tensorrt-rtx"
+
+
+class Attention(str, enum.Enum):
+    """How an engine does attention."""
+
+    auto = "auto"
+    plugin = "plugin"
+    native = "native"
+    packed = "packed"
+
+
+class Machine(str, enum.Enum):
+    """CPU of a plugin library."""
+
+    x86_64 = "x86_64"
+    aarch64 = "aarch64"
+
+
+def build_plugins(
+    sm: Annotated[
+        Optional[list[int]],
+        typer.Option(
+            metavar="CC",
+            help="GPU to compile for, as 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
+        ),
+    ] = None,
+    head_dim: Annotated[
+        Optional[list[int]],
+        typer.Option(
+            metavar="D",
+            help="Head size of the attention kernel; may be repeated. Default: all, 16 to 128.",
+        ),
+    ] = None,
+    machine: Annotated[
+        Optional[Machine],
+        typer.Option(
+            help="CPU the library will run on. Default: this one's; another is cross-compiled."
+        ),
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR", help="Folder for the library. Default: engines/plugins/ and the CPU."
+        ),
+    ] = None,
+    tensorrt_include: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            envvar="TENSORRT_INCLUDE_DIR",
+            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
+        ),
+    ] = None,
+    cpu: Annotated[
+        bool,
+        typer.Option(
+            "--cpu",
+            help="Build libmmvision_cpu.so, for ONNX Runtime on x86-64 CPUs with AMX, instead.",
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the library if it exists.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build libmmvision_plugins.so, which makes TensorRT's attention cost what the images cost one by one.
+
+    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels
+    for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels
+    take two minutes on two cores.
+
+    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on AMX, where a CPU has it
+    (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds; model directories beside it use it.
+    """
+    if cpu:
+        if sm or head_dim or machine is not None or tensorrt_include is not None:
+            raise typer.BadParameter("--cpu goes with --output and --force alone")
+        _build_cpu_kernels(output, force)
+        return
+    from mmvision_export.kernels.library import build_plugins as build
+
+    with progress_display() as progress:
+        library, record = build(
+            sms=sm or (),
+            head_dims=head_dim or (),
+            machine=None if machine is None else machine.value,
+            output=output,
+            tensorrt_include=tensorrt_include,
+            force=force,
+            progress=progress,
+        )
+    console.print(
+        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, compute capability "
+        f"{', '.join(str(sm / 10) for sm in record.sms)}, head_dim {', '.join(map(str, record.head_dims))}; "
+        f"what each kernel uses: {library.parent / 'kernels.md'}",
+        markup=False,
+    )
+
+
+def _build_cpu_kernels(output: Path | None, force: bool) -> None:
+    from mmvision_export.kernels.cpu import build_cpu_kernels
+    from mmvision_export.runtime.backends.cpu_kernels import has_amx
+
+    with progress_display() as progress:
+        library, record = build_cpu_kernels(output=output, force=force, progress=progress)
+    here = "" if has_amx() else "; this CPU has no AMX and will not use it"
+    console.print(
+        f"{library}: {record.library.size_bytes / 1e6:.1f} MB, {record.versions['compiler']}{here}",
+        markup=False,
+    )
+
+
+def build_engine(
+    model: ModelOption = None,
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="float16 engine; derived first if the graph is float32.")
+    ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="INT8 engine, from what mmvision quantize made.")
+    ] = False,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="FP8 engine, from what mmvision quantize made.")
+    ] = False,
+    backend: Annotated[
+        Backend, typer.Option(help="TensorRT to build with; auto takes the one installed.")
+    ] = Backend.auto,
+    compute_capability: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="CC",
+            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
+            "without one all that TensorRT-RTX supports.",
+        ),
+    ] = None,
+    attention: Annotated[
+        Attention,
+        typer.Option(
+            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked product, which "
+            "costs the square of the whole batch. auto: plugin where it can be, else native."
+        ),
+    ] = Attention.auto,
+    plugin_library: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE", help="libmmvision_plugins.so. Default: where build-plugins puts it."
+        ),
+    ] = None,
+    buckets: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="N,N,...",
+            help="Sizes in patches, each with a profile of its own that batches are padded to, as "
+            "256,1024,2304,4096. Instead of --min-, --opt- and --max-patches.",
+        ),
+    ] = None,
+    min_patches: Annotated[
+        Optional[int], typer.Option(help="Fewest patches of a batch. Default: 4.")
+    ] = None,
+    opt_patches: Annotated[
+        Optional[int],
+        typer.Option(
+            help="Patches the kernels are chosen for. Default: 1024, or the maximum if less."
+        ),
+    ] = None,
+    max_patches: Annotated[
+        Optional[int],
+        typer.Option(help="Most patches of a batch, all images together. Default: 4096."),
+    ] = None,
+    max_images: Annotated[int, typer.Option(help="Most images of a launch.")] = 64,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare a derived fp16 graph first, and refuse one that failed parity.",
+        ),
+    ] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an engine of the same name.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Build a TensorRT or TensorRT-RTX engine.
+
+    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The precision is the
+    graph's own unless --fp16 is given. With the released preprocessing a still image is at most 2304 patches; 4
+    patches make one image token.
+    """
+    from mmvision_export.artifacts.manifest import Manifest
+    from mmvision_export.artifacts.profile import Profile
+    from mmvision_export.engine.build import build_engine as build
+    from mmvision_export.runtime.launch_planner import profiles_from_buckets
+
+    sizes = [min_patches, opt_patches, max_patches]
+    if buckets is not None and sizes != [None, None, None]:
+        raise typer.BadParameter(
+            "--buckets goes without --min-patches, --opt-patches and --max-patches"
+        )
+    precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
+    directory = the_model(model)
+    if buckets is not None:
+        profiles = profiles_from_buckets(
+            _integers("--buckets", buckets), max_images, Manifest.read(directory).config
+        )
+    else:
+        most = 4096 if max_patches is None else max_patches
+        profiles = [
+            Profile(
+                min_patches=4 if min_patches is None else min_patches,
+                opt_patches=min(1024, most) if opt_patches is None else opt_patches,
+                max_patches=most,
+                max_images=max_images,
+            )
+        ]
+    with progress_display() as progress:
+        engine, record = build(
+            directory,
+            profiles=profiles,
+            precision=precision,
+            backend=backend.value,
+            compute_capabilities=compute_capability or (),
+            attention=attention.value,
+            plugin_library=plugin_library,
+            check=check,
+            force=force,
+            progress=progress,
+        )
+    console.print(
+        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, compute capability "
+        f"{', '.join(record.compute_capabilities)}, attention: {record.attention}",
+        markup=False,
+    )
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{option} must be integers with commas between, got {text!r}"
+        ) from None

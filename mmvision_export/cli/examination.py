@@ -1,0 +1,140 @@
+"""What works on this machine: packages, and for each backend whether it can build and run, or why it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmvision_export.artifacts.compute_capability import supported_by_rtx
+from mmvision_export.core.errors import MmvisionError
+from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
+from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, has_amx
+from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
+from mmvision_export.runtime.backends.tensorrt import import_tensorrt
+
+__all__ = ["BackendReport", "Report", "choice_for", "examine"]
+
+_PACKAGES = (
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "cuda-bindings",
+    "av",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "polygraphy",
+    "safetensors",
+    "huggingface_hub",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendReport:
+    """One backend.
+
+    Attributes:
+        name: The backend.
+        builds: What engines it can build here, or why none.
+        runs: `yes`, or why not.
+    """
+
+    name: str
+    builds: str
+    runs: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Packages by name (None where not installed), and every backend."""
+
+    packages: dict[str, str | None]
+    backends: list[BackendReport]
+
+
+def examine() -> Report:
+    """Look at this machine. Never raises: what does not work is what the report is about."""
+    packages: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    return Report(
+        packages,
+        [BackendReport(name, _reason(_builds, name), _reason(_runs, name)) for name in BACKENDS],
+    )
+
+
+def _reason(question: Callable[[str], str], backend: str) -> str:
+    try:
+        return question(backend)
+    except MmvisionError as error:
+        return f"no: {error}" + (
+            f" ({error.hint})" if error.hint and "doctor" not in error.hint else ""
+        )
+
+
+def _builds(backend: str) -> str:
+    if not backend.startswith("tensorrt"):
+        return "needs no engine"
+    trt: Any = import_tensorrt(backend)
+    if backend == "tensorrt-rtx":
+        return f"yes, {trt.__version__}, for compute capability {', '.join(supported_by_rtx(trt))}"
+    here = current_compute_capability()
+    return (
+        f"yes, {trt.__version__}, for this GPU ({here})"
+        if here
+        else "no: there is no GPU to build for"
+    )
+
+
+def _runs(backend: str) -> str:
+    if backend.startswith("tensorrt"):
+        import_tensorrt(backend)
+        return f"yes, on compute capability {Cuda(0).compute_capability()}"
+    if backend == "onnxruntime-rtx":
+        from mmvision_export.runtime.backends.onnxruntime_gpu import rtx_devices
+
+        return f"yes, on {len(rtx_devices())} device(s)"
+    from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, require_provider
+
+    require_provider(PROVIDERS[backend])
+    if backend == "onnxruntime-cpu":
+        library, _ = find_cpu_kernels(Path("engines"))
+        if library is not None:
+            return f"yes, with kernels for this CPU's AMX: {library}"
+        return (
+            "yes, faster with kernels for its AMX: mmvision build-plugins --cpu"
+            if has_amx()
+            else "yes"
+        )
+    return f"yes, on compute capability {Cuda(0).compute_capability()}"
+
+
+def choice_for(model: Path) -> dict[str, str]:
+    """What `backend="auto"` makes of a model directory on this machine, by opening it.
+
+    Returns:
+        By backend, in the order of preference: why it was passed over, or that it was chosen. Those after the chosen
+        one are not tried.
+    """
+    try:
+        backend = open_backend("auto", model, BackendOptions())
+    except MmvisionError as error:
+        return {"none": str(error)}
+    reasons: dict[str, str] = {
+        **backend.info["passed_over"],
+        backend.name: "chosen: the first that works",
+    }
+    backend.close()
+    return reasons

@@ -1,0 +1,82 @@
+"""What `mmvision parity` reads and prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+
+from mmvision_export.artifacts.manifest import Manifest, model_directory_of
+from mmvision_export.cli.console import console
+from mmvision_export.core.errors import ManifestError
+from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
+from mmvision_export.parity.check import ParityResult
+from mmvision_export.parity.gates import GATES
+from mmvision_export.parity.samples import Sample, sample_from_files, sample_from_images
+
+__all__ = ["print_parity", "samples_from_options"]
+
+
+def samples_from_options(
+    model: Path, *, images: Sequence[Path], pixel_values: Path | None, grid_thw: Path | None
+) -> list[Sample]:
+    """The batch that was asked for, or nothing for the default ones.
+
+    Raises:
+        ManifestError, ConfigError: The model directory is damaged.
+        InputError: A file is missing, or is not what the encoder takes.
+    """
+    directory = model_directory_of(model)
+    if directory is None:
+        raise ManifestError(
+            f"{model} is not in the plans/ of a model directory", hint="name the model directory"
+        )
+    config = Manifest.read(directory).config
+    if images:
+        return [
+            sample_from_images(images, PreprocessorConfig.read(directory / PREPROCESSOR, config))
+        ]
+    if pixel_values is not None and grid_thw is not None:
+        return [sample_from_files(pixel_values, grid_thw, config)]
+    return []
+
+
+def print_parity(result: ParityResult) -> None:
+    """The tables and, for each graph, where its error comes from."""
+    console.print(
+        f"{'distance from PyTorch in float64':34}patches  max abs  relative L2  min cosine"
+    )
+    before = None
+    for row in result.rows:
+        if row.runner != before:
+            console.print(f"[bold]{escape(row.runner)}")
+            before = row.runner
+        distance = row.metrics
+        verdict = "" if row.subject is None else "[red]FAIL" if row.failures else "[green]pass"
+        console.print(
+            f"  {row.sample:32}{row.patches:7}  {distance.max_abs:7.1e}  {distance.relative_l2:11.2e}  "
+            f"{distance.min_cosine:10.7f}  {verdict}"
+        )
+    console.print(f"\nlayer by layer, on {result.layers.sample}", markup=False)
+    for name, graph in result.layers.graphs.items():
+        if not graph.stages:
+            console.print(
+                f"  {name}: nothing to see, its stages have no values of their own", markup=False
+            )
+            continue
+        if graph.jump is None:
+            said = "the error grows as its precision explains"
+        else:
+            said = f"the error jumps at {graph.jump.stage}: {graph.jump.reason}"
+        if graph.missing:
+            said += (
+                f", as far as it shows: it has no value of its own for {', '.join(graph.missing)}"
+            )
+        console.print(f"  {name}: {said}", markup=False)
+    largest = max(result.layers.magnitudes, key=lambda magnitude: magnitude.value)
+    console.print(f"  largest activation: {largest.value:.4g}, {largest.where}", markup=False)
+    for warning in result.warnings:
+        console.print(f"[yellow]warning[/]: {escape(warning)}")
+    for precision in dict.fromkeys(row.precision for row in result.rows):
+        console.print(f"{precision} gate: {GATES[precision].describe()}", markup=False)

@@ -1,0 +1,106 @@
+"""Errors a user can act on: one subclass per stage, each with an optional next step.
+
+The command line turns any `MmvisionError` into one `error:` line and, where there is a `hint`, one `hint:` line. The
+wording is always *what was wrong, the rule, the value*; the hint is *what to do*.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = [
+    "BackendError",
+    "BenchmarkError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "ExportError",
+    "InputError",
+    "ManifestError",
+    "MmvisionError",
+    "OutputError",
+    "ParityError",
+    "PluginError",
+    "QuantizationError",
+    "message_and_hint",
+    "print_error",
+]
+
+
+class MmvisionError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Args:
+        message: What was wrong, the rule and the value, in one line (lists of names may follow on further lines).
+        hint: What to do next, or None.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(MmvisionError):
+    """A configuration field is missing, malformed, contradictory or not implemented."""
+
+
+class CheckpointError(MmvisionError):
+    """A checkpoint cannot be found, read, or does not hold exactly the tensors of the vision encoder."""
+
+
+class ExportError(MmvisionError):
+    """The encoder could not be turned into an ONNX graph, or the graph failed its checks."""
+
+
+class ParityError(MmvisionError):
+    """A comparison could not be run, or a difference is beyond its gate."""
+
+
+class PluginError(MmvisionError):
+    """A plugin's kernel could not be compiled."""
+
+
+class QuantizationError(MmvisionError):
+    """A model cannot be quantised, or not within its accuracy gate."""
+
+
+class EngineError(MmvisionError):
+    """An engine could not be built."""
+
+
+class BackendError(MmvisionError):
+    """An inference backend is not installed, not usable on this machine, or failed while running."""
+
+
+class BenchmarkError(MmvisionError):
+    """A side of a comparison could not be started, failed, or computes something else."""
+
+
+class InputError(MmvisionError):
+    """Images, patches or `grid_thw` that the encoder cannot take."""
+
+
+class ManifestError(MmvisionError):
+    """A model directory, its manifest or an engine's sidecar is missing, malformed or does not match its files."""
+
+
+class OutputError(MmvisionError):
+    """An output path exists, cannot be written, or ran out of space."""
+
+
+def message_and_hint(error: Exception) -> tuple[str, str | None]:
+    """What to tell a user about an error: its own words, or the first line of one that was not foreseen."""
+    if isinstance(error, MmvisionError):
+        return str(error), error.hint
+    reason = next(iter(str(error).splitlines()), "")
+    return (
+        f"{type(error).__name__}: {reason}",
+        "this was not foreseen; --verbose shows where it happened",
+    )
+
+
+def print_error(message: str, hint: str | None = None) -> None:
+    """One `error:` line and, where there is a next step, one `hint:` line, on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)

@@ -1,0 +1,179 @@
+"""Parser and builder of TensorRT or TensorRT-RTX, driven through Polygraphy's loaders."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.errors import EngineError
+from mmvision_export.core.progress import Progress
+from mmvision_export.engine.polygraphy_setup import captured_messages, use_tensorrt
+from mmvision_export.runtime.backends.tensorrt import import_tensorrt
+
+__all__ = ["PlanRequest", "plan_from_model"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What to build.
+
+    Attributes:
+        model: A serialised ONNX model without its weights.
+        location: The file it comes from, beside which the parser finds the weights.
+        backend: `tensorrt` or `tensorrt-rtx`.
+        compute_capabilities: Targets, as `8.9`; used by TensorRT-RTX.
+        profiles: Accepted sizes, one optimization profile for each entry.
+        patch_dim: Values in one patch row.
+        timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times nothing when it builds.
+    """
+
+    model: bytes
+    location: Path
+    backend: str
+    compute_capabilities: list[str]
+    profiles: Sequence[Profile]
+    patch_dim: int
+    timing_cache: Path | None
+
+
+def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progress) -> bytes:
+    """Parse a model and build its plan.
+
+    Args:
+        request: What to build.
+        decomposable: Whether attention layers may be built from several kernels.
+        progress: Told the builder's phases.
+
+    Raises:
+        EngineError: With everything that the parser or the builder reported.
+    """
+    use_tensorrt(request.backend)
+    trt = import_tensorrt(request.backend)
+    from polygraphy.backend.trt import EngineBytesFromNetwork, SetDecomposableAttentions
+    from polygraphy.exception import PolygraphyException
+
+    progress.step("parsing the graph")
+    with captured_messages() as messages, _monitor(trt, progress) as monitor:
+        try:
+            network = _network_from_model(trt, request.model, request.location)
+            if decomposable and hasattr(trt.LayerType, "ATTENTION_INPUT"):
+                network = SetDecomposableAttentions(network)()
+            cache = None if request.timing_cache is None else str(request.timing_cache)
+            plan = EngineBytesFromNetwork(
+                network, config=_config(request, monitor), save_timing_cache=cache
+            )()
+        except PolygraphyException as error:
+            if monitor.cancelled:
+                raise KeyboardInterrupt from None
+            reasons = list(dict.fromkeys([*messages, str(error)]))
+            raise EngineError("the engine was not built:\n  " + "\n  ".join(reasons)) from error
+    if monitor.cancelled:
+        raise KeyboardInterrupt
+    return bytes(plan)
+
+
+def _network_from_model(trt: Any, model: bytes, location: Path) -> tuple[Any, Any, Any]:
+    from polygraphy.backend.trt import CreateNetwork
+    from polygraphy.backend.trt.util import get_trt_logger
+
+    builder, network = CreateNetwork(strongly_typed=True)()
+    trt.init_libnvinfer_plugins(get_trt_logger(), "")
+    parser = trt.OnnxParser(network, get_trt_logger())
+    # Polygraphy's own loaders parse bytes or a file; this is bytes whose weights lie beside a file.
+    if not parser.parse(model, str(location)):
+        errors = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise EngineError(
+            "\n  ".join([f"TensorRT {trt.__version__} cannot parse {location.name}:", *errors])
+        )
+    return builder, network, parser
+
+
+def _parser_error(error: Any) -> str:
+    stack = (
+        " in " + " / ".join(error.local_function_stack())
+        if error.local_function_stack_size()
+        else ""
+    )
+    return f"{error.node_name() or 'model'} ({error.node_operator() or 'no operator'}){stack}: {error.desc()}"
+
+
+def _config(request: PlanRequest, monitor: Any) -> Any:
+    from polygraphy.backend.trt import CreateConfig
+
+    options: dict[str, Any] = {
+        "profiles": [_tensor_profile(profile, request.patch_dim) for profile in request.profiles],
+        "progress_monitor": monitor,
+    }
+    if request.timing_cache is not None and request.timing_cache.is_file():
+        options["load_timing_cache"] = str(request.timing_cache)
+    if request.backend == "tensorrt":
+        return CreateConfig(**options)
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+    pairs = [tuple(int(part) for part in text.split(".")) for text in request.compute_capabilities]
+    return CreateConfigRTX(compute_capabilities=pairs, **options)
+
+
+def _tensor_profile(profile: Profile, patch_dim: int) -> Any:
+    from polygraphy.backend.trt import Profile as TensorProfile
+
+    patches = (profile.min_patches, profile.opt_patches, profile.max_patches)
+    images = (
+        profile.min_images,
+        max(profile.min_images, min(4, profile.max_images)),
+        profile.max_images,
+    )
+    tensors = TensorProfile()
+    tensors.add("pixel_values", *((n, patch_dim) for n in patches))
+    tensors.add("grid_thw", *((n, 3) for n in images))
+    return tensors
+
+
+@contextlib.contextmanager
+def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
+    """A progress monitor that reports the outermost phases, and stops the build on Ctrl-C or when it is killed.
+
+    The builder runs in native code, where Python's KeyboardInterrupt cannot be raised: the signal only sets a flag, and
+    the monitor's next answer tells the builder to stop.
+    """
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.cancelled = False
+            self._outermost: str | None = None
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self._outermost = phase_name
+                progress.step(phase_name[:1].lower() + phase_name[1:], total=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name == self._outermost:
+                progress.advance()
+            return not self.cancelled
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    monitor = Monitor()
+
+    def cancel(signum: int, frame: FrameType | None) -> None:
+        monitor.cancelled = True
+
+    # Signals come to the main thread only.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, cancel) for number in signals}
+    try:
+        yield monitor
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

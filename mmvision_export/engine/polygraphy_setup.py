@@ -1,0 +1,60 @@
+"""Polygraphy, set up for this package: which TensorRT it drives, and where its messages go.
+
+Polygraphy chooses between TensorRT and TensorRT-RTX once, when its TensorRT backend is first imported, and prints to
+standard output, where this package's commands print JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+
+from mmvision_export.core.errors import EngineError
+
+__all__ = ["captured_messages", "use_tensorrt"]
+
+
+def use_tensorrt(backend: str) -> None:
+    """Let Polygraphy drive `tensorrt` or `tensorrt-rtx` from now on.
+
+    Raises:
+        EngineError: It already drives the other one in this process.
+    """
+    from polygraphy import config
+
+    wants_rtx = backend == "tensorrt-rtx"
+    if wants_rtx == config.USE_TENSORRT_RTX:
+        return
+    if "polygraphy.backend.trt" in sys.modules:
+        raise EngineError("one process can build for either TensorRT or TensorRT-RTX, not for both")
+    config.USE_TENSORRT_RTX = wants_rtx
+
+
+class _Collector(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(level=logging.ERROR)
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._messages.append(record.getMessage().removeprefix("[E] ").removeprefix("[!] ").strip())
+
+
+@contextlib.contextmanager
+def captured_messages() -> Iterator[list[str]]:
+    """Collect what Polygraphy, and TensorRT through it, report as errors; the rest is dropped."""
+    from polygraphy.logger import G_LOGGER
+
+    messages: list[str] = []
+    handler = _Collector(messages)
+    logger = logging.getLogger("Polygraphy")
+    before = (G_LOGGER.use_python_logging_system, logger.propagate)
+    logger.addHandler(handler)
+    logger.propagate = False
+    G_LOGGER.use_python_logging_system = True
+    try:
+        yield messages
+    finally:
+        G_LOGGER.use_python_logging_system, logger.propagate = before
+        logger.removeHandler(handler)

@@ -1,0 +1,1 @@
+"""From an encoder in PyTorch to a model directory."""

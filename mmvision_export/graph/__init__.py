@@ -1,0 +1,1 @@
+"""Passes over ONNX graphs, and writing them. Needs onnx, not torch."""

@@ -1,0 +1,99 @@
+"""What a model directory, a graph or an engine is, as plain JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mmvision_export.artifacts.engine_record import EngineRecord
+from mmvision_export.artifacts.manifest import PLANS, Manifest
+from mmvision_export.core.errors import ManifestError
+
+__all__ = ["inspect"]
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe a model directory (every file is verified), an `.onnx` graph, or an `.engine` by its sidecar.
+
+    An engine itself is not opened: that would run code from it, and needs the GPU it was built for.
+
+    Raises:
+        ManifestError: There is nothing there, or it is none of these, or does not match its manifest or sidecar.
+    """
+    if path.is_dir():
+        return _directory(path)
+    if path.suffix == ".engine":
+        return _engine(path)
+    if path.suffix == ".onnx" and path.is_file():
+        return _graph(path)
+    raise ManifestError(f"{path}: no model directory, .onnx graph or .engine there")
+
+
+def _directory(path: Path) -> dict[str, Any]:
+    manifest = Manifest.read(path)
+    manifest.verify(path, manifest.files)
+    graphs = [name for name in manifest.files if name.endswith(".onnx")]
+    return {
+        "kind": "model directory",
+        **dataclasses.asdict(manifest),
+        "parity": {
+            name: manifest.parity.get(name, "not checked")
+            for name in [*graphs, *(n for n in manifest.parity if n not in graphs)]
+        },
+        "graphs": {name: _graph(path / name) for name in graphs},
+        "engines": [_engine(engine) for engine in sorted((path / PLANS).glob("*.engine"))],
+    }
+
+
+def _engine(path: Path) -> dict[str, Any]:
+    record = EngineRecord.read(path)
+    record.verify(path)
+    return {"kind": "engine", "file": path.name, **dataclasses.asdict(record)}
+
+
+def _graph(path: Path) -> dict[str, Any]:
+    import onnx_ir as ir
+
+    try:
+        model = ir.load(path)
+    except Exception as error:  # the protobuf parser's exception has no public type
+        raise ManifestError(f"{path}: not a readable ONNX file: {error}") from error
+    graph = model.graph
+    if not graph.outputs:
+        raise ManifestError(f"{path}: not an ONNX model: it has no outputs")
+    weights = [
+        value.const_value for value in graph.initializers.values() if value.const_value is not None
+    ]
+    return {
+        "kind": "graph",
+        "file": path.name,
+        "producer": f"{model.producer_name} {model.producer_version}",
+        "opsets": dict(model.opset_imports),
+        "inputs": {str(value.name): _type(value) for value in graph.inputs},
+        "outputs": {str(value.name): _type(value) for value in graph.outputs},
+        "operators": dict(
+            Counter(_operator(node.domain, node.op_type) for node in graph).most_common()
+        ),
+        "functions": {
+            _operator(domain, name): dict(Counter(node.op_type for node in function).most_common())
+            for (domain, name, _), function in model.functions.items()
+        },
+        "parameters": sum(tensor.size for tensor in weights if tensor.dtype.is_floating_point()),
+        "weight_bytes": sum(tensor.nbytes for tensor in weights),
+        "weight_types": dict(
+            Counter(tensor.dtype.name.lower() for tensor in weights).most_common()
+        ),
+    }
+
+
+def _type(value: Any) -> str:
+    if value.dtype is None:
+        return str(value.type)
+    shape = "" if value.shape is None else f"[{', '.join(str(d) for d in value.shape)}]"
+    return f"{value.dtype.name.lower()}{shape}"
+
+
+def _operator(domain: str, op_type: str) -> str:
+    return f"{domain}::{op_type}" if domain else op_type

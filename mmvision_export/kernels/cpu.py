@@ -1,0 +1,86 @@
+"""Build `libmmvision_cpu.so`: the operators for ONNX Runtime on x86-64 CPUs with AMX."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from mmvision_export.artifacts.library_record import (
+    LibraryRecord,
+    default_folder,
+    library_record_path,
+)
+from mmvision_export.core.errors import OutputError, PluginError
+from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.progress import Progress
+from mmvision_export.kernels.library import cmake_build, toolchain
+from mmvision_export.runtime.backends.cpu_kernels import CPU_LIBRARY
+from mmvision_export.version import __version__
+
+__all__ = ["build_cpu_kernels"]
+
+_MACHINE = "x86_64"
+
+
+def build_cpu_kernels(
+    *, output: Path | None = None, force: bool = False, progress: Progress | None = None
+) -> tuple[Path, LibraryRecord]:
+    """Build the library of CPU kernels, with a record beside it. The CPU need not have AMX itself.
+
+    Args:
+        output: Folder to put it in; `engines/plugins/x86_64` if None.
+        force: Replace a library that is there.
+        progress: Told about each step.
+
+    Returns:
+        The library's path and its record.
+
+    Raises:
+        PluginError: This is no x86-64 machine, a tool is missing, or the C++ does not compile.
+        OutputError: The library exists, or cannot be written.
+    """
+    progress = progress or Progress()
+    if platform.machine() != _MACHINE:
+        raise PluginError(
+            f"the CPU kernels are for {_MACHINE}, this machine is {platform.machine()}"
+        )
+    library = (output or default_folder(_MACHINE)) / CPU_LIBRARY
+    if library.exists() and not force:
+        raise OutputError(
+            f"{library} already exists", hint="choose another --output, or replace it with --force"
+        )
+    settings = toolchain(_MACHINE)
+    progress.step("compiling the CPU kernels")
+    with (
+        new_files(library.parent, name=CPU_LIBRARY) as new,
+        tempfile.TemporaryDirectory(prefix="mmvision-cpu-") as temporary,
+    ):
+        build = Path(temporary)
+        cmake_build(build, settings, project="cpu")
+        shutil.copyfile(build / CPU_LIBRARY, new / CPU_LIBRARY)
+        record = LibraryRecord(
+            library=file_record(new / CPU_LIBRARY),
+            machine=_MACHINE,
+            versions={"mmvision-export": __version__, "compiler": _compiler(build)},
+        )
+        record.write(new / library_record_path(library).name)
+    return library, record
+
+
+def _compiler(build: Path) -> str:
+    """The compiler that CMake found, by its own words."""
+    found = re.search(
+        r"^CMAKE_CXX_COMPILER:\w+=(.+)$",
+        (build / "CMakeCache.txt").read_text(encoding="utf-8"),
+        re.M,
+    )
+    if found is None:
+        return "unknown"
+    lines = subprocess.run(
+        [found[1], "--version"], capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    return lines[0] if lines else "unknown"

@@ -1,0 +1,187 @@
+"""Build `libmmvision_plugins.so`: compile the kernels, embed them, compile the C++ around them with CMake."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmvision_export.artifacts.library_record import library_record_path
+from mmvision_export.artifacts.plugin_library import LIBRARY, PluginLibraryRecord, default_library
+from mmvision_export.core.errors import OutputError, PluginError
+from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.progress import Progress
+from mmvision_export.kernels.embed import write_embedded_kernels
+from mmvision_export.kernels.headers import cuda_headers, tensorrt_header_version, tensorrt_headers
+from mmvision_export.kernels.kernels import (
+    DTYPES,
+    HEAD_DIMS,
+    PORTABLE_PTX_SM,
+    compile_kernels,
+    plugins_root,
+)
+from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, resource_table
+from mmvision_export.version import __version__
+
+__all__ = ["MACHINES", "build_plugins", "cmake_build", "toolchain"]
+
+MACHINES = ("x86_64", "aarch64")
+"""CPUs a library can be built for."""
+
+
+def build_plugins(
+    *,
+    sms: Sequence[int] = (),
+    head_dims: Sequence[int] = (),
+    machine: str | None = None,
+    output: Path | None = None,
+    tensorrt_include: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Path, PluginLibraryRecord]:
+    """Build the plugin library, with a record and the resource table beside it.
+
+    Args:
+        sms: Compute capabilities without their dot; all of `ARCHITECTURES` if empty. PTX for later GPUs is always in.
+        head_dims: Head sizes of the attention kernel; all of `HEAD_DIMS` if empty.
+        machine: CPU it will run on, of `MACHINES`; this machine's if None, else cross-compiled.
+        output: Folder to put it in; `engines/plugins/<machine>` if None.
+        tensorrt_include: Folder of TensorRT's headers; looked for if None.
+        force: Replace a library that is there.
+        progress: Told about each step.
+
+    Returns:
+        The library's path and its record.
+
+    Raises:
+        PluginError: A kernel or the C++ does not compile, or headers or tools are missing.
+        OutputError: The library exists, or cannot be written.
+    """
+    progress = progress or Progress()
+    sms, head_dims = (
+        _checked("--sm", sms, tuple(ARCHITECTURES)),
+        _checked("--head-dim", head_dims, HEAD_DIMS),
+    )
+    machine = machine or platform.machine()
+    if machine not in MACHINES:
+        raise PluginError(f"plugins can be built for {' and '.join(MACHINES)}, not for {machine}")
+    library = default_library(machine) if output is None else output / LIBRARY
+    if library.exists() and not force:
+        raise OutputError(
+            f"{library} already exists", hint="choose another --output, or replace it with --force"
+        )
+    # Everything that can be missing is looked for before minutes are spent on kernels.
+    include = tensorrt_headers(tensorrt_include)
+    version = tensorrt_header_version(include)
+    cuda = cuda_headers()
+    compiler = toolchain(machine)
+
+    all_sms = sorted({*sms, PORTABLE_PTX_SM})
+    progress.step(
+        f"compiling kernels for {', '.join(map(str, all_sms))}",
+        len(all_sms) * 2 * (len(head_dims) + 1),
+    )
+    kernels: list[CompiledKernel] = []
+    for kernel in compile_kernels(all_sms, head_dims):
+        kernels.append(kernel)
+        progress.advance()
+    with (
+        new_files(library.parent, name=LIBRARY) as new,
+        tempfile.TemporaryDirectory(prefix="mmvision-plugins-") as temporary,
+    ):
+        sources, build = Path(temporary) / "kernels", Path(temporary) / "build"
+        sources.mkdir()
+        write_embedded_kernels(kernels, sources)
+        progress.step("compiling the library")
+        folders = {
+            "MMVISION_KERNELS": sources,
+            "TENSORRT_INCLUDE_DIR": include,
+            "CUDA_INCLUDE_DIR": cuda,
+        }
+        cmake_build(build, {**folders, **compiler})
+        shutil.copyfile(build / LIBRARY, new / LIBRARY)
+        record = PluginLibraryRecord(
+            library=file_record(new / LIBRARY),
+            machine=machine,
+            sms=all_sms,
+            head_dims=list(head_dims),
+            dtypes=list(DTYPES),
+            versions={
+                "mmvision-export": __version__,
+                "triton": importlib.metadata.version("triton"),
+                "tensorrt headers": version,
+            },
+        )
+        record.write(new / library_record_path(library).name)
+        (new / "kernels.md").write_text(resource_table(kernels) + "\n", encoding="utf-8")
+    return library, record
+
+
+def _checked(option: str, given: Sequence[int], known: Sequence[int]) -> list[int]:
+    for value in given:
+        if value not in known:
+            raise PluginError(
+                f"{option} {value}: there are kernels for {', '.join(map(str, known))}"
+            )
+    return sorted(set(given)) or list(known)
+
+
+def toolchain(machine: str) -> dict[str, str | Path]:
+    """CMake's settings to compile for a CPU.
+
+    Raises:
+        PluginError: CMake or the compiler is not installed.
+    """
+    here = platform.machine()
+    compiler = "g++" if machine == here else f"{machine}-linux-gnu-g++"
+    packages = {"cmake": "cmake", "g++": "g++"}
+    for tool in ("cmake", compiler):
+        if shutil.which(tool) is None:
+            package = packages.get(tool, f"g++-{machine}-linux-gnu")
+            raise PluginError(f"{tool} is not installed", hint=f"apt-get install {package}")
+    if machine == here:
+        return {}
+    return {"CMAKE_TOOLCHAIN_FILE": plugins_root() / "cmake" / f"{machine}-linux-gnu.cmake"}
+
+
+def cmake_build(build: Path, settings: dict[str, str | Path], *, project: str = ".") -> None:
+    """Configure and build a CMake project of `plugins/`.
+
+    Args:
+        build: Build folder, made if missing.
+        settings: Cache variables.
+        project: Its folder in `plugins/`.
+
+    Raises:
+        PluginError: With the compiler's first messages.
+    """
+    variables = [f"-D{name}={value}" for name, value in settings.items()]
+    _run("cmake", "-S", str(plugins_root() / project), "-B", str(build), *variables)
+    _run("cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1))
+
+
+def _run(*command: str) -> None:
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        log, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)  # cmake's compilers too
+        process.wait()
+        raise
+    if process.returncode:
+        # A compiler's error is one line, CMake's is followed by its text.
+        lines = [line.strip() for line in log.splitlines() if line.strip()]
+        first = next(
+            (i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), -3
+        )
+        reason = " ".join(lines[first:][:3])
+        raise PluginError(f"{' '.join(command[:2])} failed: {reason}")

@@ -1,0 +1,171 @@
+"""What a compiled kernel is and what it uses: registers, spills, shared memory, occupancy, tensor-core instructions."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+
+from mmvision_export.core.errors import PluginError
+
+__all__ = ["ARCHITECTURES", "Architecture", "CompiledKernel", "Tile", "resource_table"]
+
+_WARP = 32
+_KB = 1024
+_REGISTERS_PER_SM = 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One GPU architecture's limits.
+
+    Attributes:
+        sm: Compute capability without its dot, 89 for 8.9.
+        gpus: Where it is found.
+        shared_per_block_bytes: Most shared memory one block can have.
+        shared_per_sm_bytes: Shared memory of one multiprocessor; each block on it takes 1 KB more than it asks for.
+        warps_per_sm: Most resident warps.
+        tensor_core: The instruction (SASS) its matrix products have to be made of.
+        cuda: First major version of CUDA that knows it, or 12 if earlier: a driver of that version loads its binaries.
+
+    References:
+        CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
+    """
+
+    sm: int
+    gpus: str
+    shared_per_block_bytes: int
+    shared_per_sm_bytes: int
+    warps_per_sm: int
+    tensor_core: str
+    cuda: int = 12
+
+
+ARCHITECTURES: dict[int, Architecture] = {
+    a.sm: a
+    for a in (
+        Architecture(80, "A100", 163 * _KB, 164 * _KB, 64, "HMMA"),
+        Architecture(86, "RTX 30, A10, A40", 99 * _KB, 100 * _KB, 48, "HMMA"),
+        Architecture(87, "Jetson Orin", 163 * _KB, 164 * _KB, 48, "HMMA"),
+        Architecture(89, "RTX 40, L4, L40", 99 * _KB, 100 * _KB, 48, "HMMA"),
+        Architecture(90, "H100, H200", 227 * _KB, 228 * _KB, 64, "HGMMA"),
+        Architecture(100, "B200", 227 * _KB, 228 * _KB, 64, "UTCHMMA"),
+        Architecture(110, "Jetson Thor", 227 * _KB, 228 * _KB, 48, "UTCHMMA", cuda=13),
+        Architecture(120, "RTX 50", 99 * _KB, 100 * _KB, 48, "HMMA"),
+    )
+}
+"""By compute capability without its dot. HMMA is `mma.sync`, HGMMA `wgmma`, UTCHMMA `tcgen05.mma`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one program of the attention kernel is cut.
+
+    Attributes:
+        block_m: Queries.
+        block_n: Keys in one step.
+        num_warps: Warps of the block.
+        num_stages: Steps whose keys and values are in flight.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledKernel:
+    """A cubin, what is needed to launch it, and what it uses.
+
+    Attributes:
+        op: Folder of the kernel.
+        sm: Architecture.
+        dtype: fp16 or bf16.
+        head_dim: Of the attention kernel; 0 for a kernel that serves all.
+        tile: Of the attention kernel.
+        rows: Patches of one program, by which the host sizes the grid.
+        function: Name of the function in the cubin.
+        num_warps: Warps of a block.
+        shared_bytes: Dynamic shared memory to launch with.
+        registers: Per thread.
+        spills: Instructions that move registers to or from local memory.
+        tensor_core: Tensor-core instructions by name.
+        cubin: The binary.
+        ptx: The assembly it was made from.
+    """
+
+    op: str
+    sm: int
+    dtype: str
+    head_dim: int
+    tile: Tile | None
+    rows: int
+    function: str
+    num_warps: int
+    shared_bytes: int
+    registers: int
+    spills: int
+    tensor_core: dict[str, int]
+    cubin: bytes = dataclasses.field(repr=False)
+    ptx: str = dataclasses.field(repr=False)
+
+    @property
+    def target(self) -> str:
+        """What it was compiled for: `sm_80`, or `sm_90a` with features that no other architecture has.
+
+        A binary for `sm_80` runs on later minor versions of its architecture too, one for `sm_90a` on 9.0 only.
+        """
+        target = re.search(r"^\.target (\w+)", self.ptx, re.MULTILINE)
+        if target is None:
+            raise PluginError(f"{self.op} for sm_{self.sm} has no .target in its PTX")
+        return target[1]
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that fit one multiprocessor at once, by registers, shared memory and warps."""
+        architecture = ARCHITECTURES[self.sm]
+        # Registers are handed out in units of 256 per warp.
+        per_warp = -(-self.registers * _WARP // 256) * 256
+        return min(
+            _REGISTERS_PER_SM // (per_warp * self.num_warps),
+            architecture.shared_per_sm_bytes // (self.shared_bytes + _KB),
+            architecture.warps_per_sm // self.num_warps,
+        )
+
+    @property
+    def occupancy(self) -> float:
+        """Resident warps as a share of the most there can be."""
+        return self.blocks_per_sm * self.num_warps / ARCHITECTURES[self.sm].warps_per_sm
+
+    @property
+    def flops_per_step(self) -> int:
+        """Multiplications and additions of one step: two products of `block_m x block_n x head_dim`."""
+        return 0 if self.tile is None else 4 * self.tile.block_m * self.tile.block_n * self.head_dim
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Keys and values read in one step, in bytes."""
+        return 0 if self.tile is None else 2 * self.tile.block_n * self.head_dim * 2
+
+
+def resource_table(kernels: Iterable[CompiledKernel]) -> str:
+    """What compiled kernels use, as a Markdown table."""
+    rows = [
+        "| op | GPU | dtype | head_dim | tile | registers | spills | shared KB | occupancy | tensor core | FLOP/byte |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for k in kernels:
+        tile = (
+            f"{k.tile.block_m} x {k.tile.block_n}, {k.num_warps} warps"
+            if k.tile
+            else f"{k.num_warps} warps"
+        )
+        products = ", ".join(f"{count} {name}" for name, count in k.tensor_core.items()) or "-"
+        intensity = f"{k.flops_per_step / k.bytes_per_step:.0f}" if k.tile else "-"
+        rows.append(
+            f"| {k.op} | {k.sm} ({ARCHITECTURES[k.sm].gpus}) | {k.dtype} | {k.head_dim or 'any'} | {tile} "
+            f"| {k.registers} | {k.spills} | {k.shared_bytes / _KB:.1f} | {k.occupancy:.0%} "
+            f"| {products} | {intensity} |"
+        )
+    return "\n".join(rows)

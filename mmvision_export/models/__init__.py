@@ -1,0 +1,1 @@
+"""Encoders in PyTorch, where their weights come from, and how images become their patches."""

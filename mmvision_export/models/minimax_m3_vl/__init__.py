@@ -1,0 +1,1 @@
+"""The vision tower of MiniMax-M3-VL."""

@@ -1,0 +1,369 @@
+"""Images to patches, as the checkpoint's processor does it, with Pillow and NumPy only.
+
+The grid is the processor's exactly. Pixels differ from it by what Pillow's bicubic filter differs from torchvision's,
+both antialiased on 8-bit images: a fraction of a level on average.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mmvision_export.core.errors import ConfigError, InputError
+from mmvision_export.core.files import read_json
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+
+__all__ = [
+    "PREPROCESSOR",
+    "PreprocessorConfig",
+    "image_from_file",
+    "patches_from_frames",
+    "patches_from_image",
+    "patches_from_images",
+    "smart_resize",
+]
+
+PREPROCESSOR = "preprocessor_config.json"
+"""The name of its file, in a checkpoint and in a model directory."""
+
+_MAX_ASPECT_RATIO = 200
+_BICUBIC = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessorConfig:
+    """How an image becomes patches. Defaults are the released model's.
+
+    Attributes:
+        patch_size: Side of a patch, in pixels.
+        temporal_patch_size: Frames in one patch; a still image is repeated to fill it.
+        merge_size: Side of a merge block, in patches.
+        min_pixels: Smallest area of a resized image.
+        max_pixels: Largest area of a resized image.
+        image_mean: Per channel, of values scaled to [0, 1].
+        image_std: Per channel.
+        rescale_factor: Factor from 8-bit levels to [0, 1].
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 451584
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"min_pixels must not exceed max_pixels, got {self.min_pixels} and {self.max_pixels}"
+            )
+        factor = self.rescale_factor
+        if not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
+            raise ConfigError(f"rescale_factor must be a positive number, got {factor!r}")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(
+                isinstance(v, (int, float)) and math.isfinite(v) for v in values
+            ):
+                raise ConfigError(f"{name} must be three numbers, got {values!r}")
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"image_std must be positive, got {self.image_std!r}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels that both sides of a resized image are a multiple of."""
+        return self.patch_size * self.merge_size
+
+    def within(self, max_patches: int) -> PreprocessorConfig:
+        """The same, with images of at most so many patches.
+
+        Raises:
+            InputError: That is less than the smallest image has.
+        """
+        most = max_patches * self.patch_size**2
+        if most < self.min_pixels:
+            raise InputError(
+                f"images have at least {self.min_pixels} pixels, which is more than {max_patches} patches",
+                hint="build an engine with a larger bucket",
+            )
+        return dataclasses.replace(self, max_pixels=min(self.max_pixels, most))
+
+    @classmethod
+    def for_encoder(cls, config: EncoderConfig) -> PreprocessorConfig:
+        """The released preprocessing with an encoder's patch dimensions."""
+        return cls(
+            patch_size=config.patch_size,
+            temporal_patch_size=config.temporal_patch_size,
+            merge_size=config.spatial_merge_size,
+        )
+
+    @classmethod
+    def read(cls, path: Path, config: EncoderConfig) -> PreprocessorConfig:
+        """Read a checkpoint's or a model directory's `preprocessor_config.json`.
+
+        What it leaves out takes the default. `size: [672, 672]`, which the released file has, is known to be wrong and
+        never used, and means the default.
+
+        Raises:
+            ManifestError: The file is missing or not JSON.
+            ConfigError: A value is malformed, not implemented, or does not fit the encoder.
+        """
+        content = read_json(path)
+        try:
+            result = cls._from_dict(content, cls.for_encoder(config))
+        except (ConfigError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path}: {error}") from error
+        fitting = cls.for_encoder(config)
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            if getattr(result, name) != getattr(fitting, name):
+                raise ConfigError(
+                    f"{path}: {name} must be the encoder's {getattr(fitting, name)}, got {getattr(result, name)}"
+                )
+        return result
+
+    @classmethod
+    def _from_dict(
+        cls, content: Mapping[str, Any], default: PreprocessorConfig
+    ) -> PreprocessorConfig:
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if content.get(name) not in (None, True):
+                raise ConfigError(f"{name}: only true is implemented, got {content[name]!r}")
+        if content.get("resample") not in (None, _BICUBIC):
+            raise ConfigError(
+                f"resample: only {_BICUBIC} (bicubic) is implemented, got {content['resample']!r}"
+            )
+        found = {
+            field.name: content[field.name]
+            for field in dataclasses.fields(cls)
+            if content.get(field.name) is not None
+        }
+        for name in ("image_mean", "image_std"):
+            if name in found:
+                found[name] = tuple(found[name])
+        size = content.get("size")
+        if isinstance(size, Mapping):
+            if unknown := sorted(set(size) - {"shortest_edge", "longest_edge"}):
+                raise ConfigError(
+                    f"size: only shortest_edge and longest_edge are implemented, got {unknown}"
+                )
+            # In this processor's terms both are areas.
+            found.setdefault("min_pixels", size.get("shortest_edge", default.min_pixels))
+            found.setdefault("max_pixels", size.get("longest_edge", default.max_pixels))
+        elif size not in (None, [672, 672]):
+            raise ConfigError(
+                f"size must be an object with shortest_edge and longest_edge, got {size!r}"
+            )
+        return dataclasses.replace(default, **found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of a `preprocessor_config.json`, which transformers' processor reads as well."""
+        content = dataclasses.asdict(self)
+        size = {
+            "shortest_edge": content.pop("min_pixels"),
+            "longest_edge": content.pop("max_pixels"),
+        }
+        return {
+            "image_processor_type": "MiniMaxM3VLImageProcessor",
+            "size": size,
+            "resample": _BICUBIC,
+            **content,
+        }
+
+
+def smart_resize(height: int, width: int, config: PreprocessorConfig) -> tuple[int, int]:
+    """Size an image is resized to: near its own, both sides multiples of `factor`, the area within bounds.
+
+    Args:
+        height: In pixels.
+        width: In pixels.
+        config: Gives the factor and the bounds.
+
+    Returns:
+        Height and width in pixels.
+
+    Raises:
+        InputError: The aspect ratio is over 200.
+
+    References:
+        `smart_resize` of Qwen2-VL's processor, which this model's processor shares.
+    """
+    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
+        raise InputError(
+            f"aspect ratio must be at most {_MAX_ASPECT_RATIO}, got {width} x {height} pixels"
+        )
+    factor = config.factor
+    # Python's round is to even at a half, as the processor's is.
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > config.max_pixels:
+        shrink = math.sqrt(height * width / config.max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < config.min_pixels:
+        grow = math.sqrt(config.min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def image_from_file(path: Path) -> Image.Image:
+    """Open an image of any format Pillow reads, upright (EXIF) and in 8-bit RGB (see `rgb_from_image`).
+
+    Raises:
+        InputError: The file is missing, unreadable, truncated, too large, or of a pixel type with no defined range.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow refuses at twice the size it warns at; there is nothing to do about the warning.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return rgb_from_image(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}", hint=error.hint) from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path}: not an image in a format Pillow reads") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image: {error}") from error
+
+
+def rgb_from_image(image: Image.Image) -> Image.Image:
+    """8-bit RGB: transparency composited onto white, as the processor does; 16-bit grey scaled to 8 bits.
+
+    Raises:
+        InputError: The pixel type has no defined range (32-bit integers beyond 16 bits, floats).
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise InputError(
+            "floating-point pixels have no defined range", hint="convert the image to 8-bit RGB"
+        )
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16-bit levels to 255.
+        levels = np.asarray(image, dtype=np.int64)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise InputError(
+                f"integer pixels must be within 0 and 65535, got {levels.min()} to {levels.max()}",
+                hint="convert the image to 8-bit RGB",
+            )
+        return Image.fromarray(np.rint(levels / 257).astype(np.uint8)).convert("RGB")
+    if image.mode in (
+        "La",
+        "RGBa",
+    ):  # colours multiplied by alpha, which Pillow turns into RGB only by way of this
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def patches_from_image(
+    image: Image.Image, config: PreprocessorConfig
+) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
+    """Resize, normalise and cut one still image.
+
+    Args:
+        image: Any Pillow image; turned upright by its EXIF orientation, and converted by `rgb_from_image`.
+        config: The preprocessing.
+
+    Returns:
+        pixel_values `[h*w, 3*T*P*P]` float32, in merge-block order, each patch flattened in (channel, frame, row,
+        column) order; and its grid row (1, h, w), in patches.
+
+    Raises:
+        InputError: See `smart_resize` and `rgb_from_image`.
+    """
+    return patches_from_frames([rgb_from_image(ImageOps.exif_transpose(image))], config)
+
+
+def patches_from_frames(
+    frames: Sequence[Image.Image], config: PreprocessorConfig
+) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
+    """Resize, normalise and cut consecutive frames, the last one repeated to fill a temporal patch.
+
+    Args:
+        frames: 8-bit RGB, all of one size.
+        config: The preprocessing.
+
+    Returns:
+        pixel_values `[t*h*w, 3*T*P*P]` float32, temporal patches outermost, else as of `patches_from_image`; and the
+        grid row (t, h, w), in patches.
+
+    Raises:
+        InputError: See `smart_resize`.
+    """
+    height, width = smart_resize(frames[0].height, frames[0].width, config)
+    merge, side, depth = config.merge_size, config.patch_size, config.temporal_patch_size
+    t, h, w = -(-len(frames) // depth), height // side, width // side
+    # An 8-bit level has only 256 normalised values: look them up. [3, 256]
+    scaled = np.arange(256) * config.rescale_factor
+    normalised = (scaled - np.array(config.image_mean)[:, None]) / np.array(config.image_std)[
+        :, None
+    ]
+    table = normalised.astype(np.float32)
+
+    patches = np.empty((t, h * w, 3, depth, side * side), dtype=np.float32)
+    for index, frame in enumerate(frames):
+        image = (
+            frame
+            if frame.size == (width, height)
+            else frame.resize((width, height), Image.Resampling.BICUBIC)
+        )
+        levels = np.asarray(image, dtype=np.uint8).reshape(
+            h // merge, merge, side, w // merge, merge, side, 3
+        )
+        # [block_row, row, y, block_column, column, x, C] -> [.., row, column, C, y, x] -> [N, C, P*P]
+        levels = levels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, side * side)
+        # The last frame fills what is left of its temporal patch, all of it for a still image.
+        depths = slice(index % depth, None if index == len(frames) - 1 else index % depth + 1)
+        for channel in range(3):
+            patches[index // depth, :, channel, depths] = table[channel][levels[:, channel, None]]
+    return patches.reshape(t * h * w, -1), (t, h, w)
+
+
+def patches_from_images(
+    images: Iterable[Image.Image], config: PreprocessorConfig, *, names: Sequence[str] | None = None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Pack several images, of any sizes, into one batch.
+
+    Args:
+        images: Any Pillow images.
+        config: The preprocessing.
+        names: What an error calls each of them; `image 0` and so on if None.
+
+    Returns:
+        pixel_values `[num_patches, 3*T*P*P]` float32 and grid_thw `[num_images, 3]` int64.
+
+    Raises:
+        InputError: No images, or one cannot be processed; the message says which.
+    """
+    pieces, rows = [], []
+    for index, image in enumerate(images):
+        try:
+            patches, row = patches_from_image(image, config)
+        except (InputError, OSError, ValueError) as error:
+            name = f"image {index}" if names is None else names[index]
+            raise InputError(f"{name}: {error}", hint=getattr(error, "hint", None)) from error
+        pieces.append(patches)
+        rows.append(row)
+    if not pieces:
+        raise InputError("no images were given")
+    return np.concatenate(pieces), np.array(rows, dtype=np.int64)

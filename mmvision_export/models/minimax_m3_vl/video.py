@@ -1,0 +1,220 @@
+"""Videos to segments of patches, as the checkpoint's video processor makes them, and their encoding piece by piece.
+
+Frames are sampled evenly; every `temporal_patch_size` of them make a temporal patch, the last one repeated to fill it;
+every `segment_max_frames` temporal patches make a segment, a grid row of its own. The timestamp of a temporal patch is
+that of its first frame, its index over the average frame rate, as the processor writes it into the prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mmvision_export.core.errors import BackendError, InputError
+from mmvision_export.core.progress import Progress
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
+
+__all__ = ["VideoConfig", "VideoSegment", "encoded_segments", "sampled_indices"]
+
+_MAX_FRAME_PIXELS = 768 * 28 * 28
+_GROUP_PATCHES = 4096  # of a call where the engine sets no limit
+
+
+class Encoder(Protocol):
+    """What of `VisionEncoder` is used here."""
+
+    @property
+    def config(self) -> EncoderConfig: ...
+
+    @property
+    def max_patches(self) -> int | None: ...
+
+    def __call__(self, pixel_values: Any, grid_thw: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """How a video becomes patches. Defaults are the released model's.
+
+    Attributes:
+        frame: How a frame becomes patches.
+        fps: Frames sampled per second.
+        min_frames: Fewest frames sampled, if the video has so many.
+        max_frames: Most frames sampled.
+    """
+
+    frame: PreprocessorConfig
+    fps: float = 1.0
+    min_frames: int = 4
+    max_frames: int = 768
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps < float("inf"):
+            raise InputError(f"fps must be a positive number, got {self.fps}")
+
+    @classmethod
+    def for_preprocessor(cls, image: PreprocessorConfig, *, fps: float) -> VideoConfig:
+        """A model's preprocessing of images, with the bounds of a video's frames."""
+        frame = dataclasses.replace(
+            image, min_pixels=4 * image.factor**2, max_pixels=_MAX_FRAME_PIXELS
+        )
+        return cls(frame=frame, fps=fps)
+
+    def within(self, max_patches: int) -> VideoConfig:
+        """The same, with frames of at most so many patches (see `PreprocessorConfig.within`)."""
+        return dataclasses.replace(self, frame=self.frame.within(max_patches))
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSegment:
+    """One encoded segment.
+
+    Attributes:
+        index: Its place in the video, from 0.
+        timestamps: Seconds of each of its temporal patches.
+        grid_thw: Its grid row.
+        image_embeds: `[t * h * w / merge**2, text_hidden_size]`.
+    """
+
+    index: int
+    timestamps: tuple[float, ...]
+    grid_thw: tuple[int, int, int]
+    image_embeds: npt.NDArray[np.floating]
+
+
+def sampled_indices(
+    num_frames: int, video_fps: float, config: VideoConfig
+) -> npt.NDArray[np.int64]:
+    """Which frames are taken: `fps` per second, within `min_frames` and `max_frames`, evenly over the video.
+
+    Args:
+        num_frames: Of the video.
+        video_fps: Its average frame rate.
+        config: The sampling.
+
+    References:
+        `default_sample_indices_fn` in transformers' `video_utils.py`.
+    """
+    wanted = int(num_frames / video_fps * config.fps)
+    count = min(max(wanted, config.min_frames), config.max_frames, num_frames)
+    return np.arange(count, dtype=np.int64) * num_frames // count
+
+
+def encoded_segments(
+    encoder: Encoder, path: Path, config: VideoConfig, progress: Progress
+) -> Iterator[VideoSegment]:
+    """See `VisionEncoder.encode_video`."""
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        num_frames, video_fps = _measured(path, stream)
+        indices = sampled_indices(num_frames, video_fps, config)
+        seconds = [int(index) / video_fps for index in indices]
+        per_patch, per_segment = config.frame.temporal_patch_size, encoder.config.segment_max_frames
+        num_patches = -(-len(indices) // per_patch)
+        num_segments = -(-num_patches // per_segment)
+        progress.step(f"encoding {path.name}", total=num_segments)
+        pending: list[tuple[npt.NDArray[np.float32], tuple[int, int, int]]] = []
+        done = 0
+        for frames in _batched(
+            _sampled_frames(path, container, stream, indices), per_patch * per_segment
+        ):
+            pending.append(patches_from_frames(frames, config.frame))
+            size = len(pending[0][0])
+            together = max(1, (encoder.max_patches or _GROUP_PATCHES) // size)
+            if len(pending) < together and done + len(pending) < num_segments:
+                continue
+            for embeds, (_, row) in zip(_encoded(encoder, pending), pending, strict=True):
+                first = done * per_segment
+                times = tuple(seconds[(first + t) * per_patch] for t in range(row[0]))
+                yield VideoSegment(done, times, row, embeds)
+                done += 1
+                progress.advance()
+            pending = []
+    if done < num_segments:
+        raise InputError(
+            f"{path}: ends after {done} of {num_segments} segments", hint="the file is truncated"
+        )
+
+
+def _encoded(
+    encoder: Encoder, pending: list[tuple[npt.NDArray[np.float32], tuple[int, int, int]]]
+) -> list[npt.NDArray[np.floating]]:
+    grid = np.array([row for _, row in pending])
+    image_embeds = encoder(np.concatenate([patches for patches, _ in pending]), grid)
+    return np.split(
+        image_embeds, np.cumsum(grid.prod(axis=1) // encoder.config.patches_per_token)[:-1]
+    )
+
+
+def _batched(frames: Iterator[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    batch: list[Image.Image] = []
+    for frame in frames:
+        batch.append(frame)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _opened(path: Path) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise BackendError(
+            f"PyAV is not installed: {error}", hint="pip install '.[video]'"
+        ) from error
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, ValueError) as error:
+        raise InputError(f"{path}: not a video in a format PyAV reads: {error}") from error
+    if not container.streams.video:
+        container.close()
+        raise InputError(f"{path}: has no video stream")
+    return container
+
+
+def _measured(path: Path, stream: Any) -> tuple[int, float]:
+    """Number of frames, counted where the file does not say it, and average rate."""
+    import av
+
+    num_frames = stream.frames
+    try:
+        if not num_frames:
+            # One packet is one frame; nothing is decoded. In a container of its own, since not every one can go back.
+            with _opened(path) as container:
+                num_frames = sum(
+                    packet.size > 0 for packet in container.demux(container.streams.video[0])
+                )
+    except av.FFmpegError as error:
+        raise InputError(f"{path}: not a readable video: {error}") from error
+    if not num_frames or not stream.average_rate:
+        raise InputError(f"{path}: has no frames, or no frame rate")
+    return num_frames, float(stream.average_rate)
+
+
+def _sampled_frames(
+    path: Path, container: Any, stream: Any, indices: npt.NDArray[np.int64]
+) -> Iterator[Image.Image]:
+    """The frames of these indices, ascending and distinct, decoded one after the other."""
+    import av
+
+    wanted = iter(indices.tolist())
+    target = next(wanted)
+    try:
+        for index, frame in enumerate(container.decode(stream)):
+            if index == target:
+                yield Image.fromarray(frame.to_ndarray(format="rgb24"))
+                if (target := next(wanted, -1)) < 0:
+                    return
+    except av.FFmpegError as error:
+        raise InputError(f"{path}: not a readable video: {error}") from error

@@ -1,0 +1,141 @@
+"""Where an encoder's weights come from, as one value that the manifest keeps, so that they can be loaded again."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmvision_export.core.errors import CheckpointError
+from mmvision_export.core.progress import Progress
+from mmvision_export.models.hub import folder_from_hub, is_hub_id
+from mmvision_export.models.minimax_m3_vl.checkpoint import (
+    checkpoint_from_folder,
+    digest_of_tensor,
+    digest_of_tensors,
+    encoder_from_state_dict,
+)
+from mmvision_export.models.minimax_m3_vl.config import PRESETS, EncoderConfig
+from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
+from mmvision_export.models.random_weights import RandomKind, random_tensors
+
+__all__ = ["DTYPES", "LoadedEncoder", "WeightSource"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Precision on the command line and in the manifest -> PyTorch dtype."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder and what there is to say about its weights.
+
+    Attributes:
+        encoder: In evaluation mode.
+        source: For the manifest's `source`.
+        preprocessor: The checkpoint's `preprocessor_config.json`, if it has one.
+    """
+
+    encoder: VisionEncoderModule
+    source: dict[str, Any]
+    preprocessor: Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSource:
+    """A checkpoint (folder or hub id), or seeded random weights in the dimensions of a preset or a config.
+
+    Attributes:
+        checkpoint: Folder or hub id; None for random weights.
+        revision: Of the hub repository.
+        random_config: Dimensions for random weights.
+        preset: Name of those dimensions, if they are a preset's.
+        seed: For random weights.
+        random_kind: `plain` random weights, or with `outliers`.
+    """
+
+    checkpoint: str | None = None
+    revision: str | None = None
+    random_config: EncoderConfig | None = None
+    preset: str | None = None
+    seed: int = 0
+    random_kind: RandomKind = "plain"
+
+    @classmethod
+    def random(cls, preset: str, seed: int, kind: RandomKind = "plain") -> WeightSource:
+        """Seeded random weights in a preset's dimensions."""
+        return cls(random_config=PRESETS[preset], preset=preset, seed=seed, random_kind=kind)
+
+    @classmethod
+    def from_manifest(cls, source: dict[str, Any], config: EncoderConfig) -> WeightSource:
+        """The source that a manifest names."""
+        if source.get("kind") == "random":
+            return cls(
+                random_config=config,
+                preset=source.get("preset"),
+                seed=source["seed"],
+                random_kind=source.get("random_kind", "plain"),
+            )
+        return cls(
+            checkpoint=source["checkpoint"], revision=source.get("commit") or source.get("revision")
+        )
+
+    def load(self, dtype: torch.dtype, progress: Progress | None = None) -> LoadedEncoder:
+        """Load or make the weights.
+
+        Raises:
+            ConfigError: See `config_from_file`.
+            CheckpointError: See `checkpoint_from_folder` and `folder_from_hub`.
+        """
+        progress = progress or Progress()
+        if self.random_config is not None:
+            progress.step("making random weights")
+            state, digests = {}, {}
+            for name, tensor in random_tensors(
+                self.random_config, seed=self.seed, kind=self.random_kind
+            ):
+                state[name], digests[name] = tensor.to(dtype), digest_of_tensor(tensor)
+            source: dict[str, Any] = {
+                "kind": "random",
+                "random_kind": self.random_kind,
+                "preset": self.preset,
+                "seed": self.seed,
+            }
+            source["sha256"] = digest_of_tensors(digests)
+            return LoadedEncoder(encoder_from_state_dict(self.random_config, state), source, None)
+
+        assert self.checkpoint is not None
+        folder = Path(self.checkpoint).expanduser()
+        name = str(folder.resolve())
+        commit = None
+        if folder.is_dir():
+            if self.revision is not None:
+                raise CheckpointError(
+                    f"{folder} is a folder, which has no revision", hint="leave --revision out"
+                )
+        else:
+            if folder.exists() or not is_hub_id(self.checkpoint):
+                raise CheckpointError(
+                    f"{self.checkpoint}: no such checkpoint folder",
+                    hint="name a folder or a hub id (organisation/model) with --checkpoint, "
+                    "or try without weights: --preset tiny --random-weights",
+                )
+            folder = folder_from_hub(self.checkpoint, revision=self.revision, progress=progress)
+            name, commit = self.checkpoint, folder.name  # a snapshot folder is named by its commit
+        checkpoint = checkpoint_from_folder(folder, dtype=dtype, progress=progress)
+        source = {
+            "kind": "checkpoint",
+            "checkpoint": name,
+            "revision": self.revision,
+            "commit": commit,
+            "sha256": checkpoint.sha256,
+            "shards": checkpoint.shards,
+        }
+        preprocessor = folder / PREPROCESSOR
+        return LoadedEncoder(
+            encoder_from_state_dict(checkpoint.config, checkpoint.state_dict),
+            source,
+            preprocessor if preprocessor.is_file() else None,
+        )

@@ -1,0 +1,97 @@
+"""Polygraphy runners for what its own do not run: the PyTorch encoder, and an engine as it is deployed."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from polygraphy.backend.base import BaseRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.datatype import DataType
+
+from mmvision_export.artifacts.engine_record import EngineRecord
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.runtime.vision_encoder import VisionEncoder
+
+__all__ = ["EngineRunner", "TorchRunner", "accepts", "input_metadata"]
+
+
+class TorchRunner(BaseRunner):  # type: ignore[misc]
+    """The PyTorch encoder as a Polygraphy runner; its weights are in memory only while it is active."""
+
+    def __init__(
+        self, name: str, load: Callable[[], VisionEncoderModule], config: EncoderConfig
+    ) -> None:
+        super().__init__(name=name)
+        self._load = load
+        self._config = config
+
+    def activate_impl(self) -> None:
+        self._encoder = self._load()
+
+    def deactivate_impl(self) -> None:
+        del self._encoder
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return input_metadata(self._config)
+
+    def infer_impl(
+        self, feed_dict: Mapping[str, npt.NDArray[Any]]
+    ) -> OrderedDict[str, npt.NDArray[Any]]:
+        pixel_values = torch.from_numpy(feed_dict["pixel_values"]).to(self._encoder.dtype)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = self._encoder(pixel_values, torch.from_numpy(feed_dict["grid_thw"]))
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(
+            image_embeds=(out.float() if out.dtype == torch.bfloat16 else out).numpy()
+        )
+
+
+class EngineRunner(BaseRunner):  # type: ignore[misc]
+    """An engine as it is deployed, through `VisionEncoder`'s backend, as a Polygraphy runner."""
+
+    def __init__(self, name: str, engine: Path, record: EngineRecord) -> None:
+        super().__init__(name=name)
+        self._engine = engine
+        self._backend_name = record.backend
+        self._config = record.config
+        self.profiles = record.profiles
+
+    def activate_impl(self) -> None:
+        self._encoder = VisionEncoder.open(self._engine, backend=self._backend_name)
+
+    def deactivate_impl(self) -> None:
+        self._encoder.close()
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return input_metadata(self._config)
+
+    def infer_impl(
+        self, feed_dict: Mapping[str, npt.NDArray[Any]]
+    ) -> OrderedDict[str, npt.NDArray[Any]]:
+        start = time.perf_counter()
+        out = self._encoder(feed_dict["pixel_values"], feed_dict["grid_thw"])
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(image_embeds=out)
+
+
+def input_metadata(config: EncoderConfig) -> TensorMetadata:
+    """The graph's inputs as Polygraphy describes them; every runner is fed float32 and converts it itself."""
+    result = TensorMetadata()
+    result.add("pixel_values", dtype=DataType.FLOAT32, shape=(None, config.patch_dim))
+    result.add("grid_thw", dtype=DataType.INT64, shape=(None, 3))
+    return result
+
+
+def accepts(runner: BaseRunner, num_patches: int, num_images: int) -> bool:
+    """Whether a runner takes a batch of this size, in one launch if it has profiles."""
+    profiles: Sequence[Profile] | None = getattr(runner, "profiles", None)
+    return profiles is None or any(profile.takes(num_patches, num_images) for profile in profiles)

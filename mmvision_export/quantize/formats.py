@@ -1,0 +1,69 @@
+"""The two 8-bit formats, symmetric around zero, and how values are rounded to them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+__all__ = ["FP8", "INT8", "EightBitFormat", "scale_from_magnitude"]
+
+Floats = npt.NDArray[np.floating]
+
+
+@dataclasses.dataclass(frozen=True)
+class EightBitFormat:
+    """A storage format with a scale: a value is stored as `value / scale`, rounded.
+
+    Attributes:
+        name: As on the command line.
+        dtype: ONNX's element type.
+        maximum: Largest magnitude that is used.
+    """
+
+    name: str
+    dtype: ir.DataType
+    maximum: float
+
+    def quantized(self, values: Floats, scale: Floats) -> npt.NDArray[np.generic]:
+        """Values as stored, with ONNX `QuantizeLinear`'s rounding: to nearest even, saturating.
+
+        Args:
+            values: Any shape, float.
+            scale: Broadcast against `values`.
+        """
+        scaled = np.clip(values / scale, -self.maximum, self.maximum)
+        if self.dtype == ir.DataType.INT8:
+            return np.rint(scaled).astype(np.int8)
+        return scaled.astype(ml_dtypes.float8_e4m3fn)
+
+    def rounded(self, values: Floats, scale: Floats) -> npt.NDArray[np.float32]:
+        """Values after storing and reading back, float32."""
+        result: npt.NDArray[np.float32] = (
+            self.quantized(values, scale).astype(np.float32) * scale
+        ).astype(np.float32)
+        return result
+
+
+# -128 is left unused, so that the range is symmetric.
+INT8 = EightBitFormat("int8", ir.DataType.INT8, 127.0)
+FP8 = EightBitFormat("fp8", ir.DataType.FLOAT8E4M3FN, 448.0)
+"""E4M3 without infinities (Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433)."""
+
+
+def scale_from_magnitude(magnitude: npt.ArrayLike, maximum: float) -> npt.NDArray[np.float32]:
+    """The scale at which `magnitude` is the largest value stored, as exact in float16 as the graph holds it.
+
+    Args:
+        magnitude: Largest magnitude, per tensor or per channel; not negative.
+        maximum: Of the format.
+    """
+    # A channel of zeros, or one too small for float16's exponent, gets the smallest normal scale.
+    scale = np.maximum(
+        np.asarray(magnitude, np.float64) / maximum, np.finfo(np.float16).smallest_normal
+    )
+    rounded: npt.NDArray[np.float32] = scale.astype(np.float16).astype(np.float32)
+    return rounded

@@ -1,0 +1,339 @@
+"""`mmvision quantize`: from a float32 model directory to a quantised flavour that has passed its gate.
+
+Units are ranked by what quantising each alone does to the output. The fewest of the worst are then kept in the graph's
+own float type that let the result pass, measured end to end on batches that calibration has not seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
+from mmvision_export.core.errors import QuantizationError
+from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.metrics import metrics
+from mmvision_export.core.progress import Progress
+from mmvision_export.quantize.balancing import divisor_of, static_rounding, token_rounding
+from mmvision_export.quantize.dynamic import quantize_dynamically
+from mmvision_export.quantize.formats import FP8, INT8
+from mmvision_export.quantize.qdq import LOWEST_OPSET, balance, quantize_statically
+from mmvision_export.quantize.statistics import (
+    Batch,
+    CalibrationMethod,
+    grouped,
+    magnitudes,
+    run,
+    samples,
+)
+from mmvision_export.quantize.units import Unit, units_of
+
+__all__ = ["FLAVOURS", "Flavour", "QuantizationReport", "quantize"]
+
+Flavour = Literal["int8", "fp8", "cpu-int8"]
+FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
+Array = npt.NDArray[np.float32]
+
+RANKING_PATCHES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationReport:
+    """What was done, for the manifest.
+
+    Attributes:
+        flavour: int8, fp8 or cpu-int8.
+        source: The graph it was made from, by file name; its attention is the flavour's.
+        calibration_method: minmax, percentile or entropy; for cpu-int8 `none`, since it measures while it runs.
+        min_cosine: The gate.
+        reached: Smallest cosine of a token with the float32 graph's, on the held-out batches.
+        without_fallback: The same with every unit quantised.
+        balanced: Units whose layer norm was balanced.
+        quantized: Of each quantised unit, the smallest cosine of a calibration token with that unit alone quantised.
+        kept: The same of each unit that stayed in higher precision, worst first.
+    """
+
+    flavour: str
+    source: str
+    calibration_method: str
+    min_cosine: float
+    reached: float
+    without_fallback: float
+    balanced: list[str]
+    quantized: dict[str, float]
+    kept: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def quantize(
+    directory: Path,
+    flavour: Flavour,
+    *,
+    calibration: Sequence[Batch],
+    held_out: Sequence[Batch],
+    method: CalibrationMethod = "percentile",
+    min_cosine: float = 0.999,
+    fallback: bool = True,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Add a quantised flavour to a float32 model directory.
+
+    Args:
+        directory: The model directory.
+        flavour: `int8` or `fp8` for TensorRT, `cpu-int8` for ONNX Runtime's CPU provider.
+        calibration: Batches that ranges are measured on.
+        held_out: Other batches, that the gate is measured on.
+        method: How ranges are chosen from what is measured.
+        min_cosine: Gate for every token, against the float32 graph.
+        fallback: Keep units in higher precision until the gate is passed, rather than refuse.
+        progress: Told about each step.
+
+    Raises:
+        ManifestError: Files of the directory are missing or not those of the manifest.
+        QuantizationError: It is not a float32 model; or the gate cannot be passed.
+        BackendError: ONNX Runtime is not installed.
+    """
+    progress = progress or Progress()
+    if not 0 < min_cosine < 1:
+        raise QuantizationError(f"the minimum cosine must be between 0 and 1, got {min_cosine}")
+    manifest = Manifest.read(directory)
+    if manifest.precision != "fp32":
+        raise QuantizationError(
+            f"{directory} is a {manifest.precision} model; quantisation starts from float32",
+            hint="export it again with --fp32",
+        )
+    if flavour != "cpu-int8" and manifest.opset < LOWEST_OPSET:
+        raise QuantizationError(
+            f"quantisation needs a graph of opset {LOWEST_OPSET} or later, this one has {manifest.opset}",
+            hint=f"export it again with --opset {LOWEST_OPSET} or higher",
+        )
+    progress.step("verifying the graph's files")
+    manifest.verify(directory, (GRAPH, DATA))
+    source = directory / GRAPH
+    basis = source
+    if flavour == "cpu-int8" and CPU_GRAPH in manifest.files:
+        manifest.verify(directory, (CPU_GRAPH,))
+        basis = directory / CPU_GRAPH
+    calibration, held_out = grouped(calibration), grouped(held_out)
+    units = units_of(ir.load(source))
+    plan = _plan(source, basis, units, flavour, calibration, method, progress)
+    reference = np.concatenate(run(source, held_out, weights_in=directory, dtype=np.float32))
+    order = sorted(units, key=lambda unit: plan.cosines[unit.name])
+
+    with new_files(directory, name=flavour_graph(flavour)) as new:
+
+        def cosine(kept: int) -> float:
+            """Of the graph that keeps the worst units; it stays in the folder."""
+            progress.step(f"{flavour} with {kept} of {len(units)} units in higher precision")
+            _write(basis, new, flavour, units, plan, {unit.name for unit in order[:kept]})
+            # Weights that a flavour shares lie one folder up, where it will be itself.
+            if flavour == "cpu-int8":
+                _link(directory / DATA, new / DATA)
+            try:
+                dtype = np.float32 if flavour == "cpu-int8" else np.float16
+                result = np.concatenate(
+                    run(new / flavour_graph(flavour), held_out, weights_in=new, dtype=dtype)
+                )
+            finally:
+                (new / DATA).unlink(missing_ok=True)
+            return _min_cosine(result, reference)
+
+        first = cosine(0)
+        count, reached = (
+            (0, first)
+            if first >= min_cosine or not fallback
+            else _fewest(cosine, len(units), min_cosine)
+        )
+        if not reached >= min_cosine:
+            everything = " even with every unit in higher precision" if fallback else ""
+            raise QuantizationError(
+                f"the {flavour} graph{everything} has a token of cosine {reached:.6f}, below {min_cosine}",
+                hint="lower --min-cosine"
+                if fallback
+                else "let the worst units stay in higher precision",
+            )
+        if count == len(units):
+            raise QuantizationError(
+                f"no unit can be {flavour} with every token's cosine at least {min_cosine}",
+                hint="lower --min-cosine",
+            )
+        records = {path.name: file_record(path) for path in new.iterdir()}
+    report = QuantizationReport(
+        flavour=flavour,
+        source=basis.name,
+        calibration_method="none" if flavour == "cpu-int8" else method,
+        min_cosine=min_cosine,
+        reached=reached,
+        without_fallback=first,
+        balanced=[unit.name for unit in units if unit.input in plan.divisors],
+        quantized={
+            unit.name: plan.cosines[unit.name] for unit in units if unit not in order[:count]
+        },
+        kept={unit.name: plan.cosines[unit.name] for unit in order[:count]},
+    )
+    manifest.update(
+        directory, files=records, quantization={flavour_graph(flavour): report.to_dict()}
+    )
+    return report
+
+
+def _link(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(file, name)
+
+
+def _fewest(cosine: Callable[[int], float], most: int, gate: float) -> tuple[int, float]:
+    """Fewest units to keep, by doubling and then halving, leaving that graph written."""
+    low, high = 0, 1
+    while (reached := cosine(high)) < gate and high < most:
+        low, high = high, min(2 * high, most)
+    if reached < gate:
+        return high, reached
+    passed, written = (high, reached), high
+    while high - low > 1:
+        middle = (low + high) // 2
+        written, reached = middle, cosine(middle)
+        if reached >= gate:
+            high, passed = middle, (middle, reached)
+        else:
+            low = middle
+    if written != passed[0]:
+        cosine(passed[0])
+    return passed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    divisors: dict[str, Array]  # by a unit's input, [in]
+    magnitudes: dict[str, float]  # by a unit's input
+    cosines: dict[str, float]  # by a unit's name, see QuantizationReport.quantized
+
+
+def _plan(
+    source: Path,
+    basis: Path,
+    units: Sequence[Unit],
+    flavour: Flavour,
+    batches: Sequence[Batch],
+    method: CalibrationMethod,
+    progress: Progress,
+) -> _Plan:
+    kind = FP8 if flavour == "fp8" else INT8
+    is_dynamic = flavour == "cpu-int8"
+    rounding_for = token_rounding if is_dynamic else static_rounding
+    found = samples(source, [unit.input for unit in units], batches, progress)
+    initializers = ir.load(source).graph.initializers
+
+    def weights(unit: Unit) -> dict[str, Array]:
+        tensors = {
+            linear.weight: initializers[linear.weight].const_value for linear in unit.linears
+        }
+        return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+
+    progress.step("balancing", total=len(units))
+    divisors = {}
+    for unit in units:
+        divisor = divisor_of(unit, found[unit.input], weights(unit), kind, rounding_for)
+        if divisor is not None:
+            divisors[unit.input] = divisor
+        progress.advance()
+    ranges = {} if is_dynamic else magnitudes(source, found, divisors, batches, method, progress)
+    plan = _Plan(divisors, ranges, {})
+    few = _few(batches)
+    reference = np.concatenate(run(source, few, weights_in=source.parent, dtype=np.float32))
+    progress.step("ranking units", total=len(units))
+    for unit in units:
+        model = _quantized(
+            basis,
+            flavour,
+            units,
+            plan,
+            {other.name for other in units} - {unit.name},
+            ir.DataType.FLOAT,
+        )
+        content = ir.serde.serialize_model(model).SerializeToString()
+        result = np.concatenate(run(content, few, weights_in=source.parent, dtype=np.float32))
+        plan.cosines[unit.name] = _min_cosine(result, reference)
+        progress.advance()
+    return plan
+
+
+def _few(batches: Sequence[Batch]) -> list[Batch]:
+    """The first batches, until there are enough patches to rank on."""
+    sizes = np.cumsum([len(pixels) for pixels, _ in batches])
+    return list(batches[: 1 + int(np.searchsorted(sizes, RANKING_PATCHES))])
+
+
+def _min_cosine(result: Array, reference: Array) -> float:
+    distance = metrics(result, reference)
+    return -1.0 if distance.non_finite else distance.min_cosine
+
+
+def _quantized(
+    basis: Path,
+    flavour: Flavour,
+    units: Sequence[Unit],
+    plan: _Plan,
+    keep: set[str],
+    dtype: ir.DataType,
+) -> ir.Model:
+    model = ir.load(basis)
+    # A CPU flavour's operators are products by other names, but for the one that is a product and an activation.
+    InlinePass(lambda function: function.name == "LinearGelu")(model)
+    # What is kept is kept as it was, so that a CPU flavour can share it.
+    balance(model, [unit for unit in units if unit.name not in keep], plan.divisors)
+    if flavour == "cpu-int8":
+        quantize_dynamically(model, units, keep)
+    else:
+        quantize_statically(
+            model, units, plan.magnitudes, FP8 if flavour == "fp8" else INT8, keep, dtype
+        )
+    return model
+
+
+def _write(
+    basis: Path, new: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str]
+) -> None:
+    model = _quantized(basis, flavour, units, plan, keep, ir.DataType.FLOAT16)
+    if flavour == "cpu-int8":
+        _save_beside(model, new, flavour_graph(flavour))
+    else:
+        ir.save(
+            model,
+            new / flavour_graph(flavour),
+            external_data=f"{flavour_graph(flavour)}.data",
+            alignment=4096,
+        )
+        onnx.checker.check_model(new / flavour_graph(flavour))
+
+
+def _save_beside(model: ir.Model, new: Path, name: str) -> None:
+    """Write a graph whose new weights go into a file of its own, and whose others stay where they are."""
+    values = [
+        v
+        for v in model.graph.initializers.values()
+        if not isinstance(v.const_value, ir.ExternalTensor)
+    ]
+    large = [v for v in values if v.const_value is not None and v.const_value.nbytes > 256]
+    tensors = [value.const_value for value in large if value.const_value is not None]
+    external = ir.external_data.convert_tensors_to_external(
+        tensors, new, f"{name}.data", alignment=4096
+    )
+    for value, tensor in zip(large, external, strict=True):
+        value.const_value = tensor
+    ir.save(model, new / name)

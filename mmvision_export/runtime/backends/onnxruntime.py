@@ -1,0 +1,250 @@
+"""ONNX Runtime: what its providers share, and the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.runtime.backends import BackendName, BackendOptions
+from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, register_cpu_kernels
+from mmvision_export.runtime.grid import batch_in_groups
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = [
+    "PROVIDERS",
+    "CpuBackend",
+    "OnnxRuntimeBackend",
+    "create_session",
+    "require_provider",
+    "session_options",
+]
+
+_ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings are about its own constant folding
+PROVIDERS = {
+    "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-cuda": "CUDAExecutionProvider",
+    "onnxruntime-tensorrt": "TensorrtExecutionProvider",
+}
+# On a CPU the images of a batch are run in groups of at most this many patches. The portable graph's attention is
+# masked, so that its work and memory grow with the square of what it is given at once: at full size it is a tenth of
+# all work at 1024 patches, and two thirds at 20,000 (sixteen photographs), where the scores alone take 27 GB.
+_CPU_GROUP_PATCHES = 1024
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxRuntimeBackend:
+    """The graph of a model directory in ONNX Runtime; a subclass says with which provider. See `Backend`.
+
+    Raises:
+        ManifestError: Files of the directory are missing or not those of its manifest.
+        BackendError: ONNX Runtime is not installed, lacks the provider, or cannot load the graph.
+    """
+
+    name: BackendName
+    profiles: Sequence[Profile] = ()
+
+    def __init__(self, directory: Path, options: BackendOptions) -> None:
+        manifest = Manifest.read(directory)
+        graph = (
+            self._graph_name(manifest)
+            if options.flavour is None
+            else flavour_graph(options.flavour)
+        )
+        if graph not in manifest.files:
+            raise ManifestError(
+                f"{directory} has no {graph}", hint="make flavours with: mmvision quantize"
+            )
+        # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
+        # longer than everything else here, and `mmvision inspect` does it.
+        manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
+        for data in {DATA, f"{graph}.data"} & set(manifest.files):
+            manifest.record_of(data).verify_size(directory / data, said_by="the manifest")
+        # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
+        source = manifest.quantization.get(graph, {}).get("source", graph)
+        self._masked = source != CPU_GRAPH
+        self._session: onnxruntime.InferenceSession | None = self._new_session(
+            directory / graph, options
+        )
+        self.config = manifest.config
+        self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
+        import onnxruntime
+
+        self.info: dict[str, Any] = {
+            "model": str(directory),
+            "graph": graph,
+            "precision": options.flavour or manifest.precision,
+            "weights_sha256": manifest.record_of(DATA).sha256,
+            "onnxruntime": onnxruntime.__version__,
+        }
+
+    def _graph_name(self, manifest: Manifest) -> str:
+        """The file of a model directory that this backend runs: the one place where a backend chooses a flavour."""
+        return GRAPH
+
+    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
+        return create_session(
+            graph, provider=PROVIDERS[self.name], device=options.device, threads=options.threads
+        )
+
+    def run(
+        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        if self._session is None:
+            raise BackendError("the encoder is closed")
+        try:
+            (image_embeds,) = self._session.run(
+                None, {"pixel_values": pixel_values, "grid_thw": grid_thw}
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+        result: npt.NDArray[np.floating] = image_embeds
+        return result
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._session = None
+
+
+class CpuBackend(OnnxRuntimeBackend):
+    """ONNX Runtime's CPU provider, on every machine, with the CPU flavour of the graph and kernels of ours for it."""
+
+    name: BackendName = "onnxruntime-cpu"
+
+    def __init__(self, directory: Path, options: BackendOptions) -> None:
+        super().__init__(directory, options)
+        self.info["cpu_kernels"] = self._kernels_found
+
+    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
+        kernels, self._kernels_found = (
+            find_cpu_kernels(graph.parent) if options.cpu_kernels else (None, "no: left out")
+        )
+        if self._masked and kernels is not None:
+            # They are float32's, and the portable graph's operators of these names may be of another type.
+            kernels, self._kernels_found = (
+                None,
+                f"no: they are for {CPU_GRAPH} and what is made from it",
+            )
+        return create_session(
+            graph, provider=PROVIDERS[self.name], threads=options.threads, kernels=kernels
+        )
+
+    def _graph_name(self, manifest: Manifest) -> str:
+        if manifest.precision == "bf16":
+            raise BackendError(
+                "this is a bf16 model, and ONNX Runtime's CPU provider has no bf16 operators",
+                hint="export with --fp32 or --fp16 to run it here",
+            )
+        return CPU_GRAPH if CPU_GRAPH in manifest.files else GRAPH
+
+    def run(
+        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        if not self._masked:
+            return super().run(pixel_values, grid_thw)
+        # Only masked attention has to be kept short.
+        groups = batch_in_groups(pixel_values, grid_thw, _CPU_GROUP_PATCHES)
+        pieces = [super(CpuBackend, self).run(*group) for group in groups]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def require_provider(provider: str) -> None:
+    """Raise `BackendError` unless ONNX Runtime is installed and built with this provider."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime is not installed: {error}", hint="pip install '.[cpu]' (or [gpu])"
+        ) from error
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise BackendError(
+            f"this ONNX Runtime has no {provider}, only {', '.join(available)}",
+            hint=None if provider.startswith("CPU") else "pip install '.[gpu]'",
+        )
+
+
+def create_session(
+    graph: Path | bytes,
+    *,
+    provider: str,
+    device: int = 0,
+    threads: int | None = None,
+    provider_options: Mapping[str, str] | None = None,
+    behind: Sequence[str] = (),
+    weights_in: Path | None = None,
+    entries: Mapping[str, str] | None = None,
+    kernels: Path | None = None,
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on exactly the provider asked for.
+
+    Args:
+        graph: The `.onnx` file, or a model in memory.
+        provider: Its name.
+        device: CUDA device, of all but the CPU provider.
+        threads: Threads of the CPU provider; its own choice if None.
+        provider_options: More of the provider's options.
+        behind: Providers for the operators that this one does not take.
+        weights_in: Folder of the weights of a model in memory.
+        entries: More of the session's configuration.
+        kernels: Library of kernels for operators of the graph, from `find_cpu_kernels`.
+
+    Raises:
+        BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
+    """
+    require_provider(provider)
+    import onnxruntime
+
+    options = session_options(threads)
+    if provider.startswith("CPU"):
+        # A pattern is planned for each shape that comes, and kept: twice the memory, and no faster.
+        options.enable_mem_pattern = False
+    if weights_in is not None:
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(weights_in.resolve())
+        )
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    if kernels is not None:
+        register_cpu_kernels(options, kernels)
+    source, name = (str(graph), str(graph)) if isinstance(graph, Path) else (graph, "the graph")
+    place = {} if provider.startswith("CPU") else {"device_id": str(device)}
+    providers = [
+        (provider, {**place, **(provider_options or {})}),
+        *((other, place) for other in behind),
+    ]
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise BackendError(f"ONNX Runtime cannot load {name}: {error}") from error
+    # A provider that cannot start is replaced by the CPU's with no more than a logged warning.
+    if session.get_providers()[0] != provider:
+        raise BackendError(
+            f"ONNX Runtime could not start {provider} on device {device}",
+            hint="see: mmvision doctor",
+        )
+    return session
+
+
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """What every session is opened with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which saturates: have ONNX Runtime
+    # store int8 weights as uint8 there, whose kernel does not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return options

@@ -1,0 +1,119 @@
+"""ONNX Runtime on a GPU: the CUDA and TensorRT providers, and NVIDIA's plugin for TensorRT-RTX.
+
+None of them has run on the machines this project is developed on, which have no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmvision_export.artifacts.manifest import PLANS
+from mmvision_export.core.errors import BackendError
+from mmvision_export.runtime.backends import BackendName, BackendOptions
+from mmvision_export.runtime.backends.onnxruntime import (
+    PROVIDERS,
+    OnnxRuntimeBackend,
+    create_session,
+    session_options,
+)
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["CudaBackend", "RtxBackend", "TensorRTProviderBackend", "rtx_devices"]
+
+_RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
+
+
+class CudaBackend(OnnxRuntimeBackend):
+    """ONNX Runtime's CUDA provider: kernel by kernel, nothing to build."""
+
+    name: BackendName = "onnxruntime-cuda"
+
+
+class TensorRTProviderBackend(OnnxRuntimeBackend):
+    """ONNX Runtime's TensorRT provider: builds an engine at the first run, and keeps it in `plans/`.
+
+    See https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html for the options.
+    """
+
+    name: BackendName = "onnxruntime-tensorrt"
+
+    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
+        cache = str(graph.parent / PLANS / "onnxruntime-tensorrt")
+        return create_session(
+            graph,
+            provider=PROVIDERS[self.name],
+            device=options.device,
+            provider_options={
+                "trt_engine_cache_enable": "1",
+                "trt_engine_cache_path": cache,
+                "trt_timing_cache_enable": "1",
+                "trt_timing_cache_path": cache,
+            },
+            behind=[PROVIDERS["onnxruntime-cuda"]],
+        )
+
+
+class RtxBackend(OnnxRuntimeBackend):
+    """NVIDIA's TensorRT-RTX provider, a plugin of its own package: compiles the graph in seconds where it runs.
+
+    See https://nvidia.github.io/TensorRT-RTX-EP-ABI/ for the options.
+    """
+
+    name: BackendName = "onnxruntime-rtx"
+
+    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
+        devices = rtx_devices()
+        if options.device >= len(devices):
+            raise BackendError(
+                f"there is no TensorRT-RTX device {options.device}: this machine has {len(devices)}"
+            )
+        import onnxruntime
+
+        cache = options.runtime_cache or graph.parent / PLANS / "onnxruntime-rtx"
+        session = session_options()
+        session.add_provider_for_devices(
+            [devices[options.device]], {"nv_runtime_cache_path": str(cache)}
+        )
+        try:
+            return onnxruntime.InferenceSession(str(graph), session)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BackendError(
+                f"ONNX Runtime cannot load {graph} with TensorRT-RTX: {error}"
+            ) from error
+
+
+def rtx_devices() -> list[Any]:
+    """The devices that the TensorRT-RTX plugin offers ONNX Runtime, after registering it if it was not.
+
+    Raises:
+        BackendError: ONNX Runtime or the plugin is not installed, it cannot be loaded, or it offers none.
+    """
+    hint = "pip install '.[gpu-rtx]'"
+    try:
+        import onnxruntime
+
+        plugin = importlib.import_module(_RTX_PACKAGE)
+    except ImportError as error:
+        raise BackendError(f"{_RTX_PACKAGE} is not installed: {error}", hint=hint) from error
+    name = plugin.get_ep_name()
+
+    def offered() -> list[Any]:
+        return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+    if not (devices := offered()):
+        try:
+            onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:  # also where it is registered already, and found no device
+            raise BackendError(
+                f"the TensorRT-RTX plugin of ONNX Runtime offers no device: {error}"
+            ) from error
+        devices = offered()
+    if not devices:
+        raise BackendError(
+            "the TensorRT-RTX plugin of ONNX Runtime offers no device: is there an RTX GPU and a driver?"
+        )
+    return devices

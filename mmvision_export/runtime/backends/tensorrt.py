@@ -1,0 +1,252 @@
+"""TensorRT engines.
+
+Written against the API of TensorRT 10.3 and later. On the machines this project is developed on there is no GPU: the
+calls are checked against type stubs and driven through a stand-in that enforces TensorRT's rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import platform as host
+import queue
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmvision_export.artifacts.engine_record import EngineRecord, refuse_foreign_engine
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.errors import BackendError
+from mmvision_export.runtime.backends import BackendName
+from mmvision_export.runtime.backends.cuda import Cuda
+from mmvision_export.runtime.backends.device_array import DeviceArray
+from mmvision_export.runtime.backends.launch_lane import Lane
+from mmvision_export.runtime.backends.plugin_library import load_plugin_library
+from mmvision_export.runtime.launch_planner import Costs, LaunchPlanner
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+__all__ = ["TENSORRT_MODULES", "TensorRTBackend", "current_platform", "import_tensorrt"]
+
+TENSORRT_MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Backend -> Python module."""
+
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+
+
+def import_tensorrt(backend: str) -> Any:
+    """The module of a TensorRT backend.
+
+    Raises:
+        BackendError: It is not installed, or its libraries cannot be loaded.
+    """
+    name = TENSORRT_MODULES[backend]
+    hint = f"pip install '.[{_EXTRAS[backend]}]'"
+    try:
+        module = importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        raise BackendError(f"{name} cannot be imported: {error}", hint=hint) from error
+    if not hasattr(module, "Runtime"):  # a folder of that name, such as type stubs bring
+        raise BackendError(f"{name} is not installed", hint=hint)
+    return module
+
+
+def current_platform() -> str:
+    """This machine as engines name it: `linux-x86_64`."""
+    return f"{host.system().lower()}-{host.machine().lower()}"
+
+
+class TensorRTBackend:
+    """One engine, with a lane for each stream: contexts, buffers and CUDA graphs of its own. See `Backend`.
+
+    Safe for use by several threads: a call takes a free lane, and waits for one if there is none.
+
+    Args:
+        engine: The engine file.
+        module: `tensorrt`, or what has its API.
+        cuda: The device.
+        manifest: Of the model directory the engine lies in, if it does.
+        streams: Lanes, that is calls that can run at once. The weights are shared, activations are not.
+        cuda_graphs: Whether launches in a bucket are captured once and replayed.
+
+    Raises:
+        ManifestError: The engine is not for this machine or graph.
+        BackendError: TensorRT or CUDA refused a step.
+    """
+
+    name: BackendName = "tensorrt"
+
+    def __init__(
+        self,
+        engine: Path,
+        *,
+        module: Any,
+        cuda: Cuda,
+        manifest: Manifest | None,
+        streams: int = 1,
+        cuda_graphs: bool = True,
+    ) -> None:
+        record = EngineRecord.read(engine)
+        compute_capability = cuda.compute_capability()
+        refuse_foreign_engine(
+            engine,
+            record,
+            backend=self.name,
+            tensorrt_version=str(module.__version__),
+            compute_capability=compute_capability,
+            platform=current_platform(),
+            manifest=manifest,
+        )
+        self.config = record.config
+        self.profiles: Sequence[Profile] = record.profiles
+        # NumPy has no bfloat16: a bf16 graph takes and gives float32. Quantised graphs take and give float16.
+        self.dtype: np.dtype[Any] = np.dtype(
+            np.float32 if record.precision in ("fp32", "bf16") else np.float16
+        )
+        self._plan = LaunchPlanner(self.profiles, Costs(record.config, masked=record.masked))
+        self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
+        self.info: dict[str, Any] = {
+            "engine": str(engine),
+            "precision": record.precision,
+            "weights_sha256": record.graph["data_sha256"],
+            "attention": record.attention,
+            "splitting": "batches are cut between images where counted operations say that is cheaper: attention is "
+            + (
+                "masked and costs the square of a launch"
+                if record.masked
+                else "packed and costs the square of an image"
+            ),
+            "tensorrt": record.tensorrt_version,
+            "compute_capability": compute_capability,
+            "cuda_graphs": self._cuda_graphs,
+            "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
+            "streams": streams,
+        }
+        self.device = cuda.device
+        self._cuda = cuda
+        self._engine: trt.ICudaEngine | None = None
+        self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
+        self._num_lanes = 0
+        self._cleanup = contextlib.ExitStack()
+        if record.plugin_library is not None:
+            load_plugin_library(
+                module, record.plugin_library.verify(engine), record.plugin_library.record.sha256
+            )
+            self.info["plugin_library"] = record.plugin_library.name
+        try:
+            self._open(engine, module, streams)
+        except BaseException:
+            with contextlib.suppress(BackendError):  # the first error is the one to report
+                self.close()
+            raise
+
+    def _open(self, path: Path, module: Any, streams: int) -> None:
+        self._logger = _logger(module)
+        runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
+        self._engine = self._checked(
+            runtime.deserialize_cuda_engine(path.read_bytes()), f"deserialise {path}"
+        )
+        built = self._engine.num_optimization_profiles
+        if built != len(self.profiles):
+            raise BackendError(
+                f"{path} has {built} optimization profiles, its sidecar says {len(self.profiles)}"
+            )
+        for _ in range(streams):
+            lane = Lane(
+                self._cuda,
+                self._checked,
+                self.config,
+                self.dtype,
+                self.profiles,
+                captures=self._captures,
+            )
+            self._cleanup.callback(lane.close)
+            lane.open(self._engine, lambda: self._new_context(module))
+            self._lanes.put(lane)
+            self._num_lanes += 1
+
+    @property
+    def _captures(self) -> bool:
+        return self._cuda_graphs
+
+    def _new_context(self, module: Any) -> trt.IExecutionContext:
+        """A context without memory of its own."""
+        assert self._engine is not None
+        strategy = module.ExecutionContextAllocationStrategy.USER_MANAGED
+        context: trt.IExecutionContext = self._checked(
+            self._engine.create_execution_context(strategy), "create a context"
+        )
+        return context
+
+    def run(
+        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        tokens = len(pixel_values) // self.config.patches_per_token
+        image_embeds = np.empty((tokens, self.config.text_hidden_size), dtype=self.dtype)
+        self.run_into(image_embeds, pixel_values, grid_thw, stream=None)
+        return image_embeds
+
+    def run_into(
+        self,
+        image_embeds: npt.NDArray[np.floating] | DeviceArray,
+        pixel_values: npt.NDArray[np.floating] | DeviceArray,
+        grid_thw: npt.NDArray[np.int64],
+        *,
+        stream: int | None,
+    ) -> None:
+        """See `DeviceBackend.run_into`."""
+        plan = self._plan(grid_thw)
+        with self._lane() as lane:
+            self._cuda.use()
+            lane.run(plan, pixel_values, grid_thw, image_embeds, stream=stream)
+
+    @contextlib.contextmanager
+    def _lane(self) -> Iterator[Lane]:
+        if self._engine is None:
+            raise BackendError("the encoder is closed")
+        lane = self._lanes.get()
+        try:
+            if self._engine is None:  # closed while this call waited
+                raise BackendError("the encoder is closed")
+            yield lane
+        finally:
+            self._lanes.put(lane)
+
+    def close(self) -> None:
+        """See `Backend.close`. Waits for the calls that are running."""
+        engine, self._engine = self._engine, None
+        idle = [self._lanes.get() for _ in range(self._num_lanes)]
+        self._cleanup.close()
+        # TensorRT asks that contexts go before their engine.
+        del engine
+        for lane in idle:  # whoever waits for one is told
+            self._lanes.put(lane)
+
+    def _checked(self, result: Any, what: str) -> Any:
+        """Turn TensorRT's None or False into an error with what it logged."""
+        if result is None or result is False:
+            reason = "; ".join(self._logger.errors) or "it gave no reason"
+            self._logger.errors.clear()
+            raise BackendError(f"TensorRT could not {what}: {reason}", hint="see: mmvision doctor")
+        return result
+
+
+def _logger(module: Any) -> Any:
+    """A TensorRT logger that keeps the errors, for the message of the exception that follows."""
+
+    class Logger(module.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            module.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
+                self.errors.append(message)
+
+    return Logger()

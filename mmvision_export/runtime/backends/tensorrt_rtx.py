@@ -1,0 +1,125 @@
+"""TensorRT-RTX engines: as TensorRT's, with kernels compiled where they run and kept in a runtime cache file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.core.errors import BackendError, OutputError
+from mmvision_export.core.files import new_files
+from mmvision_export.runtime.backends import BackendName
+from mmvision_export.runtime.backends.cuda import Cuda
+from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
+
+__all__ = ["KERNEL_STRATEGIES", "KernelStrategy", "TensorRTRTXBackend"]
+
+KernelStrategy = Literal["lazy", "eager", "none"]
+"""When kernels are specialised to a shape: in the background while general ones run, before the first run, or never."""
+
+KERNEL_STRATEGIES: tuple[KernelStrategy, ...] = get_args(KernelStrategy)
+
+
+class TensorRTRTXBackend(TensorRTBackend):
+    """See `TensorRTBackend`.
+
+    CUDA graphs are TensorRT-RTX's own: it captures a shape once the shape's kernels are compiled, which a caller cannot
+    see (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html).
+
+    Args:
+        kernels: Default: eager for an engine with buckets, whose few shapes are known; lazy otherwise.
+        runtime_cache: File of compiled kernels, read if it is there and fits, and written on closing. Default: beside
+            the engine. Like the engine, it is executable content.
+    """
+
+    name: BackendName = "tensorrt-rtx"
+
+    def __init__(
+        self,
+        engine: Path,
+        *,
+        module: Any,
+        cuda: Cuda,
+        manifest: Manifest | None,
+        streams: int = 1,
+        cuda_graphs: bool = True,
+        kernels: KernelStrategy | None = None,
+        runtime_cache: Path | None = None,
+    ) -> None:
+        if kernels is not None and kernels not in KERNEL_STRATEGIES:
+            raise BackendError(
+                f"kernels must be one of {', '.join(KERNEL_STRATEGIES)}, got {kernels!r}"
+            )
+        self._kernels = kernels
+        self._cache_file = (
+            engine.with_suffix(".rtxcache") if runtime_cache is None else runtime_cache
+        )
+        self._cache: Any = None
+        self._cached = b""
+        super().__init__(
+            engine,
+            module=module,
+            cuda=cuda,
+            manifest=manifest,
+            streams=streams,
+            cuda_graphs=cuda_graphs,
+        )
+
+    @property
+    def _captures(self) -> bool:
+        return False
+
+    def _new_context(self, module: Any) -> Any:
+        assert self._engine is not None
+        config = self._checked(
+            self._engine.create_runtime_config(), "create a runtime configuration"
+        )
+        config.set_execution_context_allocation_strategy(
+            module.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        kernels = self._kernels or (
+            "eager" if any(profile.is_bucket for profile in self.profiles) else "lazy"
+        )
+        strategies = module.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = getattr(strategies, kernels.upper())
+        if self._cuda_graphs:
+            config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if self._cache is None:
+            self._cache = self._checked(config.create_runtime_cache(), "create a runtime cache")
+            self._read_cache()
+        self._checked(config.set_runtime_cache(self._cache), "use the runtime cache")
+        self.info["kernels"] = kernels
+        return self._checked(self._engine.create_execution_context(config), "create a context")
+
+    def _read_cache(self) -> None:
+        try:
+            self._cached = self._cache_file.read_bytes()
+        except FileNotFoundError:
+            self.info["runtime_cache"] = f"{self._cache_file}: new"
+            return
+        except OSError as error:
+            self.info["runtime_cache"] = f"{self._cache_file}: not readable, {error.strerror}"
+            return
+        # TensorRT-RTX checks that it fits this GPU, driver and version.
+        fits = self._cache.deserialize(self._cached)
+        self._logger.errors.clear()
+        self.info["runtime_cache"] = (
+            f"{self._cache_file}: {'read' if fits else 'of another machine or version, not used'}"
+        )
+        if not fits:
+            self._cached = b""
+
+    def close(self) -> None:
+        """See `Backend.close`. Keeps the runtime cache, if there is anything new in it and it can be written."""
+        cache, self._cache = self._cache, None
+        super().close()
+        # The cache has to outlive the contexts that use it.
+        blob = None if cache is None else cache.serialize()
+        if blob is not None and (content := bytes(blob)) != self._cached:
+            # Written in one piece, so that processes which share the directory never read half of one. Where it cannot
+            # be written, on a read-only disk, the next process compiles again.
+            try:
+                with new_files(self._cache_file.parent, name=self._cache_file.name) as new:
+                    (new / self._cache_file.name).write_bytes(content)
+            except OutputError as error:
+                self.info["runtime_cache"] = str(error)

@@ -1,0 +1,248 @@
+"""Model directories and sidecars: found, verified, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmvision_export.artifacts.engine_record import (
+    EngineRecord,
+    refuse_foreign_engine,
+    sidecar_path,
+)
+from mmvision_export.artifacts.manifest import Manifest, find_model_directory, model_directory_of
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.files import FileRecord, file_record
+from tests.support.configs import copy_of
+from tests.support.engines import ENGINE, write_engine
+
+HERE = {
+    "backend": "tensorrt-rtx",
+    "tensorrt_version": "1.7.1.116",
+    "compute_capability": "8.9",
+    "platform": "linux-x86_64",
+    "manifest": None,
+}
+
+
+def test_sidecar_round_trips(tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    assert sidecar_path(engine).name == ENGINE.replace(".engine", ".json")
+    record = EngineRecord.read(engine)
+    assert record.profiles == [
+        Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+    ]
+    refuse_foreign_engine(engine, record, **HERE)  # type: ignore[arg-type]
+
+
+def test_sidecars_of_one_profile_are_still_read(tmp_path: Path) -> None:
+    """Format 1 had one profile, without a least number of images."""
+    engine = write_engine(tmp_path)
+    content = json.loads(sidecar_path(engine).read_text())
+    (profile,) = content.pop("profiles")
+    del profile["min_images"]
+    sidecar_path(engine).write_text(json.dumps({**content, "format": 1, "profile": profile}))
+    expected = [Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)]
+    assert EngineRecord.read(engine).profiles == expected
+    for form in (0, 3, "1", None):
+        sidecar_path(engine).write_text(json.dumps({**content, "format": form, "profile": profile}))
+        with pytest.raises(ManifestError, match="not a sidecar of format 2 or earlier"):
+            EngineRecord.read(engine)
+
+
+@pytest.mark.parametrize(
+    ("here", "message"),
+    [
+        (
+            {"compute_capability": "12.0"},
+            "built for compute capability 8.6, 8.9, this GPU has 12.0",
+        ),
+        (
+            {"tensorrt_version": "1.8.0"},
+            "built for TensorRT version 1.7.1.116, this machine has 1.8.0",
+        ),
+        (
+            {"backend": "tensorrt"},
+            "built for TensorRT kind tensorrt-rtx, this machine has tensorrt",
+        ),
+        (
+            {"platform": "linux-aarch64"},
+            "built for platform linux-x86_64, this machine has linux-aarch64",
+        ),
+    ],
+)
+def test_foreign_engines_are_refused_with_both_values(
+    here: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    engine = write_engine(tmp_path)
+    with pytest.raises(ManifestError, match=message) as caught:
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **{**HERE, **here})
+    assert "mmvision build-engine" in str(caught.value.hint)
+
+
+def test_engine_of_another_graph(exported: Path, tmp_path: Path) -> None:
+    manifest = Manifest.read(exported)
+    engine = write_engine(tmp_path)
+    with pytest.raises(
+        ManifestError,
+        match=f"sha256 {'0' * 64}, the model directory has {manifest.files['model.onnx'].sha256}",
+    ):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **{**HERE, "manifest": manifest})  # type: ignore[arg-type]
+
+
+def test_engine_of_other_weights(exported: Path, tmp_path: Path) -> None:
+    """The graphs of two checkpoints are the same file; an engine has one's weights inside."""
+    manifest = Manifest.read(exported)
+    graph = {
+        "name": "model.onnx",
+        "sha256": manifest.files["model.onnx"].sha256,
+        "data_sha256": "1" * 64,
+    }
+    engine = write_engine(tmp_path, graph=graph)
+    with pytest.raises(ManifestError, match=r"built from model\.onnx\.data with sha256 1111"):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **{**HERE, "manifest": manifest})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("compute_capabilities", "8.9"),
+        ("profile", {"min_patches": "4", "opt_patches": 4, "max_patches": 4, "max_images": 1}),
+        ("graph", {"name": "model.onnx"}),
+        ("config", {}),
+    ],
+)
+def test_sidecars_with_wrong_types(field: str, value: Any, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    content = json.loads(sidecar_path(engine).read_text())
+    sidecar_path(engine).write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ManifestError, match="malformed"):
+        EngineRecord.read(engine)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("source", {}),
+        ("source", "checkpoint"),
+        ("source", {"kind": "random"}),
+        ("parity", []),
+        ("opset", "x"),
+        ("precision", "int4"),
+        ("config", {}),
+    ],
+)
+def test_manifests_with_wrong_types(field: str, value: Any, exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    content = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps({**content, field: value}))
+    with pytest.raises(ManifestError, match="malformed"):
+        Manifest.read(directory)
+
+
+def test_json_nested_too_deeply(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ManifestError, match="not readable as JSON"):
+        Manifest.read(tmp_path)
+
+
+def test_the_model_directory_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = write_engine(tmp_path / "m" / "plans")
+    assert model_directory_of(engine) is None
+    (tmp_path / "m" / "manifest.json").write_text("{}")
+    assert model_directory_of(engine) == tmp_path / "m"
+    monkeypatch.chdir(engine.parent)
+    assert model_directory_of(Path(engine.name)) == tmp_path / "m"
+    alone = write_engine(tmp_path / "m" / "elsewhere")
+    assert model_directory_of(alone) is None
+
+
+def test_changed_engine_files(tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    engine.write_bytes(b"executable Content")
+    with pytest.raises(ManifestError, match="its sidecar says"):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **HERE)  # type: ignore[arg-type]
+    engine.write_bytes(b"executable")
+    with pytest.raises(ManifestError, match="has 10 bytes, its sidecar says 18"):
+        refuse_foreign_engine(engine, EngineRecord.read(engine), **HERE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"format": 1}', '{"format": 1, "profile": {}, "engine": {}}']
+)
+def test_malformed_sidecars(content: str, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    sidecar_path(engine).write_text(content)
+    with pytest.raises(ManifestError):
+        EngineRecord.read(engine)
+    sidecar_path(engine).unlink()
+    with pytest.raises(ManifestError, match="nothing says what"):
+        EngineRecord.read(engine)
+    with pytest.raises(ManifestError, match="no such engine"):
+        EngineRecord.read(tmp_path / "other.engine")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"format": 99}', '{"format": 1, "config": {"depth": 3}, "files": {}}'],
+)
+def test_malformed_manifests(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ManifestError):
+        Manifest.read(tmp_path)
+
+
+def test_no_model_directory(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no such model directory"):
+        Manifest.read(tmp_path / "nothing")
+    with pytest.raises(ManifestError, match=r"manifest\.json is missing"):
+        Manifest.read(tmp_path)
+
+
+def test_verify_names_what_differs(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    manifest = Manifest.read(directory)
+    manifest.verify(directory, manifest.files)
+    data = directory / "model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[1000] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(ManifestError, match=r"model\.onnx\.data has sha256"):
+        manifest.verify(directory, ["model.onnx.data"])
+    data.write_bytes(content[:-1])
+    with pytest.raises(ManifestError, match="bytes, the manifest says"):
+        manifest.verify(directory, ["model.onnx.data"])
+    data.unlink()
+    with pytest.raises(ManifestError, match=r"model\.onnx\.data is missing"):
+        manifest.verify(directory, ["model.onnx.data"])
+    with pytest.raises(ManifestError, match=r"does not list model\.other\.onnx"):
+        manifest.verify(directory, ["model.other.onnx"])
+
+
+def test_the_only_model_directory_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="no model directory under"):
+        find_model_directory(None, tmp_path)
+    for name in (".a.partial", "a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+        if name == "a":
+            (tmp_path / "not a model").mkdir()
+            assert find_model_directory(None, tmp_path) == tmp_path / "a"
+    with pytest.raises(ManifestError, match="2 model directories under") as caught:
+        find_model_directory(None, tmp_path)
+    assert "--model" in str(caught.value.hint)
+    assert find_model_directory(tmp_path / "b", tmp_path) == tmp_path / "b"
+
+
+def test_manifest_file_is_plain_json(exported: Path) -> None:
+    content = json.loads((exported / "manifest.json").read_text())
+    assert content["format"] == 1
+    assert content["files"]["model.onnx"] == dataclasses.asdict(
+        file_record(exported / "model.onnx")
+    )
+    assert isinstance(Manifest.read(exported).files["model.onnx"], FileRecord)

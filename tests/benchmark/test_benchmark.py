@@ -1,0 +1,221 @@
+"""`mmvision benchmark`: what is counted, who is measured, what is kept. No test asserts a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.benchmark import measure as measuring
+from mmvision_export.benchmark.gpu_roofline import GPUS, gpu_markdown, least_seconds
+from mmvision_export.benchmark.measure import Result, measure
+from mmvision_export.benchmark.peers import PEERS, peer_from_encoder
+from mmvision_export.benchmark.report import PLOTS, page_from_result, write_plots
+from mmvision_export.benchmark.run import sides_from
+from mmvision_export.benchmark.workloads import (
+    QUICK,
+    STANDARD,
+    Work,
+    Workload,
+    work_of,
+    workloads_for,
+)
+from mmvision_export.core.errors import BenchmarkError, InputError
+from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
+
+TINY = Workload("two", ("patches", "images"), ((1, 4, 4), (1, 2, 6)))
+
+
+def test_flops_are_those_of_the_graphs_products(exported: Path) -> None:
+    """An independent count: every Gemm of the exported graph, by the shape of its weight."""
+    graph = onnx.load(exported / "model.onnx", load_external_data=False).graph
+    shapes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    patches, tokens = TINY.patches, TINY.patches // 4
+    flops = sum(
+        2.0
+        * math.prod(shapes[node.input[1]])
+        * (tokens if node.name.startswith("patch_merge") else patches)
+        for node in graph.node
+        if node.op_type == "Gemm"
+    )
+    work = work_of(HEAD_DIM_80, TINY.grid)
+    assert sum(item.flops for name, item in work.items() if name != "attention") == flops
+    layers, width = HEAD_DIM_80.num_hidden_layers, HEAD_DIM_80.hidden_size
+    assert work["attention"].flops == layers * 2 * 2 * width * (16**2 + 12**2)
+    assert work_of(HEAD_DIM_80, TINY.grid, bytes_per_value=2)["MLP"].bytes == work["MLP"].bytes / 2
+
+
+def test_workloads_are_valid_and_named_once() -> None:
+    for workloads in (QUICK, STANDARD):
+        assert len({workload.name for workload in workloads}) == len(workloads)
+        for t, h, w in (row for workload in workloads for row in workload.grid):
+            assert t <= 4
+            assert h % 2 == w % 2 == 0
+    assert max(w.patches for w in STANDARD) == 16384
+    with pytest.raises(InputError, match="no such set of workloads: huge"):
+        workloads_for("huge")
+
+
+@pytest.mark.parametrize("peer", [name for name in PEERS if name != "torch-compile"])
+def test_peers_are_the_same_function(peer: str, encoder: VisionEncoderModule) -> None:
+    pytest.importorskip("nemo_automodel" if peer == "nemo" else "torch")
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    with torch.inference_mode():
+        expected = encoder(torch.from_numpy(pixels), torch.from_numpy(rows)).numpy()
+        out = peer_from_encoder(peer, encoder)(
+            torch.from_numpy(pixels), torch.from_numpy(rows)
+        ).numpy()
+    assert relative_l2(out, expected) <= 1e-5
+
+
+def run(directory: Path, sides: list[str], kept: list[dict[str, Any]], **options: Any) -> Result:
+    settings = {"threads": 1, "repeats": 2, "seconds_per_workload": 60.0, **options}
+    return measure(
+        directory, sides, [TINY], keep=lambda result: kept.append(result.to_dict()), **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def result(exported: Path) -> Result:
+    return run(exported, ["onnxruntime-cpu", "onnxruntime-cpu:model.onnx", "torch-eager"], [])
+
+
+def test_every_side_is_measured_in_every_round(result: Result) -> None:
+    assert [m.side for m in result.measurements] == [
+        "onnxruntime-cpu",
+        "onnxruntime-cpu:model.onnx",
+        "torch-eager",
+    ]
+    for m in result.measurements:
+        assert len(m.seconds) == 2
+        assert m.warm
+        assert min(m.seconds) > 0
+        assert m.peak_bytes > 1e7
+        assert m.relative_l2 <= 1e-5
+    assert result.measurements[0].relative_l2 == 0
+    assert result.gemm_peak_gflops == max(result.gemm_gflops.values()) > 0
+    assert set(result.gemm_gflops) == {"ONNX Runtime", "PyTorch"}
+    row = json.loads(json.dumps(result.to_dict(), allow_nan=False))["measurements"][0]
+    assert row["patches_per_s"] == pytest.approx(28 / row["median_s"])
+    assert row["image_tokens_per_s"] == pytest.approx(7 / row["median_s"])
+    assert row["share_of_gemm_peak"] == pytest.approx(row["gflops"] / result.gemm_peak_gflops)
+
+
+def test_a_ratio_is_within_a_round() -> None:
+    def of(side: str, seconds: list[float]) -> measuring.Measurement:
+        return measuring.Measurement(side, "two", seconds, True, 0.0, 0.0, 0, 0, 0.0, None)
+
+    # The machine is ten times slower in the second round; the ratio does not see it.
+    rows = [of("a", [1.0, 10.0, 1.0]), of("b", [2.0, 20.0, 2.0])]
+    result = Result({}, {}, 1, {"a": {}, "b": {}}, {"a": 1.0}, [TINY], rows, [])
+    assert result.ratio("b", "two") == 2.0
+    assert result.ratio("c", "two") is None
+
+
+def test_the_first_round_counts_when_there_is_time_for_no_other(exported: Path) -> None:
+    result = run(exported, ["onnxruntime-cpu"], [], seconds_per_workload=0.0)
+    assert len(result.measurements[0].seconds) == 1
+    assert not result.measurements[0].warm
+
+
+def test_another_function_is_refused(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: no two float32 implementations agree to the last bit."""
+    monkeypatch.setattr(measuring, "_MAX_RELATIVE_L2", 0.0)
+    kept: list[dict[str, Any]] = []
+    with pytest.raises(
+        BenchmarkError, match="torch-eager computes something else than onnxruntime-cpu on two"
+    ):
+        run(exported, ["onnxruntime-cpu", "torch-eager"], kept)
+    assert not kept
+
+
+def test_a_dense_side_is_left_out_where_it_would_not_fit(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(measuring.MAX_PATCHES, "torch-eager", 27)
+    result = run(exported, ["onnxruntime-cpu", "torch-eager"], [])
+    assert [m.side for m in result.measurements] == ["onnxruntime-cpu"]
+    assert result.skipped == ["torch-eager: two"]
+
+
+def test_a_side_that_fails_is_named(exported: Path) -> None:
+    with pytest.raises(
+        BenchmarkError, match="onnxruntime-cuda: this ONNX Runtime has no CUDAExecutionProvider"
+    ):
+        run(exported, ["onnxruntime-cuda"], [])
+    with pytest.raises(BenchmarkError, match="each side must be named once"):
+        run(exported, ["torch-eager", "torch-eager"], [])
+
+
+def test_page_and_plots(result: Result, tmp_path: Path) -> None:
+    write_plots(result, tmp_path)
+    for name in PLOTS:
+        with Image.open(tmp_path / name) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 10  # something is drawn
+    page = page_from_result(result, plots="benchmarks")
+    assert "| two | 28 |" in page
+    assert "![Time of one image against its size](benchmarks/latency.png)" in page
+    assert "computed, not measured" in page
+
+
+def test_sides(exported: Path) -> None:
+    manifest = Manifest.read(exported)
+
+    def sides(backend: str, precision: str = "fp32", peer: str = "nemo") -> list[str]:
+        return sides_from(manifest, backends=[backend], precisions=[precision], peers=[peer])
+
+    assert sides("onnxruntime-cpu:model.onnx") == ["onnxruntime-cpu:model.onnx", "nemo"]
+    with pytest.raises(BenchmarkError, match="no such backend: openvino"):
+        sides("openvino")
+    with pytest.raises(BenchmarkError, match="no such peer: vllm"):
+        sides("onnxruntime-cpu", peer="vllm")
+    with pytest.raises(
+        BenchmarkError, match=r"only onnxruntime-cpu takes a graph, one of model\.onnx"
+    ):
+        sides("onnxruntime-cpu:other.onnx")
+    with pytest.raises(BenchmarkError, match=r"has no model\.cpu-int8\.onnx"):
+        sides("onnxruntime-cpu", precision="int8")
+    with pytest.raises(BenchmarkError, match="the model is fp32, not fp16"):
+        sides("onnxruntime-cpu", precision="fp16")
+
+
+def test_gpu_roofline() -> None:
+    """One GPU by hand: bound by arithmetic, then by memory."""
+    gpu = GPUS[-1]
+    assert least_seconds({"x": Work(gpu.flops_per_s * 2, 1.0)}, gpu) == 2
+    assert least_seconds({"x": Work(1.0, gpu.bytes_per_s * 3)}, gpu) == 3
+    page = gpu_markdown()
+    for gpu in GPUS:
+        assert gpu.name in page
+
+
+def test_the_command_refuses_and_leaves_nothing(exported: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "mmvision_export.cli.entry",
+        "benchmark",
+        "--model",
+        str(exported),
+    ]
+    done = subprocess.run(
+        [*command, "--against", "vllm", "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: no such peer: vllm" in done.stderr
+    assert "hint: choose from: transformers-eager" in done.stderr
+    assert not list(tmp_path.iterdir())

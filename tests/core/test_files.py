@@ -1,0 +1,122 @@
+"""Nothing half-written is left behind."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from mmvision_export.core.errors import OutputError
+from mmvision_export.core.files import new_directory, new_files
+
+
+def test_directory_appears_only_when_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "model"
+    with new_directory(target, marker="m") as temporary:
+        (temporary / "m").write_text("1")
+        assert not target.exists()
+    assert (target / "m").read_text() == "1"
+    assert [p.name for p in target.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+def test_failure_leaves_the_old_directory(error: BaseException, tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "m").write_text("old")
+    with pytest.raises(type(error)), new_directory(target, marker="m", force=True) as temporary:
+        (temporary / "m").write_text("new")
+        raise error
+    assert (target / "m").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_replacement(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for text in ("old", "new"):
+        with new_directory(target, marker="m", force=True) as temporary:
+            (temporary / "m").write_text(text)
+    assert (target / "m").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with new_directory(tmp_path / "model", marker="m") as temporary:
+        (temporary / "m").write_text("1")
+    assert (tmp_path / "model" / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(errno.ENOSPC, "no space left while writing it"), (errno.EACCES, "cannot write it: ")],
+)
+def test_operating_system_errors(code: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=message), new_files(tmp_path, name="it") as new:
+        (new / "half").write_text("x")
+        raise OSError(code, "as a full disk would")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_replace_their_namesakes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with new_files(tmp_path, name="it") as new:
+        (new / "a").write_text("new")
+        (new / "b").write_text("longer")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new", "b": "longer"}
+
+
+def test_folders_made_for_a_failure_are_removed(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="x"),
+        new_directory(tmp_path / "a" / "b" / "model", marker="m"),
+    ):
+        raise ValueError("x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_symbolic_link_stands_for_its_target(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    (real / "m").write_text("old")
+    link.symlink_to(real)
+    with new_directory(link, marker="m", force=True) as temporary:
+        (temporary / "m").write_text("new")
+    assert link.is_symlink()
+    assert (real / "m").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_directory_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with pytest.raises(OutputError, match="already exists"), new_directory(target, marker="m"):
+        target.mkdir()
+        (target / "m").write_text("another process")
+    assert (target / "m").read_text() == "another process"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_interrupt_between_the_renames_rolls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "m").write_text("old")
+    rename, calls = Path.rename, 0
+
+    def interrupted(path: Path, to: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        new_directory(target, marker="m", force=True) as temporary,
+    ):
+        (temporary / "m").write_text("new")
+    assert (target / "m").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]

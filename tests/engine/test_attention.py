@@ -1,0 +1,209 @@
+"""Which attention an engine gets, and the graph its parser sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from mmvision_export.artifacts.library_record import library_record_path
+from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
+from mmvision_export.core.errors import EngineError, ManifestError
+from mmvision_export.core.files import file_record
+from mmvision_export.core.progress import Progress
+from mmvision_export.engine.attention import (
+    Lowering,
+    attention_body_for_tensorrt,
+    choose_lowering,
+    lowered_model,
+)
+from tests.support.configs import HEAD_DIM_48, HEAD_DIM_80
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    """A file with the record of a library: choosing reads no more."""
+    import platform
+
+    path = tmp_path / "libmmvision_plugins.so"
+    path.write_bytes(b"library")
+    PluginLibraryRecord(
+        library=file_record(path),
+        machine=platform.machine(),
+        sms=[80, 87],
+        head_dims=[64, 80],
+        dtypes=["fp16", "bf16"],
+        versions={"tensorrt headers": "10.3"},
+    ).write(library_record_path(path))
+    return path
+
+
+def choose(way: str, library: Path, notes: Progress | None = None, **changes: Any) -> Lowering:
+    request: dict[str, Any] = {
+        "backend": "tensorrt", "version": "10.3.0.30", "opset": 23, "precision": "fp16", "config": HEAD_DIM_80,
+        "compute_capabilities": ["8.7"],
+    }  # fmt: skip
+    return choose_lowering(
+        way, library=library, progress=notes or Progress(), **{**request, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "version", "opset", "body"),
+    [
+        ("tensorrt", "10.3.0.26", 18, "matmul"),  # JetPack 6
+        ("tensorrt", "10.3.0.26", 23, "matmul"),
+        ("tensorrt", "10.13.3.9", 23, "matmul"),  # JetPack 7
+        ("tensorrt", "10.14.1.48", 23, "attention"),
+        ("tensorrt", "10.14.1.48", 22, "matmul"),
+        ("tensorrt", "11.0.0.114", 23, "attention"),
+        ("tensorrt-rtx", "1.7.1.116", 23, "attention"),
+        ("tensorrt-rtx", "1.7.1.116", 20, "matmul"),
+    ],
+)
+def test_body_for_each_tensorrt(backend: str, version: str, opset: int, body: str) -> None:
+    assert attention_body_for_tensorrt(backend, version, opset) == body
+
+
+@pytest.mark.parametrize("way", ["auto", "plugin"])
+def test_plugins_where_they_can_be(way: str, library: Path) -> None:
+    chosen = choose(way, library)
+    assert chosen.body is None
+    assert chosen.library is not None
+    assert chosen.library[0] == library
+    assert chosen.describe(fused=False) == "plugin"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"backend": "tensorrt-rtx", "version": "1.7.1.116"},
+            EngineError,
+            "TensorRT-RTX takes none",
+        ),
+        ({"precision": "fp32"}, EngineError, "for fp16 and bf16, not for fp32"),
+        ({"config": HEAD_DIM_48}, EngineError, "kernels for head_dim 64, 80, this encoder's is 48"),
+        (
+            {"compute_capabilities": ["7.5"]},
+            EngineError,
+            r"from compute capability 8\.0 on, not 7\.5",
+        ),
+        ({"version": "11.0.0.1"}, EngineError, r"compiled for TensorRT 10\.3, this is 11\.0\.0\.1"),
+    ],
+)
+def test_where_they_cannot_plugin_says_why_and_auto_goes_native(
+    changes: dict[str, Any], error: type[Exception], message: str, library: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        choose("plugin", library, **changes)
+    notes = Notes()
+    chosen = choose("auto", library, notes, **changes)
+    assert chosen.body in ("attention", "matmul")
+    assert chosen.library is None
+    # What can be mended is worth a note; a TensorRT or precision without plugins is as it is.
+    assert bool(notes.notes) == ("backend" not in changes and "precision" not in changes)
+
+
+def test_without_a_library_plugin_says_how_to_get_one_and_auto_goes_native() -> None:
+    with pytest.raises(ManifestError, match=r"none\.so: no such plugin library") as caught:
+        choose("plugin", Path("none.so"))
+    assert "mmvision build-plugins" in str(caught.value.hint)
+    notes = Notes()
+    assert choose("auto", Path("none.so"), notes).body == "matmul"
+    assert "no such plugin library" in notes.notes[0]
+
+
+def test_native_and_packed(library: Path) -> None:
+    assert choose("native", library).body == "matmul"
+    assert (
+        choose("packed", library, version="11.0.0.114").describe(fused=False)
+        == "packed, TensorRT's own"
+    )
+    with pytest.raises(
+        EngineError, match=r"packed attention of its own from 11\.0 on, this is 10\.3"
+    ):
+        choose("packed", library)
+    with pytest.raises(EngineError, match="packed attention is for fp16 and bf16, not for fp32"):
+        choose("packed", library, version="11.0.0.114", precision="fp32")
+    with pytest.raises(
+        EngineError, match="--attention must be one of auto, plugin, native, packed"
+    ):
+        choose("flash", library)
+
+
+def operators(graph: Path, lowering: Lowering) -> dict[str, int]:
+    model = lowered_model(graph, lowering)
+    names = [node.op_type for node in model.graph]
+    return {name: names.count(name) for name in names}
+
+
+def test_lowering_swaps_the_body_without_a_second_export(exported: Path) -> None:
+    matmul = operators(exported / "model.onnx", Lowering("matmul"))
+    assert "Softmax" in matmul
+    assert "Attention" not in matmul
+    assert "Attention" in operators(exported / "model.onnx", Lowering("attention"))
+
+
+def test_plugin_graph_keeps_the_nodes_and_drops_their_definitions(exported: Path) -> None:
+    model = lowered_model(exported / "model.onnx", Lowering(None))
+    layers = HEAD_DIM_80.num_hidden_layers
+    custom = [node for node in model.graph if node.domain == "mmvision"]
+    assert [n.op_type for n in custom].count("VarlenAttention") == layers
+    assert [n.op_type for n in custom].count("QKRotaryEmbedding") == layers
+    assert all(node.attributes["plugin_namespace"].as_string() == "mmvision" for node in custom)
+    assert not model.functions
+    # The file itself still carries them.
+    assert ir.load(exported / "model.onnx").functions
+
+
+def test_packed_graph_has_tensorrts_op_and_no_mask(exported: Path) -> None:
+    found = operators(exported / "model.onnx", Lowering("packed"))
+    assert found["TRT_Attention"] == HEAD_DIM_80.num_hidden_layers
+    assert (
+        "Equal" not in found
+        or found["Equal"] < operators(exported / "model.onnx", Lowering("matmul"))["Equal"]
+    )
+    model = lowered_model(exported / "model.onnx", Lowering("packed"))
+    node = next(node for node in model.graph if node.op_type == "TRT_Attention")
+    assert node.domain == "trt"
+    assert node.inputs[3] is None
+    assert node.inputs[4] is node.inputs[5]
+
+
+def test_tensorrt_rtx_parses_the_packed_graph(exported: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    model = ir.to_proto(lowered_model(exported / "model.onnx", Lowering("packed")))
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString(), str(exported / "model.onnx")), parser.get_error(
+        0
+    ).desc()
+    forms = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            forms.append((layer.attention.query_form, layer.attention.key_value_form))
+    packed = trt.AttentionIOForm.PACKED_NHD
+    assert forms == [(packed, packed)] * HEAD_DIM_80.num_hidden_layers
+
+
+def test_request_is_not_changed_by_another_gpu(library: Path) -> None:
+    """A later GPU than the library's binaries compiles its PTX."""
+    assert choose("plugin", library, compute_capabilities=["12.0"]).library is not None
+    assert dataclasses.astuple(choose("plugin", library)) == dataclasses.astuple(
+        choose("auto", library)
+    )

@@ -1,0 +1,171 @@
+"""The CPU flavour: its structure, and its numbers against the float64 reference and the portable graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given, settings
+
+from mmvision_export import VisionEncoder
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.core.errors import ExportError
+from mmvision_export.export.onnx_export import export_model_directory
+from mmvision_export.graph.cpu import cpu_graph_from_portable
+from mmvision_export.models.minimax_m3_vl import reference
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.random_weights import random_state_dict
+from mmvision_export.models.weights import WeightSource
+from tests.support.configs import (
+    GRIDS,
+    HEAD_DIM_48,
+    HEAD_DIM_64,
+    HEAD_DIM_80,
+    arrays,
+    batch,
+    grids,
+    relative_l2,
+    run_graph,
+)
+
+# What the portable graph is held to (test_onnx_export.py): float32's rounding over two layers measures 3e-7.
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def float64_state() -> dict[str, np.ndarray]:
+    return arrays(random_state_dict(HEAD_DIM_80, seed=1, dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def small_blocks(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same graph in blocks of 20 patches, so that small batches have several, and padding."""
+    path = tmp_path_factory.mktemp("blocks") / "model.cpu.onnx"
+    path.write_bytes(
+        cpu_graph_from_portable(
+            exported / "model.onnx", HEAD_DIM_80, block_patches=20
+        ).SerializeToString()
+    )
+    shutil.copyfile(exported / "model.onnx.data", path.parent / "model.onnx.data")
+    return path
+
+
+@settings(max_examples=25)
+@given(grid=grids())
+def test_any_grid_against_float64(
+    small_blocks: Path,
+    exported: Path,
+    float64_state: dict[str, np.ndarray],
+    grid: list[tuple[int, int, int]],
+) -> None:
+    pixels, rows = batch(grid, HEAD_DIM_80)
+    out = run_graph(small_blocks, pixels, rows)
+    assert (
+        relative_l2(out, reference.vision_encoder(float64_state, pixels, rows, HEAD_DIM_80))
+        <= TOLERANCE
+    )
+    assert relative_l2(out, run_graph(exported / "model.onnx", pixels, rows)) <= 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("patches", [4, 1020, 1024, 1028, 2052])
+def test_around_the_ends_of_blocks(exported: Path, patches: int) -> None:
+    pixels, rows = batch([(1, 2, patches // 2)], HEAD_DIM_80)
+    expected = run_graph(exported / "model.onnx", pixels, rows)
+    assert (
+        relative_l2(run_graph(exported / "model.cpu.onnx", pixels, rows), expected) <= 2 * TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "opset"),
+    [
+        (HEAD_DIM_64, 18),
+        (HEAD_DIM_48, 23),
+        (
+            dataclasses.replace(
+                HEAD_DIM_80, projector_bias=False, merger_bias=False, spatial_merge_size=3
+            ),
+            20,
+        ),
+    ],
+    ids=["60 of 64 channels rotate", "all channels rotate", "no biases, merge 3"],
+)
+def test_other_dimensions(config: EncoderConfig, opset: int, tmp_path: Path) -> None:
+    export_model_directory(WeightSource(random_config=config, seed=1), tmp_path / "m", opset=opset)
+    side = 2 * config.spatial_merge_size
+    pixels, rows = batch([(1, side, side), (2, side, 2 * side)], config)
+    state = arrays(random_state_dict(config, seed=1, dtype=torch.float64))
+    expected = reference.vision_encoder(state, pixels, rows, config)
+    assert (
+        relative_l2(run_graph(tmp_path / "m" / "model.cpu.onnx", pixels, rows), expected)
+        <= TOLERANCE
+    )
+
+
+def test_the_comparison_can_fail(exported: Path, float64_state: dict[str, np.ndarray]) -> None:
+    """Attention across the boundary of two images, and the rotation of another grid, are seen."""
+    pixels, rows = batch(GRIDS["two of different size"], HEAD_DIM_80)
+    expected = reference.vision_encoder(float64_state, pixels, rows, HEAD_DIM_80)
+    for wrong in ([[1, 10, 4]], [[1, 8, 2], [1, 4, 6]]):
+        out = run_graph(exported / "model.cpu.onnx", pixels, np.array(wrong))
+        assert relative_l2(out, expected) > 1e-3
+
+
+def test_structure(exported: Path) -> None:
+    portable, model = (
+        onnx.load(exported / name, load_external_data=False)
+        for name in ("model.onnx", "model.cpu.onnx")
+    )
+    assert model.graph.input == portable.graph.input
+    assert model.graph.output == portable.graph.output
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("VarlenAttention") == HEAD_DIM_80.num_hidden_layers
+    assert operators.count("Scan") == HEAD_DIM_80.num_hidden_layers + 1
+    assert not {"Attention", "Softmax", "Erf", "Where"} & set(operators)
+    # Our operators carry their definition.
+    assert {(function.domain, function.name) for function in model.functions} == {
+        ("mmvision", "Linear"),
+        ("mmvision", "LinearGelu"),
+        ("mmvision", "VarlenAttention"),
+    }
+    # Every weight is the portable graph's own, read from the same place of the same file.
+    theirs = {tensor.name: tensor for tensor in portable.graph.initializer}
+    assert all(theirs[tensor.name] == tensor for tensor in model.graph.initializer)
+    assert sum(name.endswith("weight") for name in theirs) == sum(
+        tensor.name.endswith("weight") for tensor in model.graph.initializer
+    )
+
+
+def test_the_cpu_runtime_picks_it_and_says_so(exported: Path) -> None:
+    with VisionEncoder.open(exported, backend="onnxruntime-cpu") as encoder:
+        assert encoder.info["graph"] == "model.cpu.onnx"
+    assert "model.cpu.onnx" in Manifest.read(exported).files
+
+
+def test_only_float32_has_one(tmp_path: Path) -> None:
+    export_model_directory(
+        WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="fp16"
+    )
+    assert not (tmp_path / "m" / "model.cpu.onnx").exists()
+    with VisionEncoder.open(tmp_path / "m", backend="onnxruntime-cpu") as encoder:
+        assert encoder.info["graph"] == "model.onnx"
+    with pytest.raises(
+        ExportError, match=r"only a float32 graph has a CPU flavour, model\.onnx takes float16"
+    ):
+        cpu_graph_from_portable(tmp_path / "m" / "model.onnx", HEAD_DIM_80)
+
+
+def test_a_graph_of_something_else_is_refused(tmp_path: Path) -> None:
+    other = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 20]> g (float[n] x) => (float[n] y) { y = Relu (x) }'
+    )
+    onnx.save(other, tmp_path / "other.onnx")
+    with pytest.raises(
+        ExportError, match="has not the custom ops of an exported encoder, but none"
+    ):
+        cpu_graph_from_portable(tmp_path / "other.onnx", HEAD_DIM_80)

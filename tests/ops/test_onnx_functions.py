@@ -1,0 +1,157 @@
+"""Each op's ONNX definition, alone in a graph, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from mmvision_export.core.errors import ExportError
+from mmvision_export.models.minimax_m3_vl import reference
+from mmvision_export.ops.onnx_functions import ATTENTION_BODIES, AttentionBody, function_from_body
+from tests.support.configs import relative_l2
+
+SEGMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=7)
+SHAPES: dict[str, list[str]] = {
+    **{key: ["N", "heads", "head_dim"] for key in "qkv"},
+    **{key: ["N", "half"] for key in ("cos", "sin")},
+    "cu_seqlens": ["bounds"],
+}
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+
+
+def session(
+    function: onnx.FunctionProto, dtype: str, scale: float | None = None
+) -> onnxruntime.InferenceSession:
+    """A graph of one node that calls the function."""
+    float_inputs = {name: TYPES[dtype] for name in function.input if name in ("q", "k", "v")}
+    others = {"cu_seqlens": TensorProto.INT32, "cos": TensorProto.FLOAT, "sin": TensorProto.FLOAT}
+    types = {name: float_inputs.get(name, others.get(name, 0)) for name in function.input}
+    node = helper.make_node(function.name, function.input, function.output, domain="mmvision")
+    if scale is not None:
+        node.attribute.append(helper.make_attribute("scale", scale))
+    graph = helper.make_graph(
+        [node],
+        "one_call",
+        [helper.make_tensor_value_info(name, kind, SHAPES[name]) for name, kind in types.items()],
+        [
+            helper.make_tensor_value_info(name, TYPES[dtype], SHAPES["q"])
+            for name in function.output
+        ],
+    )
+    opset = function.opset_import[0].version
+    model = helper.make_model(
+        graph,
+        functions=[function],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("mmvision", 1)],
+    )
+    model.ir_version = 10
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def qkv(n: int, heads: int, head_dim: int, dtype: str) -> dict[str, Any]:
+    values = np.random.default_rng(n).standard_normal((3, n, heads, head_dim)).astype(dtype)
+    return dict(zip("qkv", values, strict=True))
+
+
+Case = tuple[AttentionBody, int, str]
+BODIES: list[tuple[AttentionBody, int]] = [("attention", 23), ("matmul", 18), ("matmul", 23)]
+SESSIONS = {
+    (body, opset, dtype): session(
+        function_from_body("VarlenAttention", body, opset), dtype, 80**-0.5
+    )
+    for body, opset in BODIES
+    for dtype in TYPES
+}
+
+
+@settings(max_examples=40)
+@given(case=st.sampled_from(sorted(SESSIONS)), lengths=SEGMENTS)
+def test_attention(case: Case, lengths: list[int]) -> None:
+    inputs = qkv(sum(lengths), 2, 80, case[2])
+    bounds = np.cumsum([0, *lengths]).astype(np.int32)
+    (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
+    expected = reference.varlen_attention(
+        inputs["q"], inputs["k"], inputs["v"], bounds, scale=80**-0.5
+    )
+    assert out.dtype == np.dtype(case[2])
+    # Two products and a softmax, each rounded to the dtype: a few roundings of the result.
+    assert relative_l2(out, expected) <= 4 * np.finfo(case[2]).eps
+
+
+@pytest.mark.parametrize("case", sorted(SESSIONS), ids=str)
+def test_a_leak_between_images_is_seen(case: Case) -> None:
+    inputs = qkv(24, 2, 80, case[2])
+    (whole,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": np.array([0, 24], np.int32)})
+    expected = reference.varlen_attention(
+        inputs["q"], inputs["k"], inputs["v"], [0, 10, 24], scale=80**-0.5
+    )
+    assert relative_l2(whole, expected) > 0.1
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in sorted(SESSIONS) if case[2] == "float16"], ids=str
+)
+def test_attention_of_large_scores_stays_finite_in_float16(case: Case) -> None:
+    """Scores before scaling beyond float16's maximum of 65504, as outlier channels give."""
+    inputs = qkv(16, 2, 80, "float16")
+    inputs["q"], inputs["k"] = inputs["q"] * np.float16(40), inputs["k"] * np.float16(40)
+    bounds = np.array([0, 6, 16], np.int32)
+    (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
+    expected = reference.varlen_attention(
+        inputs["q"], inputs["k"], inputs["v"], bounds, scale=80**-0.5
+    )
+    assert np.isfinite(out).all()
+    assert relative_l2(out, expected) < 0.05
+
+
+@settings(max_examples=30)
+@given(
+    n=st.integers(1, 50),
+    half=st.integers(1, 40),
+    dtype=st.sampled_from(sorted(TYPES)),
+    opset=st.sampled_from([18, 23]),
+)
+def test_rotation(n: int, half: int, dtype: str, opset: int) -> None:
+    """From one rotated pair to all 80 channels, with nothing left to pass through."""
+    inputs = qkv(n, 3, 80, dtype)
+    angles = np.random.default_rng(half).standard_normal((n, half)).astype(np.float32)
+    cos, sin = np.cos(angles), np.sin(angles)
+    runner = session(function_from_body("QKRotaryEmbedding", "matmul", opset), dtype)
+    out = runner.run(None, {"q": inputs["q"], "k": inputs["k"], "cos": cos, "sin": sin})
+    expected = reference.qk_rotary_embedding(inputs["q"], inputs["k"], cos, sin)
+    for got, wanted in zip(out, expected, strict=True):
+        assert got.dtype == np.dtype(dtype)
+        assert relative_l2(got, wanted) <= np.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("body", ATTENTION_BODIES)
+@pytest.mark.parametrize("op_type", ["VarlenAttention", "QKRotaryEmbedding"])
+def test_definitions_can_be_looked_up_by_a_plugin_registry(
+    op_type: str, body: AttentionBody
+) -> None:
+    function = function_from_body(op_type, body, 23)
+    defaults = {attribute.name: attribute.s for attribute in function.attribute_proto}
+    assert defaults == {"plugin_namespace": b"mmvision", "plugin_version": b"1"}
+    names = [node.name for node in function.node]
+    assert len(set(names)) == len(names)
+    assert all(names)
+
+
+def test_bodies_refuse_an_opset_that_is_too_low() -> None:
+    with pytest.raises(
+        ExportError, match="'attention' body of VarlenAttention needs opset 23 or later, got 22"
+    ):
+        function_from_body("VarlenAttention", "attention", 22)
+    with pytest.raises(ExportError, match="needs opset 18"):
+        function_from_body("VarlenAttention", "matmul", 17)

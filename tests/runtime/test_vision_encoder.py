@@ -1,0 +1,333 @@
+"""`VisionEncoder` on ONNX Runtime's CPU provider."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+
+from mmvision_export import VisionEncoder
+from mmvision_export.core.errors import BackendError, InputError, ManifestError
+from mmvision_export.export.onnx_export import export_model_directory
+from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.preprocess import patches_from_images
+from mmvision_export.models.weights import WeightSource
+from mmvision_export.runtime.backends import BACKENDS
+from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids, relative_l2, run_graph
+
+
+@pytest.fixture(scope="module")
+def runtime(exported: Path) -> Any:
+    with VisionEncoder.open(exported, backend="onnxruntime-cpu") as encoder:
+        yield encoder
+
+
+@settings(max_examples=20)
+@given(grid=grids())
+def test_matches_pytorch(
+    runtime: VisionEncoder, encoder: VisionEncoderModule, grid: list[tuple[int, int, int]]
+) -> None:
+    pixels, rows = batch(grid, HEAD_DIM_80)
+    with torch.inference_mode():
+        expected = encoder(torch.from_numpy(pixels), torch.from_numpy(rows)).numpy()
+    assert relative_l2(runtime(pixels, rows), expected) <= 2e-6
+
+
+def test_images_of_different_size_come_back_apart(runtime: VisionEncoder) -> None:
+    generator = np.random.default_rng(0)
+    images = [
+        Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8))
+        for h, w in ((60, 90), (200, 56))
+    ]
+    together = runtime.encode_images(images)
+    assert [len(tokens) for tokens in together] == [
+        patches_from_images([image], runtime.preprocessor)[1].prod() // 4 for image in images
+    ]
+    for image, tokens in zip(images, together, strict=True):
+        (alone,) = runtime.encode_images([image])
+        assert relative_l2(tokens, alone) <= 2e-6
+    assert relative_l2(*runtime.encode_images([images[0], images[0].rotate(180)])) > 0.01
+
+
+def test_many_images_are_run_in_groups_that_change_nothing(
+    runtime: VisionEncoder, exported: Path
+) -> None:
+    """On a CPU a batch is cut between images, since masked attention costs the square of what it is given at once."""
+    grid = [(1, 20, 20), (1, 2, 2), (1, 30, 30), (1, 40, 40), (1, 8, 8)] * 2
+    pixels, rows = batch(grid, HEAD_DIM_80)
+    whole = run_graph(exported / "model.onnx", pixels, rows)
+    np.testing.assert_allclose(runtime(pixels, rows), whole, rtol=0, atol=2e-5)
+
+
+def test_anything_with_dlpack_is_taken(runtime: VisionEncoder) -> None:
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    expected = runtime(pixels, rows)
+    np.testing.assert_array_equal(
+        runtime(torch.from_numpy(pixels), torch.from_numpy(rows)), expected
+    )
+    with pytest.raises(InputError, match="a Tensor cannot be read as a CPU array"):
+        runtime(torch.from_numpy(pixels).to("meta"), rows)
+
+
+def test_lists_and_slices_are_taken(runtime: VisionEncoder) -> None:
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    wide = np.repeat(pixels, 2, axis=1)[:, ::2]
+    assert not wide.flags.c_contiguous
+    np.testing.assert_array_equal(runtime(wide, rows.tolist()), runtime(pixels, rows))
+
+
+def test_info(runtime: VisionEncoder, exported: Path) -> None:
+    assert runtime.info["backend"] == "onnxruntime-cpu"
+    assert runtime.info["model"] == str(exported)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "grid", "message"),
+    [
+        (np.zeros((16, 1176), np.float32), [[1, 4, 5]], "must be a multiple of 2"),
+        (
+            np.zeros((16, 1176), np.float32),
+            [[1, 4, 6]],
+            "adds up to 24 patches, but pixel_values has 16 rows",
+        ),
+        (np.zeros((16, 1175), np.float32), [[1, 4, 4]], "must have shape"),
+        (np.zeros((16, 1176)), [[1, 4, 4]], "must be float32"),
+        (np.full((16, 1176), np.nan, np.float32), [[1, 4, 4]], "not finite"),
+        ([], [[1, 4, 4]], "must be float32"),
+    ],
+)
+def test_bad_input(runtime: VisionEncoder, pixels: Any, grid: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        runtime(pixels, grid)
+
+
+def test_auto_says_what_was_passed_over(exported: Path) -> None:
+    with VisionEncoder.open(exported) as encoder:
+        assert encoder.info["backend"].startswith(("onnxruntime", "tensorrt"))
+        if encoder.info["backend"] == "onnxruntime-cpu":
+            assert set(encoder.info["passed_over"]) == set(BACKENDS) - {"onnxruntime-cpu"}
+
+
+def test_float16_directory(tmp_path: Path) -> None:
+    export_model_directory(
+        WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="fp16"
+    )
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    with VisionEncoder.open(tmp_path / "m", backend="onnxruntime-cpu") as encoder:
+        assert encoder(pixels, rows).dtype == np.float16
+
+
+def test_bfloat16_directory_is_refused_on_the_cpu(tmp_path: Path) -> None:
+    export_model_directory(
+        WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="bf16"
+    )
+    with pytest.raises(BackendError, match="no bf16 operators"):
+        VisionEncoder.open(tmp_path / "m", backend="onnxruntime-cpu")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "auto"])
+def test_damaged_directories(exported: Path, tmp_path: Path, backend: str) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    graph, data = directory / "model.onnx", directory / "model.onnx.data"
+    graph.write_bytes(graph.read_bytes()[:-1] + b"x")
+    with pytest.raises(ManifestError, match=r"model\.onnx has sha256"):
+        VisionEncoder.open(directory, backend=backend)
+    graph.write_bytes((exported / "model.onnx").read_bytes())
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(ManifestError, match="the copy is incomplete|bytes, the manifest says"):
+        VisionEncoder.open(directory, backend=backend)
+    data.unlink()
+    with pytest.raises(ManifestError, match=r"model\.onnx\.data is missing"):
+        VisionEncoder.open(directory, backend=backend)
+
+
+def test_unknown_backend_and_directory(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="no such backend: openvino"):
+        VisionEncoder.open(exported, backend="openvino")
+    with pytest.raises(ManifestError, match="no such model directory"):
+        VisionEncoder.open(tmp_path / "nothing")
+    with pytest.raises(BackendError, match="neither a model directory nor an .engine"):
+        VisionEncoder.open(exported / "model.onnx", backend="onnxruntime-cpu")
+
+
+def test_malformed_preprocessor_config(exported: Path, tmp_path: Path) -> None:
+    from mmvision_export.core.errors import ConfigError
+
+    directory = copy_of(exported, tmp_path / "m")
+    (directory / "preprocessor_config.json").write_text('{"resample": 0}')
+    with pytest.raises(ConfigError, match="resample"):
+        VisionEncoder.open(directory, backend="onnxruntime-cpu")
+
+
+def test_importing_it_loads_no_package_of_the_build_machine() -> None:
+    program = (
+        "import sys; import mmvision_export; mmvision_export.VisionEncoder; import mmvision_export.run; "
+        "print([m for m in ('torch', 'onnx', 'onnx_ir', 'onnxscript', 'polygraphy', 'typer', 'rich', 'onnxruntime') "
+        "if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    ).stdout
+    assert out.strip() == "[]"
+
+
+def test_closing_twice_is_nothing_and_using_it_then_is_an_error(exported: Path) -> None:
+    encoder = VisionEncoder.open(exported, backend="onnxruntime-cpu")
+    encoder.close()
+    encoder.close()
+    with pytest.raises(BackendError, match="closed"):
+        encoder(*batch(GRIDS["single"], HEAD_DIM_80))
+
+
+def test_unknown_attribute_of_the_package() -> None:
+    import mmvision_export
+
+    with pytest.raises(AttributeError, match="has no attribute 'Encoder'"):
+        mmvision_export.Encoder  # noqa: B018
+
+
+def test_arrays_come_back_as_they_were_given(runtime: VisionEncoder) -> None:
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    expected = runtime(pixels, rows)
+    assert type(expected) is np.ndarray
+    given = torch.from_numpy(pixels)
+    out = runtime(given, torch.from_numpy(rows))
+    assert isinstance(out, torch.Tensor)
+    np.testing.assert_array_equal(out.numpy(), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0), (15, 1175), (7, 600)])
+def test_one_value_that_is_not_finite_is_named(
+    runtime: VisionEncoder, value: float, place: tuple[int, int]
+) -> None:
+    pixels = np.zeros((16, 1176), np.float32)
+    pixels[place] = value
+    with pytest.raises(InputError, match=f"row {place[0]} holds values that are not finite"):
+        runtime(pixels, [[1, 4, 4]])
+
+
+def test_the_largest_finite_values_are_finite() -> None:
+    """The check sums; no sum of finite values may overflow."""
+    from mmvision_export.runtime.grid import checked_pixel_values
+
+    largest = np.full((4, 1176), np.finfo(np.float32).max)
+    assert checked_pixel_values(largest, HEAD_DIM_80, np.float32) is largest
+    with pytest.raises(InputError, match="row 0 holds values that are not finite in float16"):
+        checked_pixel_values(largest, HEAD_DIM_80, np.float16)
+
+
+def test_threads_share_an_encoder(runtime: VisionEncoder) -> None:
+    batches = [batch([(1, 2, 2 * n), (1, 4, 4)], HEAD_DIM_80, seed=n) for n in range(1, 6)]
+    expected = [runtime(*each) for each in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: runtime(*batches[n % 5]), range(40)))
+    for n, each in enumerate(found):
+        assert relative_l2(each, expected[n % 5]) <= 1e-6
+
+
+def test_device_arrays_and_streams_are_refused_where_they_cannot_be_used(
+    runtime: VisionEncoder,
+) -> None:
+    class OnAGpu:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+        def __dlpack__(self, **_: Any) -> Any:
+            raise AssertionError("not asked for")
+
+    pixels, rows = batch(GRIDS["single"], HEAD_DIM_80)
+    with pytest.raises(BackendError, match="onnxruntime-cpu does not take arrays on a CUDA device"):
+        runtime(OnAGpu(), rows)
+    with pytest.raises(BackendError, match="onnxruntime-cpu does not take a CUDA stream"):
+        runtime(pixels, rows, stream=7)
+
+
+def random_batches_equal_runs_of_one_image(runtime: VisionEncoder, count: int) -> None:
+    generator = np.random.default_rng(0)
+    for seed in range(count):
+        sizes = generator.integers(1, 5, (int(generator.integers(2, 6)), 3))
+        pixels, rows = batch(
+            [(int(t), 2 * int(h), 2 * int(w)) for t, h, w in sizes], HEAD_DIM_80, seed
+        )
+        together = runtime(pixels, rows)
+        bounds = np.cumsum([0, *rows.prod(axis=1)])
+        alone = [
+            runtime(pixels[a:b], rows[i : i + 1])
+            for i, (a, b) in enumerate(itertools.pairwise(bounds))
+        ]
+        assert relative_l2(together, np.concatenate(alone)) <= 1e-6, rows.tolist()
+
+
+def test_random_batches_equal_runs_of_one_image(runtime: VisionEncoder) -> None:
+    random_batches_equal_runs_of_one_image(runtime, 50)
+
+
+@pytest.mark.slow
+def test_a_thousand_random_batches_equal_runs_of_one_image(runtime: VisionEncoder) -> None:
+    random_batches_equal_runs_of_one_image(runtime, 1000)
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_many_calls(runtime: VisionEncoder) -> None:
+    """Resident memory after 10,000 calls is what it was after 1,000, but for what an allocator keeps."""
+    resource = psutil.Process()
+    batches = [batch([(1, 2, 2 * n)], HEAD_DIM_80, seed=n) for n in range(1, 6)]
+    after = []
+    for call in range(10_000):
+        runtime(*batches[call % 5])
+        if call in (999, 9_999):
+            after.append(resource.memory_info().rss)
+    assert after[1] - after[0] < 4 << 20  # 400 bytes a call, less than the smallest of its arrays
+
+
+@pytest.mark.slow
+def test_with_the_cpu_extra_only(exported: Path, tmp_path: Path) -> None:
+    """A virtual environment with what `pip install '.[cpu]'` brings runs `python -m mmvision_export.run`."""
+    environment, root = tmp_path / "venv", Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    python = str(environment / "bin" / "python")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    constraints = str(root / "constraints.txt")
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        constraints,
+        f"{root}[cpu]",
+    ]
+    subprocess.run(install, check=True, env=clean)
+    command = [
+        python,
+        "-m",
+        "mmvision_export.run",
+        "--model",
+        str(exported),
+        "--output",
+        str(tmp_path / "out.npy"),
+    ]
+    result = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=tmp_path, env=clean
+    )
+    assert json.loads(result.stdout)["backend"] == "onnxruntime-cpu"
+    assert np.load(tmp_path / "out.npy").shape == (256, 96)
+    absent = [python, "-c", "import torch"]
+    assert (
+        subprocess.run(absent, check=False, capture_output=True, cwd=tmp_path, env=clean).returncode
+        == 1
+    )

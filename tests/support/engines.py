@@ -1,0 +1,40 @@
+"""Engine files with sidecars, for what does not open them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mmvision_export.artifacts.engine_record import (
+    EngineRecord,
+    sidecar_path,
+)
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.files import file_record
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+
+ENGINE = "tensorrt-rtx-1.7.1.116-sm89-fp16.engine"
+
+
+def write_engine(folder: Path, **changes: Any) -> Path:
+    """Some bytes with a sidecar that fits them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = folder / ENGINE
+    engine.write_bytes(b"executable content")
+    record = EngineRecord(
+        backend="tensorrt-rtx",
+        tensorrt_version="1.7.1.116",
+        compute_capabilities=["8.6", "8.9"],
+        platform="linux-x86_64",
+        precision="fp16",
+        attention="attention body, fused",
+        profiles=[Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)],
+        graph={"name": "model.onnx", "sha256": "0" * 64, "data_sha256": "1" * 64},
+        engine=file_record(engine),
+        config=EncoderConfig(),
+        versions={},
+        created="2026-01-01T00:00:00+00:00",
+    )
+    dataclasses.replace(record, **changes).write(sidecar_path(engine))
+    return engine
