@@ -162,7 +162,7 @@ def test_a_wrong_derived_graph_is_not_kept(
         assert value.const_value is not None
         value.const_value = ir.tensor(value.const_value.numpy() * 2)
 
-    monkeypatch.setattr("mmvision_export.graph.files.retype", wrong)
+    monkeypatch.setattr("mmvision_export.engine.float16.retype", wrong)
     with pytest.raises(ExportError, match="does not match model.onnx for two sizes"):
         derive_fp16(directory, Manifest.read(directory))
     assert sorted(p.name for p in directory.iterdir()) == sorted(p.name for p in exported.iterdir())

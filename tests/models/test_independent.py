@@ -19,6 +19,11 @@ from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
 from tests.support.peers import CONFIGS, run_peer, weights
 
 
+@pytest.fixture(scope="module", params=CONFIGS)
+def head_dim(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def session(head_dim: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("graph") / "model.onnx"

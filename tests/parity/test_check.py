@@ -264,9 +264,8 @@ def test_one_engine_is_judged_as_the_graph_it_was_built_from(
                 super().__init__(name, lambda: encoder, HEAD_DIM_80)
 
             def infer_impl(self, feed_dict: Any) -> Any:
-                return OrderedDict(
-                    image_embeds=super().infer_impl(feed_dict)["image_embeds"] * np.float32(scale)
-                )
+                embeds = super().infer_impl(feed_dict)["image_embeds"]
+                return OrderedDict(image_embeds=embeds * self.factor)
 
         monkeypatch.setattr(parity, "EngineRunner", Stand)
         result = check_parity(engine, samples=CHECK_SAMPLES)

@@ -41,8 +41,3 @@ def run_peer(
     run = peer_from_encoder(peer, encoder_from_state_dict(config, state))
     with torch.inference_mode():
         return run(torch.from_numpy(pixels), torch.from_numpy(grid)).numpy()
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def head_dim(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
