@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ConfigError, ManifestError
 from mmvision_export.core.files import FileRecord, read_json
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
@@ -172,7 +173,7 @@ def refuse_foreign_engine(
     *,
     backend: str,
     tensorrt_version: str,
-    compute_capability: str,
+    compute_capability: ComputeCapability,
     platform: str,
     manifest: Manifest | None,
 ) -> None:
@@ -183,7 +184,7 @@ def refuse_foreign_engine(
         record: Its sidecar.
         backend: The installed TensorRT's kind.
         tensorrt_version: The installed TensorRT's version.
-        compute_capability: This GPU's, as `8.9`.
+        compute_capability: This GPU's.
         platform: This machine's.
         manifest: Of the model directory the engine lies in, if it does.
 
@@ -199,7 +200,7 @@ def refuse_foreign_engine(
             raise ManifestError(
                 f"{engine}: built for {what} {built}, this machine has {here}", hint=_REBUILD
             )
-    if compute_capability not in record.compute_capabilities:
+    if str(compute_capability) not in record.compute_capabilities:
         built = ", ".join(record.compute_capabilities)
         raise ManifestError(
             f"{engine}: built for compute capability {built}, this GPU has {compute_capability}",

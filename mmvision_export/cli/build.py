@@ -9,7 +9,14 @@ from typing import Annotated, Optional
 import typer
 
 from mmvision_export.cli.console import console, progress_display
-from mmvision_export.cli.options import ModelOption, Verbose, one_precision, the_model
+from mmvision_export.cli.options import (
+    ModelOption,
+    Verbose,
+    compute_capability,
+    one_precision,
+    the_model,
+)
+from mmvision_export.core.compute_capability import ComputeCapability
 
 __all__ = ["build_engine", "build_plugins"]
 
@@ -40,10 +47,11 @@ class Machine(str, enum.Enum):
 
 def build_plugins(
     sm: Annotated[
-        Optional[list[int]],
+        Optional[list[ComputeCapability]],
         typer.Option(
             metavar="CC",
-            help="GPU to compile for, as 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
+            parser=compute_capability,
+            help="GPU to compile for, as 8.7 or 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
         ),
     ] = None,
     head_dim: Annotated[
@@ -103,7 +111,7 @@ def build_plugins(
 
     with progress_display() as progress:
         library, record = build(
-            sms=sm or (),
+            compute_capabilities=sm or (),
             head_dims=head_dim or (),
             machine=None if machine is None else machine.value,
             output=output,
@@ -113,7 +121,7 @@ def build_plugins(
         )
     console.print(
         f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(str(sm / 10) for sm in record.sms)}, head_dim {', '.join(map(str, record.head_dims))}; "
+        f"{', '.join(map(str, record.compute_capabilities))}, head_dim {', '.join(map(str, record.head_dims))}; "
         f"what each kernel uses: {library.parent / 'kernels.md'}",
         markup=False,
     )
@@ -146,10 +154,12 @@ def build_engine(
     backend: Annotated[
         Backend, typer.Option(help="TensorRT to build with; auto takes the one installed.")
     ] = Backend.auto,
-    compute_capability: Annotated[
-        Optional[list[str]],
+    compute_capabilities: Annotated[
+        Optional[list[ComputeCapability]],
         typer.Option(
+            "--compute-capability",
             metavar="CC",
+            parser=compute_capability,
             help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
             "without one all that TensorRT-RTX supports.",
         ),
@@ -239,7 +249,7 @@ def build_engine(
             profiles=profiles,
             precision=precision,
             backend=backend.value,
-            compute_capabilities=compute_capability or (),
+            compute_capabilities=compute_capabilities or (),
             attention=attention.value,
             plugin_library=plugin_library,
             check=check,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmvision_export.artifacts.compute_capability import supported_by_rtx
 from mmvision_export.core.errors import MmvisionError
+from mmvision_export.engine.build import supported_by_rtx
 from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, has_amx
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
@@ -89,7 +89,8 @@ def _builds(backend: str) -> str:
         return "needs no engine"
     trt: Any = import_tensorrt(backend)
     if backend == "tensorrt-rtx":
-        return f"yes, {trt.__version__}, for compute capability {', '.join(supported_by_rtx(trt))}"
+        capabilities = ", ".join(map(str, supported_by_rtx(trt)))
+        return f"yes, {trt.__version__}, for compute capability {capabilities}"
     here = current_compute_capability()
     return (
         f"yes, {trt.__version__}, for this GPU ({here})"

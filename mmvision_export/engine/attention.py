@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.passes import inline_functions
@@ -79,7 +80,7 @@ def choose_lowering(
     opset: int,
     precision: str,
     config: EncoderConfig,
-    compute_capabilities: list[str],
+    compute_capabilities: list[ComputeCapability],
     library: Path,
     progress: Progress,
 ) -> Lowering:
@@ -93,7 +94,7 @@ def choose_lowering(
         opset: Of the graph.
         precision: Of the graph.
         config: The encoder's dimensions.
-        compute_capabilities: GPUs to build for, as `8.9`.
+        compute_capabilities: GPUs to build for.
         library: Where the plugin library is, if it has been built.
         progress: Told what `auto` passed over.
 
@@ -136,7 +137,10 @@ def _obstacle_to_plugins(backend: str, precision: str) -> str | None:
 
 
 def _fitting(
-    library: Path, version: str, config: EncoderConfig, compute_capabilities: list[str]
+    library: Path,
+    version: str,
+    config: EncoderConfig,
+    compute_capabilities: list[ComputeCapability],
 ) -> PluginLibraryRecord:
     """The record of a library that is for this TensorRT and has kernels for this encoder and these GPUs."""
     record = PluginLibraryRecord.read(library)
@@ -153,9 +157,10 @@ def _fitting(
             hint=f"mmvision build-plugins --head-dim {config.head_dim} --force",
         )
     for capability in compute_capabilities:
-        if float(capability) < min(record.sms) / 10:
+        if capability < record.compute_capabilities[0]:
             raise EngineError(
-                f"{library} has kernels from compute capability {min(record.sms) / 10} on, not {capability}"
+                f"{library} has kernels from compute capability {record.compute_capabilities[0]} on, "
+                f"not {capability}"
             )
     return record
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mmvision_export.artifacts.compute_capability import parse_compute_capability, supported_by_rtx
 from mmvision_export.artifacts.engine_record import EngineRecord, PluginFile, sidecar_path
 from mmvision_export.artifacts.manifest import (
     DATA,
@@ -27,6 +26,7 @@ from mmvision_export.artifacts.manifest import (
 )
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError, OutputError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.progress import Progress
@@ -96,13 +96,19 @@ def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
     return profile
 
 
+def supported_by_rtx(trt: Any) -> list[ComputeCapability]:
+    """What a TensorRT-RTX module can build for, ascending."""
+    names = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    return sorted(map(ComputeCapability.parse, names))
+
+
 def build_engine(
     directory: Path,
     *,
     profiles: Sequence[Profile],
     precision: str | None = None,
     backend: str = "auto",
-    compute_capabilities: Sequence[str] = (),
+    compute_capabilities: Sequence[ComputeCapability] = (),
     attention: str = "auto",
     plugin_library: Path | None = None,
     check: bool = True,
@@ -117,7 +123,7 @@ def build_engine(
         precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the float16-typed graph
             first; int8 and fp8 come from the graphs that `mmvision quantize` makes.
         backend: `auto`, `tensorrt` or `tensorrt-rtx`.
-        compute_capabilities: GPUs to build for, as `8.9` or `89`, with TensorRT-RTX. This machine's if empty; on a
+        compute_capabilities: GPUs to build for with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
         attention: How attention is done, of `lowering.ATTENTION_WAYS`.
         plugin_library: Where the plugin library is; where `build-plugins` puts it if None. The engine's folder gets a
@@ -157,7 +163,7 @@ def build_engine(
             hint=f"export it again with --{precision}",
         )
     capabilities = _capabilities(trt, backend, compute_capabilities, precision, progress)
-    targets = "-".join(capability.replace(".", "") for capability in capabilities)
+    targets = "-".join(str(capability.sm) for capability in capabilities)
     engine = directory / PLANS / f"{backend}-{version}-sm{targets}-{precision}.engine"
     if engine.exists() and not force:
         raise OutputError(f"{engine} already exists", hint="replace it with --force")
@@ -213,7 +219,7 @@ def build_engine(
         record = EngineRecord(
             backend=backend,
             tensorrt_version=version,
-            compute_capabilities=capabilities,
+            compute_capabilities=[str(capability) for capability in capabilities],
             platform=current_platform(),
             precision=precision,
             attention=lowering.describe(fused=fused),
@@ -278,10 +284,14 @@ def _graph_for(
 
 
 def _capabilities(
-    trt: Any, backend: str, requested: Sequence[str], precision: str, progress: Progress
-) -> list[str]:
+    trt: Any,
+    backend: str,
+    requested: Sequence[ComputeCapability],
+    precision: str,
+    progress: Progress,
+) -> list[ComputeCapability]:
     here = current_compute_capability()
-    wanted = [parse_compute_capability(text) for text in requested]
+    wanted = sorted(set(requested))
     if backend == "tensorrt":
         if here is None:
             raise EngineError(
@@ -290,24 +300,25 @@ def _capabilities(
             )
         if wanted not in ([], [here]):
             raise EngineError(
-                f"TensorRT builds for the GPU it runs on, {here}; it cannot build for {', '.join(wanted)}",
+                f"TensorRT builds for the GPU it runs on, {here}; it cannot build for {', '.join(map(str, wanted))}",
                 hint="build with --backend tensorrt-rtx, or on the target machine",
             )
         return [here]
     supported = supported_by_rtx(trt)
-    lowest = {"bf16": 8.0, "fp8": 8.9}.get(precision, 0.0)  # whose tensor cores have the type
-    supported = [capability for capability in supported if float(capability) >= lowest]
+    # Whose tensor cores have the type.
+    lowest = {"bf16": ComputeCapability(8, 0), "fp8": ComputeCapability(8, 9)}.get(precision)
+    supported = [capability for capability in supported if lowest is None or capability >= lowest]
     for capability in wanted:
         if capability not in supported:
             raise EngineError(
                 f"TensorRT-RTX {trt.__version__} does not build {precision} engines for {capability}, only for "
-                f"{', '.join(supported)}"
+                f"{', '.join(map(str, supported))}"
             )
     if wanted:
-        return sorted(set(wanted), key=float)
+        return wanted
     if here is not None:
         return [here]
     progress.note(
-        f"no GPU here: building for all that TensorRT-RTX supports, {', '.join(supported)}"
+        f"no GPU here: building for all that TensorRT-RTX supports, {', '.join(map(str, supported))}"
     )
     return supported

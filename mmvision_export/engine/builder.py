@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.polygraphy_setup import captured_messages, use_tensorrt
@@ -28,7 +29,7 @@ class PlanRequest:
         model: A serialised ONNX model without its weights.
         location: The file it comes from, beside which the parser finds the weights.
         backend: `tensorrt` or `tensorrt-rtx`.
-        compute_capabilities: Targets, as `8.9`; used by TensorRT-RTX.
+        compute_capabilities: Targets; used by TensorRT-RTX.
         profiles: Accepted sizes, one optimization profile for each entry.
         patch_dim: Values in one patch row.
         timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times nothing when it builds.
@@ -37,7 +38,7 @@ class PlanRequest:
     model: bytes
     location: Path
     backend: str
-    compute_capabilities: list[str]
+    compute_capabilities: list[ComputeCapability]
     profiles: Sequence[Profile]
     patch_dim: int
     timing_cache: Path | None
@@ -117,7 +118,7 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
         return CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    pairs = [tuple(int(part) for part in text.split(".")) for text in request.compute_capabilities]
+    pairs = [(target.major, target.minor) for target in request.compute_capabilities]
     return CreateConfigRTX(compute_capabilities=pairs, **options)
 
 

@@ -210,6 +210,8 @@ def test_errors_are_one_line(
             "give either --image or --calibration",
         ),
         (["build-engine", "--int8", "--fp8"], "choose one of --int8, --fp8"),
+        (["build-engine", "--compute-capability", "ada"], "'ada'"),
+        (["build-plugins", "--sm", "8"], "'8'"),
     ],
 )
 def test_wrong_usage_exits_with_2(mmvision: Command, arguments: list[str], message: str) -> None:

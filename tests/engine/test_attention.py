@@ -11,6 +11,7 @@ import pytest
 
 from mmvision_export.artifacts.library_record import library_record_path
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
@@ -52,7 +53,7 @@ def library(tmp_path: Path) -> Path:
 def choose(way: str, library: Path, notes: Progress | None = None, **changes: Any) -> Lowering:
     request: dict[str, Any] = {
         "backend": "tensorrt", "version": "10.3.0.30", "opset": 23, "precision": "fp16", "config": HEAD_DIM_80,
-        "compute_capabilities": ["8.7"],
+        "compute_capabilities": [ComputeCapability(8, 7)],
     }  # fmt: skip
     return choose_lowering(
         way, library=library, progress=notes or Progress(), **{**request, **changes}
@@ -96,7 +97,7 @@ def test_plugins_where_they_can_be(way: str, library: Path) -> None:
         ({"precision": "fp32"}, EngineError, "for fp16 and bf16, not for fp32"),
         ({"config": HEAD_DIM_48}, EngineError, "kernels for head_dim 64, 80, this encoder's is 48"),
         (
-            {"compute_capabilities": ["7.5"]},
+            {"compute_capabilities": [ComputeCapability(7, 5)]},
             EngineError,
             r"from compute capability 8\.0 on, not 7\.5",
         ),
@@ -203,7 +204,10 @@ def test_tensorrt_rtx_parses_the_packed_graph(exported: Path) -> None:
 
 def test_request_is_not_changed_by_another_gpu(library: Path) -> None:
     """A later GPU than the library's binaries compiles its PTX."""
-    assert choose("plugin", library, compute_capabilities=["12.0"]).library is not None
+    assert (
+        choose("plugin", library, compute_capabilities=[ComputeCapability(12, 0)]).library
+        is not None
+    )
     assert dataclasses.astuple(choose("plugin", library)) == dataclasses.astuple(
         choose("auto", library)
     )

@@ -18,6 +18,7 @@ from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import (
     BackendError,
     EngineError,
@@ -41,6 +42,7 @@ from mmvision_export.runtime.backends.cuda import current_compute_capability
 from tests.support.configs import HEAD_DIM_48, HEAD_DIM_64, HEAD_DIM_80, copy_of
 from tests.support.notes import Notes
 
+AMPERE, ADA, BLACKWELL = map(ComputeCapability.parse, ("8.6", "8.9", "12.0"))
 PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
 
 
@@ -58,7 +60,7 @@ def build(directory: Path, **options: Any) -> tuple[Path, EngineRecord]:
 
 def test_fp16_engine_for_a_gpu_that_is_not_here(directory: Path) -> None:
     notes = Notes()
-    engine, record = build(directory, precision="fp16", compute_capabilities=["89"], progress=notes)
+    engine, record = build(directory, precision="fp16", compute_capabilities=[ADA], progress=notes)
     assert engine.parent == directory / "plans"
     assert engine.name.endswith("-sm89-fp16.engine")
     assert engine.name.startswith("tensorrt-rtx-")
@@ -84,14 +86,14 @@ def test_one_engine_with_a_profile_for_each_bucket(directory: Path) -> None:
     from mmvision_export.runtime.launch_planner import profiles_from_buckets
 
     profiles = profiles_from_buckets([256, 64, 1024], 8, HEAD_DIM_80)
-    _, record = build(directory, profiles=profiles, precision="fp16", compute_capabilities=["8.9"])
+    _, record = build(directory, profiles=profiles, precision="fp16", compute_capabilities=[ADA])
     assert [p.max_patches for p in record.profiles] == [64, 256, 1024]
     assert all(p.is_bucket and p.max_images == 9 for p in record.profiles)
     assert record.attention == "attention body, fused"
 
 
 def test_one_engine_for_several_gpus(directory: Path) -> None:
-    engine, record = build(directory, precision="fp16", compute_capabilities=["12.0", "8.6"])
+    engine, record = build(directory, precision="fp16", compute_capabilities=[BLACKWELL, AMPERE])
     assert record.compute_capabilities == ["8.6", "12.0"]
     assert "-sm86-120-" in engine.name
 
@@ -106,7 +108,7 @@ def test_without_a_gpu_the_default_is_every_gpu(directory: Path) -> None:
 
 
 def test_fp32_attention_is_left_to_the_builder(directory: Path) -> None:
-    _, record = build(directory, compute_capabilities=["8.9"])
+    _, record = build(directory, compute_capabilities=[ADA])
     assert (record.precision, record.attention) == ("fp32", "attention body, left to the builder")
 
 
@@ -116,7 +118,7 @@ def test_other_head_dims(config: Any, tmp_path: Path) -> None:
     export_model_directory(
         WeightSource(random_config=config, seed=1), tmp_path / "m", precision="fp16"
     )
-    _, record = build(tmp_path / "m", compute_capabilities=["8.6", "12.0"])
+    _, record = build(tmp_path / "m", compute_capabilities=[AMPERE, BLACKWELL])
     assert record.attention == "attention body, fused"
 
 
@@ -124,10 +126,10 @@ def test_bf16_engine(tmp_path: Path) -> None:
     export_model_directory(
         WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="bf16"
     )
-    _, record = build(tmp_path / "m", compute_capabilities=["8.6", "12.0"])
+    _, record = build(tmp_path / "m", compute_capabilities=[AMPERE, BLACKWELL])
     assert record.precision == "bf16"
     with pytest.raises(EngineError, match=r"does not build bf16 engines for 7\.5"):
-        build(tmp_path / "m", compute_capabilities=["7.5"])
+        build(tmp_path / "m", compute_capabilities=[ComputeCapability(7, 5)])
     with pytest.raises(
         EngineError, match="is a bf16 model, from which no fp16 engine can be built"
     ):
@@ -138,7 +140,7 @@ def test_low_opset_engine(tmp_path: Path) -> None:
     export_model_directory(
         WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", opset=18
     )
-    _, record = build(tmp_path / "m", precision="fp16", compute_capabilities=["8.9"])
+    _, record = build(tmp_path / "m", precision="fp16", compute_capabilities=[ADA])
     assert record.attention == "matmul body, left to the builder"
 
 
@@ -203,8 +205,10 @@ def test_bad_profiles(changes: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"compute_capabilities": ["9.0"]}, r"does not build fp32 engines for 9\.0, only for"),
-        ({"compute_capabilities": ["ada"]}, "not a compute capability: 'ada'"),
+        (
+            {"compute_capabilities": [ComputeCapability(9, 0)]},
+            r"does not build fp32 engines for 9\.0, only for",
+        ),
         ({"precision": "bf16"}, "is a fp32 model, from which no bf16 engine can be built"),
     ],
 )
@@ -230,9 +234,9 @@ def test_classic_tensorrt_is_not_installed_here(directory: Path) -> None:
 
 
 def test_an_existing_engine_is_kept(directory: Path) -> None:
-    build(directory, compute_capabilities=["8.9"])
+    build(directory, compute_capabilities=[ADA])
     with pytest.raises(OutputError, match="already exists"):
-        build(directory, compute_capabilities=["8.9"], force=False)
+        build(directory, compute_capabilities=[ADA], force=False)
 
 
 def test_damaged_weights_are_not_built_from(exported: Path, tmp_path: Path) -> None:
@@ -241,7 +245,7 @@ def test_damaged_weights_are_not_built_from(exported: Path, tmp_path: Path) -> N
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     for precision in ("fp32", "fp16"):
         with pytest.raises(ManifestError, match="sha256"):
-            build(directory, compute_capabilities=["8.9"], precision=precision)
+            build(directory, compute_capabilities=[ADA], precision=precision)
     assert not list(directory.glob("plans"))
     assert not list(directory.glob("model.fp16*"))
 
@@ -253,17 +257,17 @@ def test_a_graph_that_failed_its_comparison_is_not_built(exported: Path, tmp_pat
         with pytest.raises(
             EngineError, match=r"model\.onnx did not pass its comparison with PyTorch"
         ):
-            build(directory, compute_capabilities=["8.9"], precision=precision)
-    build(directory, compute_capabilities=["8.9"], check=False)
+            build(directory, compute_capabilities=[ADA], precision=precision)
+    build(directory, compute_capabilities=[ADA], check=False)
 
 
 def test_a_rebuilt_engine_loses_what_was_measured_on_the_old_one(
     exported: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(exported, tmp_path / "m")
-    engine, _ = build(directory, compute_capabilities=["8.9"])
+    engine, _ = build(directory, compute_capabilities=[ADA])
     Manifest.read(directory).update(directory, parity={f"plans/{engine.name}": {"passed": True}})
-    build(directory, compute_capabilities=["8.9"])
+    build(directory, compute_capabilities=[ADA])
     assert Manifest.read(directory).parity == {}
 
 
@@ -279,7 +283,7 @@ def test_a_parser_error_is_shown_in_full(exported: Path, tmp_path: Path) -> None
     manifest.files["model.onnx"] = file_record(directory / "model.onnx")
     manifest.write(directory)
     with pytest.raises(EngineError) as caught:
-        build(directory, compute_capabilities=["8.9"])
+        build(directory, compute_capabilities=[ADA])
     message = str(caught.value)
     assert "cannot parse model.onnx" in message
     assert "layers.0.mlp.activation (Hypergelu)" in message
@@ -317,7 +321,7 @@ def test_interrupting_leaves_nothing(
 
 
 def test_sidecar_is_json(directory: Path) -> None:
-    engine, _ = build(directory, compute_capabilities=["8.9"])
+    engine, _ = build(directory, compute_capabilities=[ADA])
     content = json.loads(engine.with_suffix(".json").read_text())
     assert content["profiles"][0]["max_patches"] == 256
     assert content["config"]["hidden_size"] == 160
@@ -353,7 +357,7 @@ def test_an_engine_with_plugins_brings_its_library(
         lambda _, __, sha256: loaded.append(sha256),
     )
     monkeypatch.setattr("mmvision_export.engine.build._plan", plan)
-    engine, written = build(directory, compute_capabilities=["8.9"])
+    engine, written = build(directory, compute_capabilities=[ADA])
     assert loaded == [record.library.sha256]
     assert nodes.count("VarlenAttention") == HEAD_DIM_80.num_hidden_layers
     assert (written.attention, written.masked) == ("plugin", False)
@@ -375,5 +379,5 @@ def test_an_engine_with_plugins_brings_its_library(
 def test_packed_attention_is_refused_by_a_builder_without_a_kernel(directory: Path) -> None:
     """TensorRT-RTX 1.7 parses the graph and has no packed kernel; another may, so it is asked."""
     with pytest.raises(EngineError, match="attention|Attention|ATTENTION"):
-        build(directory, precision="fp16", compute_capabilities=["8.9"], attention="packed")
+        build(directory, precision="fp16", compute_capabilities=[ADA], attention="packed")
     assert not list((directory / "plans").glob("*.partial"))

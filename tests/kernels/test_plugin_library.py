@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, ManifestError, OutputError, PluginError
 from mmvision_export.kernels.embed import write_embedded_kernels
 from mmvision_export.kernels.headers import cuda_headers, tensorrt_header_version, tensorrt_headers
@@ -38,7 +39,12 @@ def library(shared: Path) -> Path:
     """A library for Orin, built as the command does."""
     tool("cmake", "cmake")
     root = shared / "plugin-library"
-    once(root, lambda new: build_plugins(sms=[87], head_dims=[80], output=new))
+    once(
+        root,
+        lambda new: build_plugins(
+            compute_capabilities=[ComputeCapability(8, 7)], head_dims=[80], output=new
+        ),
+    )
     return root / "libmmvision_plugins.so"
 
 
@@ -51,7 +57,12 @@ def settings(shared: Path) -> dict[str, str | Path]:
         tool("doctest.h", "doctest-dev")
     kernels = once(
         shared / "embedded-kernels",
-        lambda new: write_embedded_kernels(list(compile_kernels([80, 87, 90, 110], [64, 80])), new),
+        lambda new: write_embedded_kernels(
+            list(
+                compile_kernels(list(map(ComputeCapability.from_sm, (80, 87, 90, 110))), [64, 80])
+            ),
+            new,
+        ),
     )
     return {
         "MMVISION_KERNELS": kernels,
@@ -219,7 +230,7 @@ def test_what_build_plugins_refuses(
     with pytest.raises(
         PluginError, match=r"--sm 75: there are kernels for 80, 86, 87, 89, 90, 100, 110, 120"
     ):
-        build_plugins(sms=[75], output=tmp_path)
+        build_plugins(compute_capabilities=[ComputeCapability(7, 5)], output=tmp_path)
     with pytest.raises(PluginError, match="--head-dim 72: there are kernels for 16, 32"):
         build_plugins(head_dims=[72], output=tmp_path)
     with pytest.raises(PluginError, match=r"it is not TensorRT's include folder"):

@@ -15,6 +15,7 @@ from polygraphy.backend.base import BaseRunner
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import CheckpointError, ManifestError, ParityError
 from mmvision_export.core.metrics import metrics
 from mmvision_export.engine.float16 import derive_fp16
@@ -242,7 +243,10 @@ def test_one_engine_is_judged_as_the_graph_it_was_built_from(
     directory = copy_of(exported, tmp_path / "m")
     profile = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
     engine, _ = build_engine(
-        directory, profiles=[profile], backend="tensorrt-rtx", compute_capabilities=["8.9"]
+        directory,
+        profiles=[profile],
+        backend="tensorrt-rtx",
+        compute_capabilities=[ComputeCapability(8, 9)],
     )
 
     class Opened:

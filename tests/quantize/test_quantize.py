@@ -14,6 +14,7 @@ import torch
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError, ManifestError, QuantizationError
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.progress import Progress
@@ -34,6 +35,7 @@ from tests.support.configs import HEAD_DIM_80, copy_of
 CONFIG = dataclasses.replace(HEAD_DIM_80, num_hidden_layers=4)
 CALIBRATION = [sample_batch(((1, 8, 8), (1, 3, 5)), CONFIG, seed=seed) for seed in range(2)]
 HELD_OUT = [sample_batch(((1, 6, 7), (2, 2, 3)), CONFIG, seed=seed) for seed in (10, 11)]
+AMPERE, ADA, BLACKWELL = map(ComputeCapability.parse, ("8.6", "8.9", "12.0"))
 UNITS = 4 * CONFIG.num_hidden_layers + 5
 OUTLIERS = WeightSource(random_config=CONFIG, seed=3, random_kind="outliers")
 
@@ -237,11 +239,13 @@ def test_flavours_that_cannot_be_opened(exported: Path) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "capabilities"),
-    [("int8", ["8.6", "8.9"]), ("fp8", ["8.9", "12.0"])],
+    [("int8", [AMPERE, ADA]), ("fp8", [ADA, BLACKWELL])],
     ids=["int8", "fp8"],
 )
 def test_engines(
-    precision: str, capabilities: list[str], quantized: tuple[Path, dict[str, QuantizationReport]]
+    precision: str,
+    capabilities: list[ComputeCapability],
+    quantized: tuple[Path, dict[str, QuantizationReport]],
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     directory, _ = quantized
@@ -252,12 +256,12 @@ def test_engines(
     }
     engine, record = build_engine(directory, compute_capabilities=capabilities, **options)
     assert record.precision == precision
-    assert record.compute_capabilities == capabilities
+    assert record.compute_capabilities == list(map(str, capabilities))
     assert record.graph["name"] == f"model.{precision}.onnx"
     assert engine.name.endswith(f"-{precision}.engine")
     if precision == "fp8":
         with pytest.raises(EngineError, match=r"does not build fp8 engines for 8\.6"):
-            build_engine(directory, compute_capabilities=["8.6"], **options)
+            build_engine(directory, compute_capabilities=[AMPERE], **options)
 
 
 def test_an_engine_needs_its_flavour_first(exported: Path) -> None:
@@ -269,7 +273,7 @@ def test_an_engine_needs_its_flavour_first(exported: Path) -> None:
             profiles=[profile],
             backend="tensorrt-rtx",
             precision="int8",
-            compute_capabilities=["8.9"],
+            compute_capabilities=[ADA],
         )
     assert "mmvision quantize --int8" in str(caught.value.hint)
 

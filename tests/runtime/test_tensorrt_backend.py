@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmvision_export.artifacts.compute_capability import parse_compute_capability
 from mmvision_export.artifacts.engine_record import EngineRecord, PluginFile
 from mmvision_export.artifacts.profile import Profile
-from mmvision_export.core.errors import BackendError, EngineError, InputError, ManifestError
+from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
@@ -549,28 +548,6 @@ def test_a_folder_named_tensorrt_is_not_tensorrt(
     )
     with pytest.raises(BackendError, match="tensorrt is not installed"):
         import_tensorrt("tensorrt")
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("89", "8.9"),
-        ("8.9", "8.9"),
-        ("sm_89", "8.9"),
-        ("SM120", "12.0"),
-        ("12.0", "12.0"),
-        ("100", "10.0"),
-        (" 7.5 ", "7.5"),
-    ],
-)
-def test_compute_capabilities(text: str, expected: str) -> None:
-    assert parse_compute_capability(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "8", "ada", "8.9a", "-8.9", "8,9"])
-def test_bad_compute_capabilities(text: str) -> None:
-    with pytest.raises(EngineError, match="not a compute capability"):
-        parse_compute_capability(text)
 
 
 @pytest.mark.gpu

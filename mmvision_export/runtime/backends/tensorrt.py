@@ -122,7 +122,7 @@ class TensorRTBackend:
                 else "packed and costs the square of an image"
             ),
             "tensorrt": record.tensorrt_version,
-            "compute_capability": compute_capability,
+            "compute_capability": str(compute_capability),
             "cuda_graphs": self._cuda_graphs,
             "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
             "streams": streams,
