@@ -20,6 +20,7 @@ from typing import Any
 
 from mmvision_export.core.errors import ConfigError, ManifestError
 from mmvision_export.core.files import FileRecord, new_files, read_json
+from mmvision_export.core.precision import FLOAT_PRECISIONS
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = [
@@ -28,8 +29,6 @@ __all__ = [
     "GRAPH",
     "MANIFEST",
     "PLANS",
-    "PRECISIONS",
-    "QUANTIZED_PRECISIONS",
     "Manifest",
     "find_model_directory",
     "flavour_graph",
@@ -44,12 +43,6 @@ MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-"""Float types of a graph."""
-
-QUANTIZED_PRECISIONS = ("int8", "fp8")
-"""Flavours that engines are built from."""
-
 
 @dataclasses.dataclass(kw_only=True)
 class Manifest:
@@ -57,7 +50,7 @@ class Manifest:
 
     Attributes:
         config: The encoder's dimensions.
-        precision: Float type of `model.onnx`: fp32, fp16 or bf16.
+        precision: Of `model.onnx`, one of `FLOAT_PRECISIONS`.
         opset: Version of the standard operators in `model.onnx`.
         attention_body: Which standard ops define `VarlenAttention` in it.
         source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed to load them again,
@@ -93,9 +86,9 @@ class Manifest:
         ):
             if not isinstance(value, kind):
                 raise ManifestError(f"{name} must be {kind.__name__}, got {value!r}")
-        if self.precision not in PRECISIONS:
+        if self.precision not in FLOAT_PRECISIONS:
             raise ManifestError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+                f"precision must be one of {', '.join(FLOAT_PRECISIONS)}, got {self.precision!r}"
             )
         required = {"random": {"seed"}, "checkpoint": {"checkpoint"}}.get(
             str(self.source.get("kind"))

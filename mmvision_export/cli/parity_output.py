@@ -10,9 +10,9 @@ from rich.markup import escape
 from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.cli.console import console
 from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
 from mmvision_export.parity.check import ParityResult
-from mmvision_export.parity.gates import GATES
 from mmvision_export.parity.samples import Sample, sample_from_files, sample_from_images
 
 __all__ = ["print_parity", "samples_from_options"]
@@ -79,4 +79,4 @@ def print_parity(result: ParityResult) -> None:
     for warning in result.warnings:
         console.print(f"[yellow]warning[/]: {escape(warning)}")
     for precision in dict.fromkeys(row.precision for row in result.rows):
-        console.print(f"{precision} gate: {GATES[precision].describe()}", markup=False)
+        console.print(f"{precision} gate: {PRECISIONS[precision].gate.describe()}", markup=False)

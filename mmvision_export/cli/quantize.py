@@ -12,6 +12,7 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def quantize(
     min_cosine: Annotated[
         float,
         typer.Option(help="Gate: smallest cosine of a held-out token with the float32 graph's."),
-    ] = 0.999,
+    ] = PRECISIONS["int8"].gate.min_cosine,
     verbose: Verbose = False,
 ) -> None:
     """Make a quantised flavour of a float32 model directory.

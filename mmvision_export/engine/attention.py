@@ -18,6 +18,7 @@ import onnx_ir as ir
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, ManifestError
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.passes import inline_functions
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
@@ -37,8 +38,6 @@ AttentionWay = Literal["auto", "plugin", "native", "packed"]
 ATTENTION_WAYS: tuple[AttentionWay, ...] = get_args(AttentionWay)
 
 _FIRST_PACKED = (11, 0)
-# Of a quantised graph too, attention is float16.
-_HALF = ("fp16", "bf16", "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ def choose_lowering(
             raise EngineError(
                 f"TensorRT has packed attention of its own from 11.0 on, this is {version}"
             )
-        if precision not in _HALF:
+        if not PRECISIONS[precision].has_half_attention:
             raise EngineError(f"packed attention is for fp16 and bf16, not for {precision}")
         return Lowering("packed")
     if way in ("auto", "plugin"):
@@ -131,9 +130,9 @@ def choose_lowering(
 def _obstacle_to_plugins(backend: str, precision: str) -> str | None:
     if backend == "tensorrt-rtx":
         return "TensorRT-RTX takes none"
-    return (
-        None if precision in _HALF else f"their kernels are for fp16 and bf16, not for {precision}"
-    )
+    if PRECISIONS[precision].has_half_attention:
+        return None
+    return f"their kernels are for fp16 and bf16, not for {precision}"
 
 
 def _fitting(

@@ -20,7 +20,6 @@ from mmvision_export.artifacts.manifest import (
     DATA,
     GRAPH,
     PLANS,
-    QUANTIZED_PRECISIONS,
     Manifest,
     flavour_graph,
 )
@@ -29,6 +28,7 @@ from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError, OutputError
 from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.precision import PRECISIONS, QUANTIZED_PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.attention import choose_lowering, lowered_model
 from mmvision_export.engine.builder import PlanRequest, plan_from_model
@@ -155,8 +155,8 @@ def build_engine(
                 f"{directory} has no {flavour_graph(precision)}, which an {precision} engine is built from",
                 hint=f"make it with: mmvision quantize --{precision} --model {directory}",
             )
-    elif precision not in (manifest.precision, "fp16") or (
-        precision == "fp16" and manifest.precision == "bf16"
+    elif precision != manifest.precision and (
+        precision not in PRECISIONS or manifest.precision not in PRECISIONS[precision].derived_from
     ):
         raise EngineError(
             f"{directory} is a {manifest.precision} model, from which no {precision} engine can be built",
@@ -206,7 +206,7 @@ def build_engine(
                 timing_cache=_timing_cache(directory, backend, version),
             ),
             # No TensorRT has a fused attention kernel in float32.
-            may_fuse=lowering.body == "attention" and precision != "fp32",
+            may_fuse=lowering.body == "attention" and PRECISIONS[precision].has_half_attention,
             progress=progress,
         )
         progress.step("writing the engine")
@@ -305,9 +305,7 @@ def _capabilities(
             )
         return [here]
     supported = supported_by_rtx(trt)
-    # Whose tensor cores have the type.
-    lowest = {"bf16": ComputeCapability(8, 0), "fp8": ComputeCapability(8, 9)}.get(precision)
-    supported = [capability for capability in supported if lowest is None or capability >= lowest]
+    supported = list(filter(PRECISIONS[precision].runs_on, supported))
     for capability in wanted:
         if capability not in supported:
             raise EngineError(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.kernels.kernels import PORTABLE_PTX
 from mmvision_export.kernels.resources import CompiledKernel
 
 __all__ = ["write_embedded_kernels"]
-
-_DTYPES = {"fp16": "kHALF", "bf16": "kBF16"}
 
 # .incbin takes the bytes as they are, for every CPU; a C array of them would take the compiler minutes.
 _ASSEMBLY = """\
@@ -88,6 +87,7 @@ def _row(kernel: CompiledKernel, kind: str, reach: str) -> str:
     name = f"mmvision_{_name(kernel, kind)}"
     return (
         f'    {{"{kernel.op}", {kernel.compute_capability.sm}, Reach::{reach}, '
-        f'nvinfer1::DataType::{_DTYPES[kernel.dtype]}, {kernel.head_dim}, "{kernel.function}", {kernel.rows}, {kernel.num_warps}, {kernel.shared_bytes}, '
+        f"nvinfer1::DataType::k{PRECISIONS[kernel.dtype].tensorrt_type}, "
+        f'{kernel.head_dim}, "{kernel.function}", {kernel.rows}, {kernel.num_warps}, {kernel.shared_bytes}, '
         f"{name}, {name}_end}},"
     )

@@ -24,6 +24,7 @@ from typing import Any
 
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import PluginError
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, Tile
 
 __all__ = [
@@ -37,7 +38,9 @@ __all__ = [
     "plugins_root",
 ]
 
-DTYPES = ("fp16", "bf16")
+DTYPES = tuple(
+    row.name for row in PRECISIONS.values() if row.has_half_attention and not row.is_quantized
+)
 HEAD_DIMS = tuple(range(16, 129, 16))
 """Head sizes the attention kernel is written for."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mmvision_export.core.errors import CheckpointError
+from mmvision_export.core.precision import FLOAT_PRECISIONS, PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.hub import folder_from_hub, is_hub_id
 from mmvision_export.models.minimax_m3_vl.checkpoint import (
@@ -24,8 +25,10 @@ from mmvision_export.models.random_weights import RandomKind, random_tensors
 
 __all__ = ["DTYPES", "LoadedEncoder", "WeightSource"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Precision on the command line and in the manifest -> PyTorch dtype."""
+DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, PRECISIONS[name].dtype) for name in FLOAT_PRECISIONS
+}
+"""Precision -> PyTorch dtype of an encoder in it."""
 
 
 @dataclasses.dataclass(frozen=True)

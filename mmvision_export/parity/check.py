@@ -26,12 +26,12 @@ from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.manifest import CPU_GRAPH, PLANS, Manifest, model_directory_of
 from mmvision_export.core.errors import BackendError, ManifestError, ParityError
 from mmvision_export.core.metrics import Metrics, metrics, token_errors
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.polygraphy_setup import captured_messages
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.weights import DTYPES, WeightSource
 from mmvision_export.parity.float64 import Float64Encoder
-from mmvision_export.parity.gates import GATES
 from mmvision_export.parity.layers import LayerComparison, compare_layers
 from mmvision_export.parity.magnitudes import overflow_warnings
 from mmvision_export.parity.rounded import rounded_model
@@ -264,7 +264,7 @@ def _rows(
 ) -> list[ParityRow]:
     rows = []
     for candidate in candidates:
-        gate, runner = GATES[candidate.precision], candidate.runner.name
+        gate, runner = PRECISIONS[candidate.precision].gate, candidate.runner.name
         beside = distances[_EAGER.format(candidate.float_type)]
         for sample in samples:
             if sample.name not in distances.get(runner, {}):

@@ -19,10 +19,10 @@ import onnx_ir as ir
 import torch
 
 from mmvision_export.core.metrics import metrics
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
-from mmvision_export.parity.gates import LARGEST_FINITE
 from mmvision_export.parity.jump import Jump, StageDistance, expected_errors, first_jump
 from mmvision_export.parity.magnitudes import Magnitude, observed_magnitudes
 from mmvision_export.parity.rounded import rounded_model
@@ -211,5 +211,5 @@ def _distance(
 ) -> StageDistance:
     # A maximum that passes NaN by: what is finite has a magnitude still.
     largest = float(np.fmax.reduce(np.abs(output), axis=None))
-    headroom = LARGEST_FINITE[float_type] / largest if largest else float("inf")
+    headroom = PRECISIONS[float_type].largest / largest if largest else float("inf")
     return StageDistance(stage, metrics(output, reference), largest, headroom)

@@ -23,6 +23,7 @@ from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest,
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.metrics import metrics
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.quantize.balancing import divisor_of, static_rounding, token_rounding
 from mmvision_export.quantize.dynamic import quantize_dynamically
@@ -85,7 +86,7 @@ def quantize(
     calibration: Sequence[Batch],
     held_out: Sequence[Batch],
     method: CalibrationMethod = "percentile",
-    min_cosine: float = 0.999,
+    min_cosine: float = PRECISIONS["int8"].gate.min_cosine,
     fallback: bool = True,
     progress: Progress | None = None,
 ) -> QuantizationReport:

@@ -48,6 +48,7 @@ def test_json_holds_strings(value: Any) -> None:
 def test_order_is_that_of_the_numbers() -> None:
     """As text, 10.0 and 12.0 would come before 8.9."""
     ascending = [ComputeCapability.parse(text) for text in ("7.5", "8.0", "8.9", "10.0", "12.0")]
-    assert sorted(ascending[::-1]) == ascending
+    descending = list(reversed(ascending))
+    assert sorted(descending) == ascending
     assert [str(capability) for capability in ascending] != sorted(map(str, ascending))
     assert [capability.sm for capability in ascending] == [75, 80, 89, 100, 120]

@@ -60,10 +60,10 @@ def test_every_kernel() -> None:
 
 def kernel(**changes: Any) -> CompiledKernel:
     fields: dict[str, Any] = {
-        "op": "varlen_attention", "compute_capability": ComputeCapability(8, 9), "dtype": "fp16", "head_dim": 80, "tile": Tile(128, 64, 8, 2),
-        "rows": 128,
-        "function": "f", "num_warps": 8, "shared_bytes": 40 * 1024, "registers": 128, "spills": 0,
-        "tensor_core": {"HMMA": 80}, "cubin": b"", "ptx": "",
+        "op": "varlen_attention", "compute_capability": ComputeCapability(8, 9), "dtype": "fp16",
+        "head_dim": 80, "tile": Tile(128, 64, 8, 2), "rows": 128, "function": "f", "num_warps": 8,
+        "shared_bytes": 40 * 1024, "registers": 128, "spills": 0, "tensor_core": {"HMMA": 80},
+        "cubin": b"", "ptx": "",
     }  # fmt: skip
     return CompiledKernel(**{**fields, **changes})
 

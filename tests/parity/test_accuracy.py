@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import ExportError, InputError, ParityError
 from mmvision_export.core.metrics import Metrics
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.checkpoint import encoder_from_state_dict
@@ -24,10 +25,14 @@ from mmvision_export.models.weight_statistics import weight_statistics
 from mmvision_export.models.weights import DTYPES, WeightSource
 from mmvision_export.parity.check import check_parity
 from mmvision_export.parity.float64 import Float64Encoder
-from mmvision_export.parity.gates import FLOAT16_MAX, GATES
 from mmvision_export.parity.jump import StageDistance, first_jump
 from mmvision_export.parity.layers import compare_layers
-from mmvision_export.parity.magnitudes import Magnitude, observed_magnitudes, overflow_warnings
+from mmvision_export.parity.magnitudes import (
+    FLOAT16_MAX,
+    Magnitude,
+    observed_magnitudes,
+    overflow_warnings,
+)
 from mmvision_export.parity.rounded import rounded_model
 from mmvision_export.parity.samples import Sample, sample_from_files, samples_from_grids
 from mmvision_export.parity.sessions import run_model
@@ -187,13 +192,15 @@ def test_the_rule_for_a_jump_by_hand() -> None:
 
 def test_gates_compare_with_eager_only_where_that_is_finite() -> None:
     broken = Metrics(float("nan"), float("nan"), float("nan"), 3)
-    assert GATES["fp16"].limit(broken) is None
-    assert not GATES["fp16"].failures(Metrics(0, 0.01, 1, 0), broken)
-    assert GATES["fp16"].failures(Metrics(0, 0.01, 1, 0), Metrics(0, 0.004, 1, 0))
-    assert GATES["int8"].failures(Metrics(0, 0.01, 0.998, 0), None)
+    assert PRECISIONS["fp16"].gate.limit(broken) is None
+    assert not PRECISIONS["fp16"].gate.failures(Metrics(0, 0.01, 1, 0), broken)
+    assert PRECISIONS["fp16"].gate.failures(Metrics(0, 0.01, 1, 0), Metrics(0, 0.004, 1, 0))
+    assert PRECISIONS["int8"].gate.failures(Metrics(0, 0.01, 0.998, 0), None)
     # Whether it is the graph that falls short, or the type.
-    (alone,) = GATES["bf16"].failures(Metrics(0, 0.01, 0.8, 0), Metrics(0, 0.01, 0.995, 0))
-    (both,) = GATES["bf16"].failures(Metrics(0, 0.01, 0.8, 0), Metrics(0, 0.01, 0.9, 0))
+    (alone,) = PRECISIONS["bf16"].gate.failures(
+        Metrics(0, 0.01, 0.8, 0), Metrics(0, 0.01, 0.995, 0)
+    )
+    (both,) = PRECISIONS["bf16"].gate.failures(Metrics(0, 0.01, 0.8, 0), Metrics(0, 0.01, 0.9, 0))
     assert "PyTorch itself has" not in alone
     assert "PyTorch itself has 0.900000 in this precision, which does not suffice here" in both
 

@@ -18,6 +18,7 @@ from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import CheckpointError, ManifestError, ParityError
 from mmvision_export.core.metrics import metrics
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
@@ -29,7 +30,6 @@ from mmvision_export.parity.check import (
     check_parity,
     record_parity,
 )
-from mmvision_export.parity.gates import GATES
 from mmvision_export.parity.runners import TorchRunner, input_metadata
 from mmvision_export.parity.samples import samples_from_grids
 from tests.support.checkpoints import LAYOUTS, STATE, write_checkpoint
@@ -171,14 +171,14 @@ def test_metrics_by_hand() -> None:
         metrics(reference[:1], reference)
 
 
-@pytest.mark.parametrize("precision", GATES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_gates_fail_on_nan(precision: str) -> None:
     from mmvision_export.core.metrics import Metrics
 
     nan = float("nan")
-    assert GATES[precision].failures(Metrics(nan, nan, nan, 0), None)
-    assert GATES[precision].failures(Metrics(0, 0, 1, 1), None)
-    assert not GATES[precision].failures(Metrics(0, 0, 1, 0), Metrics(0, 0, 1, 0))
+    assert PRECISIONS[precision].gate.failures(Metrics(nan, nan, nan, 0), None)
+    assert PRECISIONS[precision].gate.failures(Metrics(0, 0, 1, 1), None)
+    assert not PRECISIONS[precision].gate.failures(Metrics(0, 0, 1, 0), Metrics(0, 0, 1, 0))
 
 
 def test_sample_batches_are_seeded_and_exact_in_float16() -> None:

@@ -21,6 +21,7 @@ from mmvision_export.artifacts.engine_record import EngineRecord, refuse_foreign
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.runtime.backends import BackendName
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
@@ -104,10 +105,7 @@ class TensorRTBackend:
         )
         self.config = record.config
         self.profiles: Sequence[Profile] = record.profiles
-        # NumPy has no bfloat16: a bf16 graph takes and gives float32. Quantised graphs take and give float16.
-        self.dtype: np.dtype[Any] = np.dtype(
-            np.float32 if record.precision in ("fp32", "bf16") else np.float16
-        )
+        self.dtype: np.dtype[Any] = np.dtype(PRECISIONS[record.precision].io_dtype)
         self._plan = LaunchPlanner(self.profiles, Costs(record.config, masked=record.masked))
         self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
         self.info: dict[str, Any] = {
