@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mmvision_export.artifacts.profile import profiles_from_buckets
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 from mmvision_export.runtime.grid import checked_pixel_values
@@ -23,7 +24,6 @@ from mmvision_export.runtime.launch_planner import (
     Costs,
     LaunchPlanner,
     padding_rows,
-    profiles_from_buckets,
 )
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 

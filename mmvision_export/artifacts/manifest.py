@@ -13,14 +13,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmvision_export.core.errors import ConfigError, ManifestError
-from mmvision_export.core.files import FileRecord, new_files, read_json
+from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.files import FileRecord, new_files
 from mmvision_export.core.precision import FLOAT_PRECISIONS
+from mmvision_export.core.records import json_text, read_record
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = [
@@ -52,7 +52,6 @@ class Manifest:
         config: The encoder's dimensions.
         precision: Of `model.onnx`, one of `FLOAT_PRECISIONS`.
         opset: Version of the standard operators in `model.onnx`.
-        attention_body: Which standard ops define `VarlenAttention` in it.
         source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed to load them again,
             and `sha256` of the tensors.
         versions: Versions of the packages that made the directory.
@@ -66,7 +65,6 @@ class Manifest:
     config: EncoderConfig
     precision: str
     opset: int
-    attention_body: str
     source: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, FileRecord]
@@ -76,16 +74,6 @@ class Manifest:
     quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, kind in (
-            ("opset", self.opset, int),
-            ("source", self.source, dict),
-            ("parity", self.parity, dict),
-            ("quantization", self.quantization, dict),
-            ("versions", self.versions, dict),
-            ("weights", self.weights, dict),
-        ):
-            if not isinstance(value, kind):
-                raise ManifestError(f"{name} must be {kind.__name__}, got {value!r}")
         if self.precision not in FLOAT_PRECISIONS:
             raise ManifestError(
                 f"precision must be one of {', '.join(FLOAT_PRECISIONS)}, got {self.precision!r}"
@@ -126,11 +114,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory, in one piece."""
-        content = {"format": _FORMAT, **dataclasses.asdict(self)}
         with new_files(directory, name=MANIFEST) as new:
-            (new / MANIFEST).write_text(
-                json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-            )
+            (new / MANIFEST).write_text(json_text(self, form=_FORMAT), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -139,26 +124,19 @@ class Manifest:
         Raises:
             ManifestError: There is none, it is malformed, or it is of a later format.
         """
-        path = directory / MANIFEST
         if not directory.is_dir():
             raise ManifestError(
                 f"{directory}: no such model directory",
                 hint="make one with: mmvision export --onnx",
             )
-        content = read_json(path)
-        if content.pop("format", None) != _FORMAT:
-            raise ManifestError(
-                f"{path}: not a manifest of format {_FORMAT}", hint="export the model again"
-            )
-        try:
-            config = EncoderConfig.from_dict(content.pop("config"))
-            files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
-            manifest = cls(config=config, files=files, **content)
-        except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
-            raise ManifestError(
-                f"{path}: malformed: {error}", hint="export the model again"
-            ) from error
-        return manifest
+        return read_record(
+            cls,
+            directory / MANIFEST,
+            what="a manifest",
+            formats=(_FORMAT,),
+            hint="export the model again",
+            upgraded=_upgraded,
+        )
 
     def record_of(self, name: str) -> FileRecord:
         """The record of a file.
@@ -178,6 +156,11 @@ class Manifest:
         """
         for name in names:
             self.record_of(name).verify(directory / name, said_by="the manifest")
+
+
+def _upgraded(_: int, content: dict[str, Any]) -> dict[str, Any]:
+    """Early manifests also named the ops that define `VarlenAttention`, which nothing read."""
+    return {key: value for key, value in content.items() if key != "attention_body"}
 
 
 def flavour_graph(flavour: str) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from mmvision_export.artifacts.library_record import Machine
 from mmvision_export.cli.console import console, progress_display
 from mmvision_export.cli.options import (
     ModelOption,
@@ -17,32 +17,9 @@ from mmvision_export.cli.options import (
     the_model,
 )
 from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
 
 __all__ = ["build_engine", "build_plugins"]
-
-
-class Backend(str, enum.Enum):
-    """TensorRT to build with."""
-
-    auto = "auto"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-class Attention(str, enum.Enum):
-    """How an engine does attention."""
-
-    auto = "auto"
-    plugin = "plugin"
-    native = "native"
-    packed = "packed"
-
-
-class Machine(str, enum.Enum):
-    """CPU of a plugin library."""
-
-    x86_64 = "x86_64"
-    aarch64 = "aarch64"
 
 
 def build_plugins(
@@ -113,7 +90,7 @@ def build_plugins(
         library, record = build(
             compute_capabilities=sm or (),
             head_dims=head_dim or (),
-            machine=None if machine is None else machine.value,
+            machine=machine,
             output=output,
             tensorrt_include=tensorrt_include,
             force=force,
@@ -152,8 +129,9 @@ def build_engine(
         bool, typer.Option("--fp8", help="FP8 engine, from what mmvision quantize made.")
     ] = False,
     backend: Annotated[
-        Backend, typer.Option(help="TensorRT to build with; auto takes the one installed.")
-    ] = Backend.auto,
+        TensorRTChoice,
+        typer.Option(help="TensorRT to build with; auto takes the one installed."),
+    ] = "auto",
     compute_capabilities: Annotated[
         Optional[list[ComputeCapability]],
         typer.Option(
@@ -165,12 +143,12 @@ def build_engine(
         ),
     ] = None,
     attention: Annotated[
-        Attention,
+        AttentionWay,
         typer.Option(
             help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked product, which "
             "costs the square of the whole batch. auto: plugin where it can be, else native."
         ),
-    ] = Attention.auto,
+    ] = "auto",
     plugin_library: Annotated[
         Optional[Path],
         typer.Option(
@@ -218,9 +196,8 @@ def build_engine(
     patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
-    from mmvision_export.artifacts.profile import Profile
+    from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
     from mmvision_export.engine.build import build_engine as build
-    from mmvision_export.runtime.launch_planner import profiles_from_buckets
 
     sizes = [min_patches, opt_patches, max_patches]
     if buckets is not None and sizes != [None, None, None]:
@@ -228,11 +205,11 @@ def build_engine(
             "--buckets goes without --min-patches, --opt-patches and --max-patches"
         )
     precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
+    sizes_of_buckets = None if buckets is None else _integers("--buckets", buckets)
     directory = the_model(model)
-    if buckets is not None:
-        profiles = profiles_from_buckets(
-            _integers("--buckets", buckets), max_images, Manifest.read(directory).config
-        )
+    manifest = Manifest.read(directory)
+    if sizes_of_buckets is not None:
+        profiles = profiles_from_buckets(sizes_of_buckets, max_images, manifest.config)
     else:
         most = 4096 if max_patches is None else max_patches
         profiles = [
@@ -246,11 +223,12 @@ def build_engine(
     with progress_display() as progress:
         engine, record = build(
             directory,
+            manifest,
             profiles=profiles,
             precision=precision,
-            backend=backend.value,
+            backend=backend,
             compute_capabilities=compute_capabilities or (),
-            attention=attention.value,
+            attention=attention,
             plugin_library=plugin_library,
             check=check,
             force=force,
@@ -258,7 +236,7 @@ def build_engine(
         )
     console.print(
         f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(record.compute_capabilities)}, attention: {record.attention}",
+        f"{', '.join(map(str, record.compute_capabilities))}, attention: {record.attention}",
         markup=False,
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmvision_export.core.errors import MmvisionError
-from mmvision_export.engine.build import supported_by_rtx
+from mmvision_export.engine.target import supported_by_rtx
 from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, has_amx
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -14,6 +13,7 @@ from mmvision_export.cli.options import ModelOption, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
+from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
 
 if TYPE_CHECKING:
     from mmvision_export.quantize.quantize import QuantizationReport
@@ -23,14 +23,6 @@ __all__ = ["quantize"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _HELD_OUT = 4  # every fourth image is
-
-
-class Method(str, enum.Enum):
-    """How ranges are chosen."""
-
-    entropy = "entropy"
-    percentile = "percentile"
-    minmax = "minmax"
 
 
 def quantize(
@@ -53,8 +45,8 @@ def quantize(
         Optional[Path], typer.Option(metavar="FOLDER", help="Folder of images to calibrate on.")
     ] = None,
     calibration_method: Annotated[
-        Method, typer.Option(help="How much of the largest values is cut off.")
-    ] = Method.minmax,
+        CalibrationMethod, typer.Option(help="How much of the largest values is cut off.")
+    ] = "minmax",
     min_cosine: Annotated[
         float,
         typer.Option(help="Gate: smallest cosine of a held-out token with the float32 graph's."),
@@ -66,11 +58,9 @@ def quantize(
     Layers that cost the most accuracy stay in higher precision, as few as let every token of the images held out (a
     quarter) pass the gate. With no images, calibrates on seeded random ones, which is good for a trial only.
     """
-    from mmvision_export.quantize.quantize import Flavour
     from mmvision_export.quantize.quantize import quantize as make
 
-    names: tuple[Flavour, ...] = ("int8", "fp8", "cpu-int8")
-    chosen = [name for name, given in zip(names, (int8, fp8, cpu_int8), strict=True) if given]
+    chosen = [name for name, given in zip(FLAVOURS, (int8, fp8, cpu_int8), strict=True) if given]
     if len(chosen) != 1:
         raise typer.BadParameter("choose one of --int8, --fp8, --cpu-int8")
     if image and calibration:
@@ -91,7 +81,7 @@ def quantize(
             chosen[0],
             calibration=measured,
             held_out=held_out,
-            method=calibration_method.value,
+            method=calibration_method,
             min_cosine=min_cosine,
             progress=progress,
         )

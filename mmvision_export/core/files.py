@@ -170,11 +170,30 @@ class FileRecord:
             ManifestError: See `verify_size`; or its hash is another.
         """
         self.verify_size(path, said_by=said_by)
-        if (digest := sha256_of(path)) != self.sha256:
+        self._refuse_other_content(path, sha256_of(path), said_by)
+
+    def verified_bytes(self, path: Path, *, said_by: str) -> bytes:
+        """The content of a file, read once and verified: what is hashed is what is given back.
+
+        Raises:
+            ManifestError: See `verify`.
+        """
+        self.verify_size(path, said_by=said_by)
+        content = path.read_bytes()
+        self._refuse_other_content(path, hashlib.sha256(content).hexdigest(), said_by)
+        return content
+
+    def _refuse_other_content(self, path: Path, digest: str, said_by: str) -> None:
+        if digest != self.sha256:
             raise ManifestError(
                 f"{path} has sha256 {digest}, {said_by} says {self.sha256}",
                 hint="the file was changed or damaged: copy or make it again",
             )
+
+    @classmethod
+    def of(cls, content: bytes) -> FileRecord:
+        """Of a file with this content."""
+        return cls(hashlib.sha256(content).hexdigest(), len(content))
 
 
 def read_json(path: Path) -> dict[str, Any]:

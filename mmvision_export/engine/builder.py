@@ -11,8 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mmvision_export.artifacts.build_target import BuildTarget
 from mmvision_export.artifacts.profile import Profile
-from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.polygraphy_setup import captured_messages, use_tensorrt
@@ -28,8 +28,7 @@ class PlanRequest:
     Attributes:
         model: A serialised ONNX model without its weights.
         location: The file it comes from, beside which the parser finds the weights.
-        backend: `tensorrt` or `tensorrt-rtx`.
-        compute_capabilities: Targets; used by TensorRT-RTX.
+        target: What to build with and for.
         profiles: Accepted sizes, one optimization profile for each entry.
         patch_dim: Values in one patch row.
         timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times nothing when it builds.
@@ -37,8 +36,7 @@ class PlanRequest:
 
     model: bytes
     location: Path
-    backend: str
-    compute_capabilities: list[ComputeCapability]
+    target: BuildTarget
     profiles: Sequence[Profile]
     patch_dim: int
     timing_cache: Path | None
@@ -55,8 +53,8 @@ def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progr
     Raises:
         EngineError: With everything that the parser or the builder reported.
     """
-    use_tensorrt(request.backend)
-    trt = import_tensorrt(request.backend)
+    use_tensorrt(request.target.backend)
+    trt = import_tensorrt(request.target.backend)
     from polygraphy.backend.trt import EngineBytesFromNetwork, SetDecomposableAttentions
     from polygraphy.exception import PolygraphyException
 
@@ -114,11 +112,11 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
     }
     if request.timing_cache is not None and request.timing_cache.is_file():
         options["load_timing_cache"] = str(request.timing_cache)
-    if request.backend == "tensorrt":
+    if request.target.backend == "tensorrt":
         return CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    pairs = [(target.major, target.minor) for target in request.compute_capabilities]
+    pairs = [(gpu.major, gpu.minor) for gpu in request.target.compute_capabilities]
     return CreateConfigRTX(compute_capabilities=pairs, **options)
 
 

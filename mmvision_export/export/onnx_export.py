@@ -24,7 +24,7 @@ from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
 from mmvision_export.models.weight_statistics import weight_statistics
 from mmvision_export.models.weights import DTYPES, WeightSource
-from mmvision_export.ops.onnx_functions import ATTENTION_OPSET, attach_functions, attention_body_of
+from mmvision_export.ops.onnx_functions import ATTENTION_OPSET, attach_functions
 from mmvision_export.ops.torch_ops import translation_table
 from mmvision_export.version import __version__
 
@@ -151,7 +151,6 @@ def export_model_directory(
             config=config,
             precision=precision,
             opset=opset,
-            attention_body=str(attention_body_of(model)),
             source=loaded.source,
             weights=statistics,
             versions=_versions(),

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmvision_export.artifacts.library_record import library_record_path
+from mmvision_export.artifacts.library_record import MACHINES, library_record_path
 from mmvision_export.artifacts.plugin_library import LIBRARY, PluginLibraryRecord, default_library
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import OutputError, PluginError
@@ -31,10 +31,7 @@ from mmvision_export.kernels.kernels import (
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, resource_table
 from mmvision_export.version import __version__
 
-__all__ = ["MACHINES", "build_plugins", "cmake_build", "toolchain"]
-
-MACHINES = ("x86_64", "aarch64")
-"""CPUs a library can be built for."""
+__all__ = ["build_plugins", "cmake_build", "toolchain"]
 
 
 def build_plugins(

@@ -18,10 +18,11 @@ from mmvision_export.models.minimax_m3_vl.checkpoint import (
     digest_of_tensors,
     encoder_from_state_dict,
 )
-from mmvision_export.models.minimax_m3_vl.config import PRESETS, EncoderConfig
+from mmvision_export.models.minimax_m3_vl.config import PRESETS, EncoderConfig, Preset
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
-from mmvision_export.models.random_weights import RandomKind, random_tensors
+from mmvision_export.models.random_kind import RandomKind
+from mmvision_export.models.random_weights import random_tensors
 
 __all__ = ["DTYPES", "LoadedEncoder", "WeightSource"]
 
@@ -67,7 +68,7 @@ class WeightSource:
     random_kind: RandomKind = "plain"
 
     @classmethod
-    def random(cls, preset: str, seed: int, kind: RandomKind = "plain") -> WeightSource:
+    def random(cls, preset: Preset, seed: int, kind: RandomKind = "plain") -> WeightSource:
         """Seeded random weights in a preset's dimensions."""
         return cls(random_config=PRESETS[preset], preset=preset, seed=seed, random_kind=kind)
 

@@ -213,7 +213,7 @@ def _candidates(
     if engine is not None:
         open_backend(engine.backend, path, BackendOptions()).close()
         # An engine does not show its layers; the graph it was built from has the same types.
-        names = [engine.graph["name"]]
+        names = [engine.graph.name]
     graphs, candidates = {}, []
     for name in names:
         manifest.verify(directory, [name])
@@ -253,7 +253,7 @@ def _session_loader(graph: Path, kernels: Path | None = None) -> Callable[[], An
 def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Candidate:
     """Judged as the graph it was built from, whose types it has."""
     name = f"{PLANS}/{engine.name}"
-    facts = facts_of_graph(ir.load(directory / record.graph["name"]))
+    facts = facts_of_graph(ir.load(directory / record.graph.name))
     return Candidate(name, facts.precision, facts.float_type, EngineRunner(name, engine, record))
 
 

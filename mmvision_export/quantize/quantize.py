@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,12 @@ from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.quantize.balancing import divisor_of, static_rounding, token_rounding
+from mmvision_export.quantize.choices import CalibrationMethod, Flavour
 from mmvision_export.quantize.dynamic import quantize_dynamically
 from mmvision_export.quantize.formats import FP8, INT8
 from mmvision_export.quantize.qdq import LOWEST_OPSET, balance, quantize_statically
 from mmvision_export.quantize.statistics import (
     Batch,
-    CalibrationMethod,
     grouped,
     magnitudes,
     run,
@@ -39,10 +39,8 @@ from mmvision_export.quantize.statistics import (
 )
 from mmvision_export.quantize.units import Unit, units_of
 
-__all__ = ["FLAVOURS", "Flavour", "QuantizationReport", "quantize"]
+__all__ = ["QuantizationReport", "quantize"]
 
-Flavour = Literal["int8", "fp8", "cpu-int8"]
-FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 Array = npt.NDArray[np.float32]
 
 RANKING_PATCHES = 1024

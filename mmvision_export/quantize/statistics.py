@@ -12,7 +12,7 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,12 @@ import onnx_ir as ir
 
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.progress import Progress
+from mmvision_export.quantize.choices import CalibrationMethod
 from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_session
 from mmvision_export.runtime.grid import batch_in_groups
 
 __all__ = [
-    "CALIBRATION_METHODS",
     "Batch",
-    "CalibrationMethod",
     "Samples",
     "grouped",
     "magnitudes",
@@ -36,8 +35,6 @@ __all__ = [
 
 Batch = tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]
 Array = npt.NDArray[np.float32]
-CalibrationMethod = Literal["minmax", "percentile", "entropy"]
-CALIBRATION_METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
 
 GROUP_PATCHES = 1024
 STAGE_BYTES = 1 << 30

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.artifacts.profile import Profile
-from mmvision_export.core.errors import EngineError, InputError
+from mmvision_export.core.errors import InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "LaunchPlanner",
     "padding_rows",
     "plan_launches",
-    "profiles_from_buckets",
     "refuse_too_large",
 ]
 
@@ -95,39 +94,6 @@ class Launch:
     images: slice
     patches: slice
     profile: int
-
-
-def profiles_from_buckets(
-    buckets: Sequence[int], max_images: int, config: EncoderConfig
-) -> list[Profile]:
-    """One profile of a single size for each bucket.
-
-    Args:
-        buckets: Patches, in any order.
-        max_images: Most images of a launch; a bucket too small for them has room for as many as it has image tokens.
-        config: Gives the size of a merge block.
-
-    Raises:
-        EngineError: No buckets, one is given twice, or one is not a positive number of whole merge blocks.
-    """
-    per_token = config.patches_per_token
-    if not buckets or max_images < 1:
-        raise EngineError(
-            f"there must be at least one bucket and one image, got {list(buckets)} and {max_images}"
-        )
-    for bucket in buckets:
-        if bucket < per_token or bucket % per_token:
-            raise EngineError(
-                f"a bucket must be a positive multiple of {per_token} patches, got {bucket}"
-            )
-    if len(set(buckets)) < len(buckets):
-        raise EngineError(f"every bucket must be given once, got {', '.join(map(str, buckets))}")
-    return [
-        # One row more, for the padding.
-        Profile(min_patches=n, opt_patches=n, max_patches=n, min_images=rows, max_images=rows)
-        for n in sorted(buckets)
-        for rows in [min(max_images + 1, n // per_token)]
-    ]
 
 
 def padding_rows(

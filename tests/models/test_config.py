@@ -182,6 +182,6 @@ def test_unreadable_files(content: str | None, message: str, tmp_path: Path) -> 
 
 def test_manifest_form_round_trips() -> None:
     config = EncoderConfig(num_hidden_layers=3)
-    assert EncoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert EncoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(ConfigError, match="unknown or missing encoder config field"):
-        EncoderConfig.from_dict({"depth": 3})
+        EncoderConfig.from_json({"depth": 3})

@@ -20,7 +20,8 @@ from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.checkpoint import encoder_from_state_dict
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
-from mmvision_export.models.random_weights import RandomKind, random_state_dict
+from mmvision_export.models.random_kind import RandomKind
+from mmvision_export.models.random_weights import random_state_dict
 from mmvision_export.models.weight_statistics import weight_statistics
 from mmvision_export.models.weights import DTYPES, WeightSource
 from mmvision_export.parity.check import check_parity

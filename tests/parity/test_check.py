@@ -244,6 +244,7 @@ def test_one_engine_is_judged_as_the_graph_it_was_built_from(
     profile = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
     engine, _ = build_engine(
         directory,
+        Manifest.read(directory),
         profiles=[profile],
         backend="tensorrt-rtx",
         compute_capabilities=[ComputeCapability(8, 9)],

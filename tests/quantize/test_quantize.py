@@ -24,10 +24,11 @@ from mmvision_export.models.sample_batches import sample_batch
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.parity.stages import facts_of_graph
 from mmvision_export.quantize import quantize as quantize_module
+from mmvision_export.quantize.choices import CALIBRATION_METHODS, FLAVOURS, Flavour
 from mmvision_export.quantize.formats import FP8, INT8, scale_from_magnitude
 from mmvision_export.quantize.qdq import balance
-from mmvision_export.quantize.quantize import FLAVOURS, Flavour, QuantizationReport, quantize
-from mmvision_export.quantize.statistics import CALIBRATION_METHODS, Batch, magnitudes, run, samples
+from mmvision_export.quantize.quantize import QuantizationReport, quantize
+from mmvision_export.quantize.statistics import Batch, magnitudes, run, samples
 from mmvision_export.quantize.units import units_of
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import HEAD_DIM_80, copy_of
@@ -254,14 +255,18 @@ def test_engines(
         "backend": "tensorrt-rtx",
         "precision": precision,
     }
-    engine, record = build_engine(directory, compute_capabilities=capabilities, **options)
+    engine, record = build_engine(
+        directory, Manifest.read(directory), compute_capabilities=capabilities, **options
+    )
     assert record.precision == precision
-    assert record.compute_capabilities == list(map(str, capabilities))
-    assert record.graph["name"] == f"model.{precision}.onnx"
+    assert record.compute_capabilities == tuple(capabilities)
+    assert record.graph.name == f"model.{precision}.onnx"
     assert engine.name.endswith(f"-{precision}.engine")
     if precision == "fp8":
         with pytest.raises(EngineError, match=r"does not build fp8 engines for 8\.6"):
-            build_engine(directory, compute_capabilities=[AMPERE], **options)
+            build_engine(
+                directory, Manifest.read(directory), compute_capabilities=[AMPERE], **options
+            )
 
 
 def test_an_engine_needs_its_flavour_first(exported: Path) -> None:
@@ -270,6 +275,7 @@ def test_an_engine_needs_its_flavour_first(exported: Path) -> None:
     with pytest.raises(EngineError, match=r"has no model\.int8\.onnx") as caught:
         build_engine(
             exported,
+            Manifest.read(exported),
             profiles=[profile],
             backend="tensorrt-rtx",
             precision="int8",

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmvision_export.artifacts.profile import Profile
+from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
 from mmvision_export.core.errors import EngineError, InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.runtime.launch_planner import (
@@ -23,7 +23,6 @@ from mmvision_export.runtime.launch_planner import (
     fitting_grid,
     padding_rows,
     plan_launches,
-    profiles_from_buckets,
 )
 from tests.support.configs import HEAD_DIM_80, batch, grids, relative_l2, run_graph
 

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmvision_export.artifacts.engine_record import EngineRecord, PluginFile
-from mmvision_export.artifacts.profile import Profile
+from mmvision_export.artifacts.build_target import TensorRTName
+from mmvision_export.artifacts.engine_record import EngineAttention, EngineRecord, PluginFile
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
 from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
@@ -27,7 +29,6 @@ from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capabili
 from mmvision_export.runtime.backends.device_array import _pointer_of, _Tensor
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend, import_tensorrt
 from mmvision_export.runtime.backends.tensorrt_rtx import TensorRTRTXBackend
-from mmvision_export.runtime.launch_planner import profiles_from_buckets
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
 from tests.support.engines import write_engine
@@ -59,7 +60,7 @@ class Machine:
         ]
         self.trt = TensorRT(self.cuda, HEAD_DIM_80.text_hidden_size, limits)
         self.engine = write_engine(
-            folder, config=HEAD_DIM_80, backend=kind, profiles=list(profiles)
+            folder, config=HEAD_DIM_80, backend=kind, profiles=tuple(profiles)
         )
 
     def open(self, **options: Any) -> TensorRTBackend:
@@ -323,6 +324,27 @@ def test_a_foreign_engine_is_never_deserialised(machine: Machine) -> None:
     assert machine.trt.deserialised == []
 
 
+def test_the_bytes_that_were_hashed_are_those_deserialised(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file changes once it has been read: nothing reads it again."""
+    read_bytes = Path.read_bytes
+
+    def read_and_change(path: Path) -> bytes:
+        content = read_bytes(path)
+        if path == machine.engine:
+            path.write_bytes(b"somebody's content")
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_change)
+    machine.encoder().close()
+    assert machine.trt.deserialised == [b"executable content"]
+    # The control: what is there now is refused.
+    with pytest.raises(ManifestError, match="sha256"):
+        machine.open()
+    assert len(machine.trt.deserialised) == 1
+
+
 def test_the_plugin_library_is_loaded_before_the_engine(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,9 +352,9 @@ def test_the_plugin_library_is_loaded_before_the_engine(
     record = EngineRecord.read(machine.engine)
     library.write_bytes(b"library")
     plugins = PluginFile(library.name, file_record(library))
-    dataclasses.replace(record, attention="plugin", plugin_library=plugins).write(
-        machine.engine.with_suffix(".json")
-    )
+    dataclasses.replace(
+        record, attention=EngineAttention(way="plugin"), plugin_library=plugins
+    ).write(machine.engine.with_suffix(".json"))
     loaded: list[tuple[Path, str]] = []
 
     def load(module: Any, path: Path, sha256: str) -> None:
@@ -553,7 +575,7 @@ def test_a_folder_named_tensorrt_is_not_tensorrt(
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", sorted(SIZES))
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
-def test_engine_on_a_gpu(backend: str, sizes: str, exported: Path, tmp_path: Path) -> None:
+def test_engine_on_a_gpu(backend: TensorRTName, sizes: str, exported: Path, tmp_path: Path) -> None:
     """Never run so far: build for this GPU, run, and compare with ONNX Runtime on the CPU."""
     from mmvision_export.engine.build import build_engine
     from tests.support.configs import copy_of
@@ -564,7 +586,13 @@ def test_engine_on_a_gpu(backend: str, sizes: str, exported: Path, tmp_path: Pat
     except BackendError as error:
         pytest.skip(str(error))
     directory = copy_of(exported, tmp_path / "m")
-    build_engine(directory, profiles=SIZES[sizes], precision="fp16", backend=backend)
+    build_engine(
+        directory,
+        Manifest.read(directory),
+        profiles=SIZES[sizes],
+        precision="fp16",
+        backend=backend,
+    )
     with (
         VisionEncoder.open(directory, backend=backend) as gpu,
         VisionEncoder.open(directory, backend="onnxruntime-cpu") as cpu,

@@ -92,7 +92,7 @@ def record_from_parity(result: ParityResult) -> dict[str, Any]:
             "magnitudes": [vars(magnitude) for magnitude in layers.magnitudes],
         },
         "source": result.manifest.source,
-        "config": result.manifest.config.to_dict(),
+        "config": result.manifest.config.to_json(),
         "files": {name: file.sha256 for name, file in result.manifest.files.items()},
         "versions": {
             "exported with": result.manifest.versions,

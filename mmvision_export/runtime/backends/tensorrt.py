@@ -12,11 +12,12 @@ import platform as host
 import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
 from mmvision_export.artifacts.engine_record import EngineRecord, refuse_foreign_engine
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
@@ -81,6 +82,7 @@ class TensorRTBackend:
     """
 
     name: BackendName = "tensorrt"
+    kind: ClassVar[TensorRTName] = "tensorrt"
 
     def __init__(
         self,
@@ -97,29 +99,34 @@ class TensorRTBackend:
         refuse_foreign_engine(
             engine,
             record,
-            backend=self.name,
-            tensorrt_version=str(module.__version__),
+            here=Installation(
+                backend=self.kind,
+                tensorrt_version=TensorRTVersion(str(module.__version__)),
+                platform=current_platform(),
+            ),
             compute_capability=compute_capability,
-            platform=current_platform(),
             manifest=manifest,
         )
+        plan = record.verified_bytes(engine)
         self.config = record.config
         self.profiles: Sequence[Profile] = record.profiles
         self.dtype: np.dtype[Any] = np.dtype(PRECISIONS[record.precision].io_dtype)
-        self._plan = LaunchPlanner(self.profiles, Costs(record.config, masked=record.masked))
+        self._plan = LaunchPlanner(
+            self.profiles, Costs(record.config, masked=record.attention.masked)
+        )
         self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
         self.info: dict[str, Any] = {
             "engine": str(engine),
             "precision": record.precision,
-            "weights_sha256": record.graph["data_sha256"],
-            "attention": record.attention,
+            "weights_sha256": record.graph.data_sha256,
+            "attention": str(record.attention),
             "splitting": "batches are cut between images where counted operations say that is cheaper: attention is "
             + (
                 "masked and costs the square of a launch"
-                if record.masked
+                if record.attention.masked
                 else "packed and costs the square of an image"
             ),
-            "tensorrt": record.tensorrt_version,
+            "tensorrt": str(record.tensorrt_version),
             "compute_capability": str(compute_capability),
             "cuda_graphs": self._cuda_graphs,
             "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
@@ -137,18 +144,16 @@ class TensorRTBackend:
             )
             self.info["plugin_library"] = record.plugin_library.name
         try:
-            self._open(engine, module, streams)
+            self._open(engine, plan, module, streams)
         except BaseException:
             with contextlib.suppress(BackendError):  # the first error is the one to report
                 self.close()
             raise
 
-    def _open(self, path: Path, module: Any, streams: int) -> None:
+    def _open(self, path: Path, plan: bytes, module: Any, streams: int) -> None:
         self._logger = _logger(module)
         runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
-        self._engine = self._checked(
-            runtime.deserialize_cuda_engine(path.read_bytes()), f"deserialise {path}"
-        )
+        self._engine = self._checked(runtime.deserialize_cuda_engine(plan), f"deserialise {path}")
         built = self._engine.num_optimization_profiles
         if built != len(self.profiles):
             raise BackendError(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
+from mmvision_export.artifacts.build_target import TensorRTName
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import BackendError, OutputError
 from mmvision_export.core.files import new_files
@@ -33,6 +34,7 @@ class TensorRTRTXBackend(TensorRTBackend):
     """
 
     name: BackendName = "tensorrt-rtx"
+    kind: ClassVar[TensorRTName] = "tensorrt-rtx"
 
     def __init__(
         self,
