@@ -121,15 +121,15 @@ def _open_backend(
     run: Run = encoder
     if not backend.endswith("-cpu"):
         run = _with_cuda_events(encoder)
-    info = encoder.info
+    facts = encoder.facts
     return run, {
-        "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
+        "version": facts.version,
         "precision": "int8"
-        if "int8" in info["precision"]
+        if "int8" in facts.precision
         else "fp32"
         if flavour
-        else info["precision"],
-        "kernels": info.get("cpu_kernels", ""),
+        else facts.precision,
+        "kernels": facts.cpu_kernels or "",
     }
 
 

@@ -130,11 +130,11 @@ def choice_for(model: Path) -> dict[str, str]:
         one are not tried.
     """
     try:
-        backend = open_backend("auto", model, BackendOptions())
+        backend = open_backend(model, BackendOptions())
     except MmvisionError as error:
         return {"none": str(error)}
     reasons: dict[str, str] = {
-        **backend.info["passed_over"],
+        **(backend.info.passed_over or {}),
         backend.name: "chosen: the first that works",
     }
     backend.close()

@@ -91,8 +91,8 @@ def quantize(
 def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], list[Batch]]:
     from mmvision_export.models.minimax_m3_vl.preprocess import (
         PreprocessorConfig,
+        batch_from_images,
         image_from_file,
-        patches_from_images,
     )
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 
@@ -114,10 +114,11 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
             "at least 2 images are needed, to calibrate on and to check with, got 1"
         )
     preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, config)
-    batches = [
-        patches_from_images([image_from_file(path)], preprocessor, names=[str(path)])
+    packed = [
+        batch_from_images([image_from_file(path)], preprocessor, names=[str(path)])
         for path in images
     ]
+    batches = [(batch.pixel_values, batch.grid.rows) for batch in packed]
     held_out = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
     return (
         [batch for index, batch in enumerate(batches) if index not in held_out],

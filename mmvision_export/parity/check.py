@@ -211,7 +211,7 @@ def _candidates(
     names = [name for name in manifest.files if name.endswith(".onnx")]
     engine = EngineRecord.read(path) if path.is_file() else None
     if engine is not None:
-        open_backend(engine.backend, path, BackendOptions()).close()
+        open_backend(path, BackendOptions(backend=engine.backend)).close()
         # An engine does not show its layers; the graph it was built from has the same types.
         names = [engine.graph.name]
     graphs, candidates = {}, []
@@ -380,7 +380,7 @@ def _engines_for_this_machine(directory: Path, progress: Progress) -> list[Candi
     for engine in sorted((directory / PLANS).glob("*.engine")):
         try:
             record = EngineRecord.read(engine)
-            open_backend(record.backend, engine, BackendOptions()).close()
+            open_backend(engine, BackendOptions(backend=record.backend)).close()
         except (BackendError, ManifestError) as error:
             progress.note(f"{engine.name} is not compared: {error}")
             continue

@@ -126,7 +126,8 @@ def quantize(
     if flavour == "cpu-int8" and CPU_GRAPH in manifest.files:
         manifest.verify(directory, (CPU_GRAPH,))
         basis = directory / CPU_GRAPH
-    calibration, held_out = grouped(calibration), grouped(held_out)
+    calibration = grouped(calibration, manifest.config)
+    held_out = grouped(held_out, manifest.config)
     units = units_of(ir.load(source))
     plan = _plan(source, basis, units, flavour, calibration, method, progress)
     reference = np.concatenate(run(source, held_out, weights_in=directory, dtype=np.float32))

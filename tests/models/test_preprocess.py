@@ -20,9 +20,9 @@ from mmvision_export.core.errors import ConfigError, InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.preprocess import (
     PreprocessorConfig,
+    batch_from_images,
     image_from_file,
     patches_from_image,
-    patches_from_images,
     rgb_from_image,
     smart_resize,
 )
@@ -100,7 +100,8 @@ def test_several_images_are_packed_in_order() -> None:
     images = [
         Image.new("RGB", (w, h), colour) for w, h, colour in ((56, 84, "red"), (280, 56, "blue"))
     ]
-    patches, grid = patches_from_images(images, CONFIG)
+    packed = batch_from_images(images, CONFIG)
+    patches, grid = packed.pixel_values, packed.grid.rows
     assert grid.tolist() == [[1, 6, 4], [1, 4, 20]]
     np.testing.assert_array_equal(patches[:24], patches_from_image(images[0], CONFIG)[0])
     np.testing.assert_array_equal(patches[24:], patches_from_image(images[1], CONFIG)[0])
@@ -194,7 +195,7 @@ def test_images_opened_elsewhere(tmp_path: Path) -> None:
     assert row == patches_from_image(image_from_file(path), CONFIG)[1] == (1, 20, 8)
     path.write_bytes(path.read_bytes()[:-300])
     with Image.open(path) as lazy, pytest.raises(InputError, match="image 0: "):
-        patches_from_images([lazy], CONFIG)
+        batch_from_images([lazy], CONFIG)
     premultiplied = Image.new("RGBA", (60, 60), (0, 0, 0, 0)).convert("RGBa")
     assert rgb_from_image(premultiplied).getpixel((0, 0)) == (255, 255, 255)
 
@@ -210,9 +211,9 @@ def test_extreme_aspect_ratio_names_the_image() -> None:
     with pytest.raises(
         InputError, match="image 1: aspect ratio must be at most 200, got 601 x 3 pixels"
     ):
-        patches_from_images([Image.new("RGB", (60, 60)), Image.new("RGB", (601, 3))], CONFIG)
+        batch_from_images([Image.new("RGB", (60, 60)), Image.new("RGB", (601, 3))], CONFIG)
     with pytest.raises(InputError, match="no images"):
-        patches_from_images([], CONFIG)
+        batch_from_images([], CONFIG)
 
 
 def read(tmp_path: Path, content: Any) -> PreprocessorConfig:

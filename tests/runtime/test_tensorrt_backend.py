@@ -25,6 +25,7 @@ from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
 from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
+from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
 from mmvision_export.runtime.backends.device_array import _pointer_of, _Tensor
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend, import_tensorrt
@@ -65,7 +66,9 @@ class Machine:
 
     def open(self, **options: Any) -> TensorRTBackend:
         cuda = Cuda(0, runtime=self.cuda)
-        return KINDS[self.kind](self.engine, module=self.trt, cuda=cuda, manifest=None, **options)
+        return KINDS[self.kind](
+            self.engine, BackendOptions(**options), module=self.trt, cuda=cuda, manifest=None
+        )
 
     def encoder(self, **options: Any) -> VisionEncoder:
         return VisionEncoder(self.open(**options), PreprocessorConfig())

@@ -22,7 +22,7 @@ from mmvision_export import VisionEncoder
 from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
-from mmvision_export.models.minimax_m3_vl.preprocess import patches_from_images
+from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.runtime.backends import BACKENDS
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids, relative_l2, run_graph
@@ -53,7 +53,7 @@ def test_images_of_different_size_come_back_apart(runtime: VisionEncoder) -> Non
     ]
     together = runtime.encode_images(images)
     assert [len(tokens) for tokens in together] == [
-        patches_from_images([image], runtime.preprocessor)[1].prod() // 4 for image in images
+        batch_from_images([image], runtime.preprocessor).grid.num_tokens for image in images
     ]
     for image, tokens in zip(images, together, strict=True):
         (alone,) = runtime.encode_images([image])
@@ -221,12 +221,12 @@ def test_one_value_that_is_not_finite_is_named(
 
 def test_the_largest_finite_values_are_finite() -> None:
     """The check sums; no sum of finite values may overflow."""
-    from mmvision_export.runtime.grid import checked_pixel_values
+    from mmvision_export.models.minimax_m3_vl.packed_batch import checked_batch
 
     largest = np.full((4, 1176), np.finfo(np.float32).max)
-    assert checked_pixel_values(largest, HEAD_DIM_80, np.float32) is largest
+    assert checked_batch(largest, [(1, 2, 2)], HEAD_DIM_80, np.float32).pixel_values is largest
     with pytest.raises(InputError, match="row 0 holds values that are not finite in float16"):
-        checked_pixel_values(largest, HEAD_DIM_80, np.float16)
+        checked_batch(largest, [(1, 2, 2)], HEAD_DIM_80, np.float16)
 
 
 def test_threads_share_an_encoder(runtime: VisionEncoder) -> None:
