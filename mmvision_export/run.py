@@ -295,8 +295,9 @@ class _ProgressLine(Progress):
 def _inputs(arguments: argparse.Namespace, encoder: VisionEncoder) -> tuple[list[str], PackedBatch]:
     if arguments.pixel_values is not None:
         paths = (arguments.pixel_values, arguments.grid_thw)
-        arrays = [array_from_file(path) for path in paths]
-        return [str(path) for path in paths], checked_batch(*arrays, encoder.config, encoder.dtype)
+        pixel_values, grid_thw = (array_from_file(path) for path in paths)
+        batch = checked_batch(pixel_values, grid_thw, encoder.config, encoder.dtype)
+        return [str(path) for path in paths], batch
     preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
     if arguments.image:
         images = [image_from_file(path) for path in arguments.image]
