@@ -12,6 +12,7 @@ from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
 
@@ -74,10 +75,12 @@ def quantize(
             raise QuantizationError(
                 f"{calibration} holds no images ({', '.join(sorted(_SUFFIXES))})"
             )
-    measured, held_out = _batches(directory, image)
+    manifest = Manifest.read(directory)
+    measured, held_out = _batches(directory, manifest.config, image)
     with progress_display() as progress:
         report = make(
             directory,
+            manifest,
             chosen[0],
             calibration=measured,
             held_out=held_out,
@@ -88,7 +91,9 @@ def quantize(
     _print(report)
 
 
-def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], list[Batch]]:
+def _batches(
+    directory: Path, config: EncoderConfig, images: list[Path] | None
+) -> tuple[list[Batch], list[Batch]]:
     from mmvision_export.models.minimax_m3_vl.preprocess import (
         PreprocessorConfig,
         image_from_file,
@@ -96,7 +101,6 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
     )
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 
-    config = Manifest.read(directory).config
     if not images:
         messages.print(
             "note: calibrating on random images; name your own with --image or --calibration"
