@@ -56,8 +56,9 @@ def quantize(
 ) -> None:
     """Make a quantised flavour of a float32 model directory.
 
-    Layers that cost the most accuracy stay in higher precision, as few as let every token of the images held out (a
-    quarter) pass the gate. With no images, calibrates on seeded random ones, which is good for a trial only.
+    Layers that cost the most accuracy stay in higher precision, as few as let every token of the
+    images held out (a quarter) pass the gate. With no images, calibrates on seeded random ones,
+    which is good for a trial only.
     """
     from mmvision_export.quantize.quantize import quantize as make
 
@@ -136,7 +137,8 @@ def _print(report: QuantizationReport) -> None:
         console.print(f"  {name:42}{cosine:.6f}", markup=False)
     total = len(report.kept) + len(report.quantized)
     console.print(
-        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, smallest cosine of a held-out token "
-        f"{report.reached:.6f} (gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
+        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, "
+        f"smallest cosine of a held-out token {report.reached:.6f} "
+        f"(gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
         markup=False,
     )
