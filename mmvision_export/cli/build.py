@@ -72,7 +72,7 @@ def build_plugins(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build libmmvision_plugins.so: attention in TensorRT then costs what the images cost one by one.
+    """Build libmmvision_plugins.so, with which attention costs what the images cost one by one.
 
     It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every
     GPU it has kernels for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers,

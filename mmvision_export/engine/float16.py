@@ -87,8 +87,8 @@ def check_against(
 ) -> None:
     """Compare a derived float16 graph with the one it was derived from.
 
-    On small batches, in ONNX Runtime. Finds what a wrong derivation or an overflow does; the full comparison, with PyTorch, is
-    `mmvision parity`.
+    On small batches, in ONNX Runtime. Finds what a wrong derivation or an overflow does; the full
+    comparison, with PyTorch, is `mmvision parity`.
 
     Raises:
         BackendError: ONNX Runtime is not installed, or cannot run a graph.
@@ -115,6 +115,7 @@ def check_against(
         if distance.non_finite or not distance.min_cosine >= gate:
             raise ExportError(
                 f"{derived.name} does not match {reference.name} for {grid}: "
-                f"{distance.non_finite} values not finite, minimum cosine {distance.min_cosine:.6f} (gate {gate})",
+                f"{distance.non_finite} values not finite, "
+                f"minimum cosine {distance.min_cosine:.6f} (gate {gate})",
                 hint="export with --bf16, or build without --fp16",
             )
