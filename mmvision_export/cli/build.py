@@ -28,7 +28,8 @@ def build_plugins(
         typer.Option(
             metavar="CC",
             parser=compute_capability,
-            help="GPU to compile for, as 8.7 or 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
+            help="GPU to compile for, as 8.7 or 87 for Orin; may be repeated. Default: all from "
+            "8.0 (Ampere) to 12.0.",
         ),
     ] = None,
     head_dim: Annotated[
@@ -55,7 +56,8 @@ def build_plugins(
         typer.Option(
             metavar="DIR",
             envvar="TENSORRT_INCLUDE_DIR",
-            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
+            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where "
+            "TensorRT or JetPack puts it.",
         ),
     ] = None,
     cpu: Annotated[
@@ -70,14 +72,15 @@ def build_plugins(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build libmmvision_plugins.so, which makes TensorRT's attention cost what the images cost one by one.
+    """Build libmmvision_plugins.so, with which attention costs what the images cost one by one.
 
-    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels
-    for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels
-    take two minutes on two cores.
+    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every
+    GPU it has kernels for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers,
+    and Triton for the kernels. All kernels take two minutes on two cores.
 
-    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on AMX, where a CPU has it
-    (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds; model directories beside it use it.
+    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on
+    AMX, where a CPU has it (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds;
+    model directories beside it use it.
     """
     if cpu:
         if sm or head_dim or machine is not None or tensorrt_include is not None:
@@ -97,8 +100,9 @@ def build_plugins(
             progress=progress,
         )
     console.print(
-        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(map(str, record.compute_capabilities))}, head_dim {', '.join(map(str, record.head_dims))}; "
+        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, "
+        f"compute capability {', '.join(map(str, record.compute_capabilities))}, "
+        f"head_dim {', '.join(map(str, record.head_dims))}; "
         f"what each kernel uses: {library.parent / 'kernels.md'}",
         markup=False,
     )
@@ -138,15 +142,16 @@ def build_engine(
             "--compute-capability",
             metavar="CC",
             parser=compute_capability,
-            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
-            "without one all that TensorRT-RTX supports.",
+            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: "
+            "this machine's GPU, or without one all that TensorRT-RTX supports.",
         ),
     ] = None,
     attention: Annotated[
         AttentionWay,
         typer.Option(
-            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked product, which "
-            "costs the square of the whole batch. auto: plugin where it can be, else native."
+            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked "
+            "product, which costs the square of the whole batch. auto: plugin where "
+            "it can be, else native."
         ),
     ] = "auto",
     plugin_library: Annotated[
@@ -191,9 +196,9 @@ def build_engine(
 ) -> None:
     """Build a TensorRT or TensorRT-RTX engine.
 
-    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The precision is the
-    graph's own unless --fp16 is given. With the released preprocessing a still image is at most 2304 patches; 4
-    patches make one image token.
+    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The
+    precision is the graph's own unless --fp16 is given. With the released preprocessing a still
+    image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
@@ -235,8 +240,9 @@ def build_engine(
             progress=progress,
         )
     console.print(
-        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(map(str, record.compute_capabilities))}, attention: {record.attention}",
+        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, "
+        f"compute capability {', '.join(map(str, record.compute_capabilities))}, "
+        f"attention: {record.attention}",
         markup=False,
     )
 

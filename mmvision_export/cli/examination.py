@@ -1,4 +1,4 @@
-"""What works on this machine: packages, and for each backend whether it can build and run, or why it cannot."""
+"""What works on this machine: packages, and what each backend can build and run, or why not."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ def choice_for(model: Path) -> dict[str, str]:
     """What `backend="auto"` makes of a model directory on this machine, by opening it.
 
     Returns:
-        By backend, in the order of preference: why it was passed over, or that it was chosen. Those after the chosen
-        one are not tried.
+        By backend, in the order of preference: why it was passed over, or that it was chosen. Those
+        after the chosen one are not tried.
     """
     try:
         backend = open_backend(model, BackendOptions())

@@ -12,6 +12,7 @@ from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
 
@@ -55,8 +56,9 @@ def quantize(
 ) -> None:
     """Make a quantised flavour of a float32 model directory.
 
-    Layers that cost the most accuracy stay in higher precision, as few as let every token of the images held out (a
-    quarter) pass the gate. With no images, calibrates on seeded random ones, which is good for a trial only.
+    Layers that cost the most accuracy stay in higher precision, as few as let every token of the
+    images held out (a quarter) pass the gate. With no images, calibrates on seeded random ones,
+    which is good for a trial only.
     """
     from mmvision_export.quantize.quantize import quantize as make
 
@@ -74,10 +76,12 @@ def quantize(
             raise QuantizationError(
                 f"{calibration} holds no images ({', '.join(sorted(_SUFFIXES))})"
             )
-    measured, held_out = _batches(directory, image)
+    manifest = Manifest.read(directory)
+    measured, held_out = _batches(directory, manifest.config, image)
     with progress_display() as progress:
         report = make(
             directory,
+            manifest,
             chosen[0],
             calibration=measured,
             held_out=held_out,
@@ -88,7 +92,9 @@ def quantize(
     _print(report)
 
 
-def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], list[Batch]]:
+def _batches(
+    directory: Path, config: EncoderConfig, images: list[Path] | None
+) -> tuple[list[Batch], list[Batch]]:
     from mmvision_export.models.minimax_m3_vl.preprocess import (
         PreprocessorConfig,
         batch_from_images,
@@ -96,7 +102,6 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
     )
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 
-    config = Manifest.read(directory).config
     if not images:
         messages.print(
             "note: calibrating on random images; name your own with --image or --calibration"
@@ -133,7 +138,8 @@ def _print(report: QuantizationReport) -> None:
         console.print(f"  {name:42}{cosine:.6f}", markup=False)
     total = len(report.kept) + len(report.quantized)
     console.print(
-        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, smallest cosine of a held-out token "
-        f"{report.reached:.6f} (gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
+        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, "
+        f"smallest cosine of a held-out token {report.reached:.6f} "
+        f"(gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
         markup=False,
     )

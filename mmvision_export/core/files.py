@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, identified by size and hash, and read as JSON objects or arrays.
+"""Files: written whole or not at all, identified by size and hash, read as JSON or arrays.
 
-What is being written lives under a temporary name beside its target, on the same file system, and takes the target's
-place in one rename once it is whole.
+What is being written lives under a temporary name beside its target, on the same file system, and
+takes the target's place in one rename once it is whole.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
     """A temporary directory that becomes `path` when the block ends without an error.
 
     Args:
-        path: Where the directory shall be; a symbolic link stands for what it points to. Missing parents are made.
-        marker: A file that every directory of this kind has. One without it is somebody else's, and never replaced.
-        force: Replace what is there; otherwise it is refused. The old directory stays until the new one is whole.
+        path: Where the directory shall be; a symbolic link stands for what it points to. Missing
+            parents are made.
+        marker: A file that every directory of this kind has. One without it is somebody else's, and
+            never replaced.
+        force: Replace what is there; otherwise it is refused. The old directory stays until the new
+            one is whole.
 
     Raises:
         OutputError: `path` exists and may not be replaced, or it cannot be written.
@@ -72,7 +75,9 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
 
 @contextlib.contextmanager
 def new_files(folder: Path, *, name: str) -> Iterator[Path]:
-    """A temporary directory whose files move into `folder`, replacing their namesakes, when the block ends well.
+    """A temporary directory whose files move into `folder` when the block ends well.
+
+    They replace their namesakes.
 
     Args:
         folder: Where the files go. Missing folders are made.
@@ -110,7 +115,8 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".new.", suffix=".partial", dir=parent))
-        # mkdtemp makes a private directory; what takes a public place gets the permissions of any new directory.
+        # mkdtemp makes a private directory; what takes a public place gets the permissions of any
+        # new directory.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -144,7 +150,9 @@ class FileRecord:
     size_bytes: int
 
     def verify_size(self, path: Path, *, said_by: str) -> None:
-        """Check that a file is there and as long as it should be, which finds an incomplete copy at no cost.
+        """Check that a file is there and as long as it should be.
+
+        That finds an incomplete copy at no cost.
 
         Args:
             path: The file.

@@ -2,8 +2,8 @@
 
 | way | what TensorRT parses | cost of a batch |
 | --- | --- | --- |
-| plugin | the custom ops as they are, for `libmmvision_plugins.so` | the sum of the images' squares |
-| packed | `TRT_Attention`, TensorRT 11's own attention over packed sequences | the sum of the images' squares |
+| plugin | the custom ops, for `libmmvision_plugins.so` | the sum of the images' squares |
+| packed | `TRT_Attention`, TensorRT 11's own over packed sequences | the sum of their squares |
 | native | the ops' definitions: one masked product | the square of the batch |
 """
 
@@ -41,7 +41,8 @@ class Lowering:
     """What was chosen.
 
     Attributes:
-        body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the plugins.
+        body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the
+            plugins.
         library: The plugin library, where the nodes stay.
     """
 
@@ -60,8 +61,9 @@ class Lowering:
 def attention_body_for_tensorrt(target: BuildTarget) -> NativeBody:
     """How native attention is written for a TensorRT's ONNX parser.
 
-    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before, and in a graph of a
-    lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and fuses by itself.
+    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before,
+    and in a graph of a lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and
+    fuses by itself.
     """
     is_known = target.backend == "tensorrt-rtx" or target.tensorrt_version.release >= (10, 14)
     return "attention" if is_known and target.opset >= ATTENTION_OPSET else "matmul"
@@ -130,7 +132,7 @@ def _obstacle_to_plugins(target: BuildTarget) -> str | None:
 
 
 def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> PluginLibraryRecord:
-    """The record of a library that is for this TensorRT and has kernels for this encoder and these GPUs."""
+    """The record of a library for this TensorRT, with kernels for this encoder and these GPUs."""
     record = PluginLibraryRecord.read(library)
     headers = TensorRTVersion(record.versions["tensorrt headers"])
     if headers.release[0] != target.tensorrt_version.release[0]:
@@ -141,7 +143,8 @@ def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> Plugi
     if config.head_dim not in record.head_dims:
         have = ", ".join(map(str, record.head_dims))
         raise EngineError(
-            f"{library} has attention kernels for head_dim {have}, this encoder's is {config.head_dim}",
+            f"{library} has attention kernels for head_dim {have}, "
+            f"this encoder's is {config.head_dim}",
             hint=f"mmvision build-plugins --head-dim {config.head_dim} --force",
         )
     least = record.compute_capabilities[0]
@@ -154,10 +157,11 @@ def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> Plugi
 
 
 def lowered_model(graph: Path, lowering: Lowering) -> ir.Model:
-    """The graph as the parser shall see it. Weights stay in their file: only the graph is in memory.
+    """The graph as the parser shall see it.
 
-    With plugins the nodes stay and their definitions go: TensorRT's parsers do not agree on which of the two comes
-    first. Otherwise the definitions take the nodes' place.
+    Weights stay in their file: only the graph is in memory. With plugins the nodes stay and their
+    definitions go: TensorRT's parsers do not agree on which of the two comes first. Otherwise the
+    definitions take the nodes' place.
     """
     model = ir.load(graph)
     if lowering.body is None:

@@ -1,7 +1,8 @@
-"""Engines from a model directory's graph, with TensorRT or TensorRT-RTX, on every version strongly typed.
+"""Engines from a model directory's graph, with TensorRT or TensorRT-RTX.
 
-The types are those of the ONNX graph; there is no builder flag that changes one. How attention is written down is
-chosen here, in memory, for the TensorRT that will parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
+Networks are strongly typed on every version. The types are those of the ONNX graph; no builder flag
+changes one. How attention is written down is chosen here, in memory, for the TensorRT that will
+parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def build_engine(
         manifest: Its manifest; it then lists a newly derived graph, in memory and on disk.
         profiles: Accepted sizes, one optimization profile for each entry.
         precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the
-            float16-typed graph first; int8 and fp8 come from the graphs that `mmvision quantize` makes.
+            float16-typed graph first; int8 and fp8 come from the graphs that `mmvision quantize`
+            makes.
         backend: TensorRT to build with.
         compute_capabilities: GPUs to build for with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
@@ -86,7 +88,8 @@ def build_engine(
     Raises:
         ManifestError: Files of the model directory are missing or damaged.
         BackendError: TensorRT is not installed.
-        EngineError: The request cannot be met, the graph was not parsed, or the engine was not built.
+        EngineError: The request cannot be met, the graph was not parsed, or the engine was not
+            built.
         OutputError: The engine exists, or cannot be written.
     """
     progress = progress or Progress()
@@ -137,7 +140,7 @@ def _graph_for(
 def _refuse_failed_parity(
     graph: str, directory: Path, manifest: Manifest, *, check: bool, progress: Progress
 ) -> None:
-    """Refuse a graph that failed its comparison, or was derived from one that did; note one that had none."""
+    """Refuse a graph that failed, or was derived from one that did; note one not compared."""
     if graph not in manifest.parity:
         progress.note(
             f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}"
@@ -180,7 +183,8 @@ def _built(
 
 def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[bytes, bool]:
     if may_fuse:
-        # Without permission to decompose, the builder fails rather than fall back to unfused kernels in silence.
+        # Without permission to decompose, the builder fails rather than fall back to unfused
+        # kernels in silence.
         try:
             return plan_from_model(request, decomposable=False, progress=progress), True
         except EngineError as error:

@@ -79,6 +79,7 @@ class QuantizationReport:
 
 def quantize(
     directory: Path,
+    manifest: Manifest,
     flavour: Flavour,
     *,
     calibration: Sequence[Batch],
@@ -92,6 +93,7 @@ def quantize(
 
     Args:
         directory: The model directory.
+        manifest: Its manifest; it then lists the new files, in memory and on disk.
         flavour: `int8` or `fp8` for TensorRT, `cpu-int8` for ONNX Runtime's CPU provider.
         calibration: Batches that ranges are measured on.
         held_out: Other batches, that the gate is measured on.
@@ -108,7 +110,6 @@ def quantize(
     progress = progress or Progress()
     if not 0 < min_cosine < 1:
         raise QuantizationError(f"the minimum cosine must be between 0 and 1, got {min_cosine}")
-    manifest = Manifest.read(directory)
     if manifest.precision != "fp32":
         raise QuantizationError(
             f"{directory} is a {manifest.precision} model; quantisation starts from float32",

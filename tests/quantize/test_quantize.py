@@ -60,6 +60,7 @@ def quantized(
 def make(directory: Path, flavour: Flavour, **options: Any) -> QuantizationReport:
     return quantize(
         directory,
+        Manifest.read(directory),
         flavour,
         **{"calibration": CALIBRATION, "held_out": HELD_OUT, "method": "minmax", **options},
     )

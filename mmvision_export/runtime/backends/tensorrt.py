@@ -119,7 +119,6 @@ class TensorRTBackend:
             compute_capability=compute_capability,
             manifest=manifest,
         )
-        plan = record.verified_bytes(engine)
         self.config = record.config
         self.profiles: Sequence[Profile] = record.profiles
         self.dtype: np.dtype[Any] = np.dtype(PRECISIONS[record.precision].io_dtype)
@@ -151,22 +150,22 @@ class TensorRTBackend:
         self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
         self._num_lanes = 0
         self._cleanup = contextlib.ExitStack()
-        if record.plugin_library is not None:
-            load_plugin_library(
-                module, record.plugin_library.verify(engine), record.plugin_library.record.sha256
-            )
-            self.info.plugin_library = record.plugin_library.name
         try:
-            self._open(engine, plan, module, options.streams)
+            self._open(engine, record, module, options.streams)
         except BaseException:
             with contextlib.suppress(BackendError):  # the first error is the one to report
                 self.close()
             raise
 
-    def _open(self, path: Path, plan: bytes, module: Any, streams: int) -> None:
+    def _open(self, path: Path, record: EngineRecord, module: Any, streams: int) -> None:
+        plan = record.verified_bytes(path)
+        if (plugins := record.plugin_library) is not None:
+            load_plugin_library(module, plugins.verify(path), plugins.record.sha256)
+            self.info.plugin_library = plugins.name
         self._logger = _logger(module)
         runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
         self._engine = self._checked(runtime.deserialize_cuda_engine(plan), f"deserialise {path}")
+        del plan  # as large as the engine, whose contexts need the room
         built = self._engine.num_optimization_profiles
         if built != len(self.profiles):
             raise BackendError(
