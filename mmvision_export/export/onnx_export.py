@@ -23,7 +23,7 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.graph.files import save_cpu_graph, save_graph
 from mmvision_export.graph.passes import name_after_modules, name_dimensions
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
-from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
+from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 from mmvision_export.models.weight_statistics import weight_statistics
 from mmvision_export.models.weights import DTYPES, WeightSource
 from mmvision_export.ops.registry import attach_functions, translation_table
@@ -144,9 +144,7 @@ def export_model_directory(
         loaded = source.load(DTYPES[precision], progress)
         statistics = weight_statistics(loaded.encoder)
         config = loaded.encoder.config
-        preprocessor = PreprocessorConfig.for_encoder(config)
-        if loaded.preprocessor is not None:
-            preprocessor = PreprocessorConfig.read(loaded.preprocessor, config)
+        preprocessor = loaded.family.preprocessor(config, loaded.preprocessor)
         progress.step("tracing the encoder")
         model = onnx_from_encoder(loaded.encoder, opset=opset)
         save_graph(model, directory, GRAPH, progress)
