@@ -24,7 +24,12 @@ from mmvision_export.engine.choices import ATTENTION_WAYS, AttentionWay
 from mmvision_export.graph.passes import inline_functions
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.ops.domain import DOMAIN
-from mmvision_export.ops.onnx_functions import ATTENTION_OPSET, AttentionBody, attach_functions
+from mmvision_export.ops.registry import attach_functions
+from mmvision_export.ops.varlen_attention.onnx_op import (
+    ATTENTION_OPSET,
+    VARLEN_ATTENTION,
+    AttentionBody,
+)
 
 __all__ = [
     "Lowering",
@@ -168,6 +173,6 @@ def lowered_model(graph: Path, lowering: Lowering) -> ir.Model:
         model.functions.clear()
         model.opset_imports.setdefault(DOMAIN, 1)
         return model
-    attach_functions(model, lowering.body)
+    attach_functions(model, bodies={VARLEN_ATTENTION.name: lowering.body})
     inline_functions(model)
     return model

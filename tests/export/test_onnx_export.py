@@ -25,7 +25,7 @@ from mmvision_export.models.minimax_m3_vl.checkpoint import encoder_from_state_d
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.random_weights import random_state_dict
 from mmvision_export.models.weights import WeightSource
-from mmvision_export.ops.onnx_functions import attention_body_of
+from mmvision_export.ops.varlen_attention.onnx_op import attention_body_of
 from tests.support.configs import GRIDS, HEAD_DIM_80, arrays, batch, grids, relative_l2, run_graph
 
 SOURCE = WeightSource(random_config=HEAD_DIM_80, seed=1)
