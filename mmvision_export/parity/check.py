@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,26 @@ import numpy.typing as npt
 import onnx_ir as ir
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
-from polygraphy.comparator import Comparator, RunResults
 
 from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.manifest import CPU_GRAPH, PLANS, Manifest, model_directory_of
 from mmvision_export.core.errors import BackendError, ManifestError, ParityError
-from mmvision_export.core.metrics import Metrics, metrics, token_errors
+from mmvision_export.core.metrics import Metrics
 from mmvision_export.core.progress import Progress
-from mmvision_export.engine.polygraphy_setup import captured_messages
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.weights import DTYPES, WeightSource
 from mmvision_export.parity.float64 import Float64Encoder
 from mmvision_export.parity.gates import GATES
 from mmvision_export.parity.layers import LayerComparison, compare_layers
 from mmvision_export.parity.magnitudes import overflow_warnings
+from mmvision_export.parity.measuring import (
+    Distance,
+    distances_from_runner,
+    embeds_from_runner,
+    runner_errors,
+)
 from mmvision_export.parity.rounded import rounded_model
-from mmvision_export.parity.runners import EngineRunner, TorchRunner, accepts
+from mmvision_export.parity.runners import EngineRunner, TorchRunner
 from mmvision_export.parity.samples import Sample, samples_from_grids
 from mmvision_export.parity.sessions import session_from_model
 from mmvision_export.parity.stages import GraphFacts, facts_of_graph
@@ -178,10 +181,8 @@ def check_parity(
     ]
     candidates = [*beside, *candidates]
     distances = _distances(
-        [
-            TorchRunner(REFERENCE, reference, config),
-            *(candidate.runner for candidate in candidates),
-        ],
+        TorchRunner(REFERENCE, reference, config),
+        [candidate.runner for candidate in candidates],
         samples,
         progress,
     )
@@ -260,14 +261,14 @@ def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Ca
 def _rows(
     candidates: Sequence[Candidate],
     samples: Sequence[Sample],
-    distances: Mapping[str, Mapping[str, _Compared]],
+    distances: Mapping[str, Mapping[str, Distance]],
 ) -> list[ParityRow]:
     rows = []
     for candidate in candidates:
         gate, runner = GATES[candidate.precision], candidate.runner.name
         beside = distances[_EAGER.format(candidate.float_type)]
         for sample in samples:
-            if sample.name not in distances.get(runner, {}):
+            if sample.name not in distances[runner]:
                 continue
             compared, eager = distances[runner][sample.name], beside[sample.name].metrics
             is_torch = candidate.subject is None
@@ -303,74 +304,22 @@ def _furthest_off(rows: Sequence[ParityRow], samples: Sequence[Sample]) -> Sampl
 
 
 def _distances(
-    runners: list[BaseRunner], samples: Sequence[Sample], progress: Progress
-) -> dict[str, dict[str, _Compared]]:
-    """Runner -> sample -> distance from the first runner. Polygraphy runs them, each loaded only while it runs."""
-    from polygraphy.exception import PolygraphyException
-
-    class Feeds(list):  # type: ignore[type-arg]
-        """The batches, counted as the runner takes them."""
-
-        def __iter__(self) -> Any:
-            for feed in super().__iter__():
-                yield feed
-                progress.advance()
-
-    found: dict[str, dict[str, _Compared]] = {}
-
-    def run(runner: BaseRunner) -> tuple[list[str], RunResults]:
-        taken = [
-            sample
-            for sample in samples
-            if accepts(runner, sample.num_patches, len(sample.grid_thw))
-        ]
-        for sample in samples:
-            if sample not in taken:
-                progress.note(
-                    f"{runner.name} does not take {sample.name}, which is beyond its profile"
+    reference: BaseRunner,
+    runners: Sequence[BaseRunner],
+    samples: Sequence[Sample],
+    progress: Progress,
+) -> dict[str, dict[str, Distance]]:
+    """Runner -> sample -> distance from the reference; each runner is loaded only while it runs."""
+    found = {}
+    with runner_errors():
+        with reference:
+            expected = embeds_from_runner(reference, samples, progress=progress)
+        for runner in runners:
+            with runner:
+                found[runner.name] = distances_from_runner(
+                    runner, samples, reference=expected, progress=progress
                 )
-        progress.step(f"running {runner.name}", total=len(taken))
-        feeds = Feeds(
-            OrderedDict(pixel_values=sample.pixel_values, grid_thw=sample.grid_thw)
-            for sample in taken
-        )
-        return [sample.name for sample in taken], Comparator.run([runner], data_loader=feeds)
-
-    with captured_messages() as messages:
-        try:
-            every, (reference, *_) = run(runners[0])
-            by_sample = dict(zip(every, reference[1], strict=True))
-            for runner in runners[1:]:
-                names, results = run(runner)
-                if not names:
-                    continue
-                wanted = RunResults([(REFERENCE, [by_sample[name] for name in names]), *results])
-                (comparison,) = Comparator.compare_accuracy(
-                    wanted, comparisons=[(0, 1)], compare_func=_compare
-                )
-                rows = comparison[REFERENCE, runner.name]
-                found[runner.name] = {
-                    name: row["image_embeds"] for name, row in zip(names, rows, strict=True)
-                }
-        except PolygraphyException as error:
-            raise ParityError("\n  ".join(dict.fromkeys([*messages, str(error)]))) from error
     return found
-
-
-@dataclasses.dataclass
-class _Compared:
-    """What Polygraphy keeps of a comparison. It never fails by itself: the gates need PyTorch's own figures too."""
-
-    metrics: Metrics
-    token_errors: npt.NDArray[np.float64]
-
-    def __bool__(self) -> bool:
-        return True
-
-
-def _compare(reference: Any, result: Any) -> OrderedDict[str, _Compared]:
-    pair = result["image_embeds"], reference["image_embeds"]
-    return OrderedDict(image_embeds=_Compared(metrics(*pair), token_errors(*pair)))
 
 
 def _engines_for_this_machine(directory: Path, progress: Progress) -> list[Candidate]:

@@ -215,9 +215,10 @@ def test_grids_beyond_an_engines_profile_are_left_out_with_a_note() -> None:
     from tests.support.notes import Notes
 
     notes = Notes()
-    found = _distances([Plain(name=REFERENCE), Doubling(name="engine")], CHECK_SAMPLES, notes)
+    found = _distances(Plain(name=REFERENCE), [Doubling(name="engine")], CHECK_SAMPLES, notes)
     assert set(found["engine"]) == {"one block"}
     assert found["engine"]["one block"].metrics.relative_l2 == pytest.approx(1.0)
+    assert notes.advanced == len(CHECK_SAMPLES) + 1  # every sample, and the one that is taken
     assert notes.notes == ["engine does not take two sizes, which is beyond its profile"]
 
 
