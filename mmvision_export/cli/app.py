@@ -239,12 +239,13 @@ def parity(
 
     from mmvision_export.cli.parity_output import print_parity, samples_from_options
     from mmvision_export.models.weights import WeightSource
-    from mmvision_export.parity.check import check_parity, record_parity
+    from mmvision_export.parity.check import check_parity
     from mmvision_export.parity.report.page import (
         checked_report_path,
         record_from_parity,
         write_report,
     )
+    from mmvision_export.parity.result import record_parity
 
     path = the_model(model)
     if report is not None:

@@ -11,8 +11,8 @@ from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.cli.console import console
 from mmvision_export.core.errors import ManifestError
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
-from mmvision_export.parity.check import ParityResult
 from mmvision_export.parity.gates import GATES
+from mmvision_export.parity.result import ParityResult
 from mmvision_export.parity.samples import Sample, sample_from_files, sample_from_images
 
 __all__ = ["print_parity", "samples_from_options"]

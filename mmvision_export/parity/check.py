@@ -8,28 +8,21 @@ fit it. On the input where they are furthest off, the graphs are then compared l
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
 from polygraphy.backend.base import BaseRunner
-from polygraphy.backend.onnxrt import OnnxrtRunner
 
-from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import CPU_GRAPH, PLANS, Manifest, model_directory_of
-from mmvision_export.core.errors import BackendError, ManifestError, ParityError
-from mmvision_export.core.metrics import Metrics
+from mmvision_export.artifacts.manifest import Manifest, model_directory_of
+from mmvision_export.core.errors import ParityError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.weights import DTYPES, WeightSource
+from mmvision_export.parity.candidates import Candidate, candidates_from_path
 from mmvision_export.parity.float64 import Float64Encoder
 from mmvision_export.parity.gates import GATES
-from mmvision_export.parity.layers import LayerComparison, compare_layers
+from mmvision_export.parity.layers import compare_layers
 from mmvision_export.parity.magnitudes import overflow_warnings
 from mmvision_export.parity.measuring import (
     Distance,
@@ -37,95 +30,13 @@ from mmvision_export.parity.measuring import (
     embeds_from_runner,
     runner_errors,
 )
-from mmvision_export.parity.rounded import rounded_model
-from mmvision_export.parity.runners import EngineRunner, TorchRunner
+from mmvision_export.parity.result import REFERENCE, ParityResult, ParityRow
+from mmvision_export.parity.runners import TorchRunner
 from mmvision_export.parity.samples import Sample, samples_from_grids
-from mmvision_export.parity.sessions import session_from_model
-from mmvision_export.parity.stages import GraphFacts, facts_of_graph
-from mmvision_export.runtime.backends import BackendOptions, open_backend
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
-from mmvision_export.runtime.backends.cuda import current_compute_capability
-from mmvision_export.runtime.backends.onnxruntime import create_session
 
-__all__ = ["ParityResult", "ParityRow", "check_parity", "record_parity"]
+__all__ = ["check_parity"]
 
-REFERENCE = "pytorch-fp64"
 _EAGER = "pytorch-{}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """Something to compare with PyTorch in float64.
-
-    Attributes:
-        subject: File name of the graph or engine, relative to the model directory; of PyTorch itself None.
-        precision: Key of the gate table.
-        float_type: fp32, fp16 or bf16: the type of the hidden states.
-        runner: Runs it; its name says what and how.
-    """
-
-    subject: str | None
-    precision: str
-    float_type: str
-    runner: BaseRunner
-
-
-@dataclasses.dataclass(frozen=True)
-class ParityRow:
-    """One result on one sample.
-
-    Attributes:
-        runner: What was compared with PyTorch in float64, and how it was run.
-        subject: The graph or engine; None for PyTorch itself, which has no failures.
-        precision: Key of the gate table.
-        sample: Name of the sample.
-        patches: Patches in the batch.
-        metrics: The distance.
-        limit: Largest relative L2 difference that the gate allows here, or None.
-        failures: Gates it did not pass.
-        token_errors: Relative L2 difference of each image token.
-    """
-
-    runner: str
-    subject: str | None
-    precision: str
-    sample: str
-    patches: int
-    metrics: Metrics
-    limit: float | None
-    failures: list[str]
-    token_errors: npt.NDArray[np.float64] = dataclasses.field(repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values, the tokens left out."""
-        fields = {name: value for name, value in vars(self).items() if name != "token_errors"}
-        return {**fields, "metrics": self.metrics.to_dict()}
-
-
-@dataclasses.dataclass(frozen=True)
-class ParityResult:
-    """All there is to say about a model directory's accuracy.
-
-    Attributes:
-        directory: The model directory.
-        manifest: Its manifest.
-        samples: What was compared on.
-        rows: Result by runner and sample.
-        layers: The graphs stage by stage, on the sample where a graph is furthest off.
-        warnings: What passes and yet should be known.
-    """
-
-    directory: Path
-    manifest: Manifest
-    samples: list[Sample]
-    rows: list[ParityRow]
-    layers: LayerComparison
-    warnings: list[str]
-
-    @property
-    def passed(self) -> bool:
-        """Whether no row failed a gate."""
-        return not any(row.failures for row in self.rows)
 
 
 def check_parity(
@@ -170,7 +81,7 @@ def check_parity(
     def reference() -> VisionEncoderModule:
         return Float64Encoder(load("fp32"))
 
-    graphs, candidates = _candidates(path, directory, manifest, progress)
+    graphs, candidates = candidates_from_path(path, directory, manifest, progress)
     float_types = sorted({candidate.float_type for candidate in candidates}, reverse=True)
     eager = {float_type: (lambda t=float_type: load(t)) for float_type in float_types}
     beside = [
@@ -203,59 +114,6 @@ def check_parity(
         layers,
         overflow_warnings(layers.magnitudes, float_types),
     )
-
-
-def _candidates(
-    path: Path, directory: Path, manifest: Manifest, progress: Progress
-) -> tuple[dict[str, tuple[Path, GraphFacts]], list[Candidate]]:
-    """The graphs to look into layer by layer, and all there is to compare."""
-    names = [name for name in manifest.files if name.endswith(".onnx")]
-    engine = EngineRecord.read(path) if path.is_file() else None
-    if engine is not None:
-        open_backend(engine.backend, path, BackendOptions()).close()
-        # An engine does not show its layers; the graph it was built from has the same types.
-        names = [engine.graph["name"]]
-    graphs, candidates = {}, []
-    for name in names:
-        manifest.verify(directory, [name])
-        model = ir.load(directory / name)
-        facts = facts_of_graph(model)
-        manifest.verify(directory, facts.data_files)
-        graphs[name] = (directory / name, facts)
-        if engine is not None:
-            continue
-        if facts.float_type == "bf16":
-            progress.note(
-                f"{name} is bf16, which ONNX Runtime's CPU provider cannot run: every op is rounded instead"
-            )
-        else:
-            runner = OnnxrtRunner(_session_loader(directory / name), name=name)
-            candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-            if name == CPU_GRAPH and (kernels := find_cpu_kernels(directory)[0]):
-                runner = OnnxrtRunner(
-                    _session_loader(directory / name, kernels), name=f"{name} (AMX kernels)"
-                )
-                candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-        if facts.float_type != "fp32":
-            rounded = rounded_model(model, facts.float_type)
-            runner = OnnxrtRunner(
-                lambda model=rounded: session_from_model(model, directory), name=f"{name} (rounded)"
-            )
-            candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-    if engine is not None:
-        return graphs, [_engine_candidate(path, engine, directory)]
-    return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
-
-
-def _session_loader(graph: Path, kernels: Path | None = None) -> Callable[[], Any]:
-    return lambda: create_session(graph, provider="CPUExecutionProvider", kernels=kernels)
-
-
-def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Candidate:
-    """Judged as the graph it was built from, whose types it has."""
-    name = f"{PLANS}/{engine.name}"
-    facts = facts_of_graph(ir.load(directory / record.graph["name"]))
-    return Candidate(name, facts.precision, facts.float_type, EngineRunner(name, engine, record))
 
 
 def _rows(
@@ -322,21 +180,6 @@ def _distances(
     return found
 
 
-def _engines_for_this_machine(directory: Path, progress: Progress) -> list[Candidate]:
-    if current_compute_capability() is None:
-        return []
-    found = []
-    for engine in sorted((directory / PLANS).glob("*.engine")):
-        try:
-            record = EngineRecord.read(engine)
-            open_backend(record.backend, engine, BackendOptions()).close()
-        except (BackendError, ManifestError) as error:
-            progress.note(f"{engine.name} is not compared: {error}")
-            continue
-        found.append(_engine_candidate(engine, record, directory))
-    return found
-
-
 def _refuse_other_weights(manifest: Manifest, source: Mapping[str, Any]) -> None:
     exported, loaded = manifest.source.get("sha256"), source.get("sha256")
     if exported and loaded and exported != loaded:
@@ -344,32 +187,3 @@ def _refuse_other_weights(manifest: Manifest, source: Mapping[str, Any]) -> None
             f"the weights have sha256 {loaded}, those that were exported had {exported}",
             hint="name the checkpoint that was exported with --checkpoint, or export again",
         )
-
-
-def record_parity(result: ParityResult) -> None:
-    """Write a summary of a result into the manifest, under the name of each graph or engine.
-
-    Raises:
-        ManifestError: The manifest is missing or malformed.
-        OutputError: It cannot be written.
-    """
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    parity: dict[str, Any] = {}
-    for subject in dict.fromkeys(row.subject for row in result.rows if row.subject is not None):
-        rows = [row for row in result.rows if row.subject == subject]
-        parity[subject] = {
-            "reference": REFERENCE,
-            "date": now,
-            "passed": not any(row.failures for row in rows),
-            "grids": _summary([row for row in rows if row.runner == subject]),
-            "rounded": _summary([row for row in rows if row.runner != subject]),
-            "layers": result.layers.summary(subject),
-        }
-    Manifest.read(result.directory).update(result.directory, parity=parity)
-
-
-def _summary(rows: Sequence[ParityRow]) -> dict[str, Any]:
-    return {
-        row.sample: {**row.metrics.to_dict(), "patches": row.patches, "failures": row.failures}
-        for row in rows
-    }

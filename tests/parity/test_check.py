@@ -21,14 +21,9 @@ from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
 from mmvision_export.models.weights import WeightSource
-from mmvision_export.parity.check import (
-    REFERENCE,
-    ParityResult,
-    _distances,
-    check_parity,
-    record_parity,
-)
+from mmvision_export.parity.check import _distances, check_parity
 from mmvision_export.parity.gates import GATES
+from mmvision_export.parity.result import REFERENCE, ParityResult, record_parity
 from mmvision_export.parity.runners import TorchRunner, input_metadata
 from mmvision_export.parity.samples import samples_from_grids
 from tests.support.checkpoints import LAYOUTS, STATE, write_checkpoint
@@ -238,7 +233,7 @@ def test_one_engine_is_judged_as_the_graph_it_was_built_from(
     """Without a GPU the engine's runner is replaced: by one that is right, and by one that is wrong."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from mmvision_export.engine.build import build_engine
-    from mmvision_export.parity import check as parity
+    from mmvision_export.parity import candidates as parity
 
     directory = copy_of(exported, tmp_path / "m")
     profile = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)

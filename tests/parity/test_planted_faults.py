@@ -13,8 +13,9 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.weights import WeightSource
-from mmvision_export.parity.check import ParityResult, check_parity, record_parity
+from mmvision_export.parity.check import check_parity
 from mmvision_export.parity.report.page import record_from_parity
+from mmvision_export.parity.result import ParityResult, record_parity
 from mmvision_export.parity.samples import samples_from_grids
 from tests.support.checkpoints import FC1, LAYOUTS, STATE, write_checkpoint
 from tests.support.configs import HEAD_DIM_80, copy_of
