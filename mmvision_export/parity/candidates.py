@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import CPU_GRAPH, PLANS, Manifest
-from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.artifacts.manifest import CPU_GRAPH, PLANS
+from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.progress import Progress
-from mmvision_export.parity.rounded import rounded_model
-from mmvision_export.parity.runners import EngineRunner
+from mmvision_export.parity.encoders import Encoders
+from mmvision_export.parity.graphs import LoadedGraph
+from mmvision_export.parity.runners import EngineRunner, TorchRunner
 from mmvision_export.parity.sessions import session_from_model
-from mmvision_export.parity.stages import GraphFacts, facts_of_graph
-from mmvision_export.runtime.backends import BackendOptions, open_backend
 from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
 from mmvision_export.runtime.backends.cuda import current_compute_capability
 from mmvision_export.runtime.backends.onnxruntime import create_session
 
-__all__ = ["Candidate", "candidates_from_path"]
+__all__ = [
+    "Candidate",
+    "candidate_from_engine",
+    "candidates_from_graphs",
+    "candidates_from_plans",
+    "candidates_from_pytorch",
+    "eager_name",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,25 +50,31 @@ class Candidate:
     runner: BaseRunner
 
 
-def candidates_from_path(
-    path: Path, directory: Path, manifest: Manifest, progress: Progress
-) -> tuple[dict[str, tuple[Path, GraphFacts]], list[Candidate]]:
-    """The graphs to look into layer by layer, and all there is to compare."""
-    names = [name for name in manifest.files if name.endswith(".onnx")]
-    engine = EngineRecord.read(path) if path.is_file() else None
-    if engine is not None:
-        open_backend(engine.backend, path, BackendOptions()).close()
-        # An engine does not show its layers; the graph it was built from has the same types.
-        names = [engine.graph["name"]]
-    graphs, candidates = {}, []
-    for name in names:
-        manifest.verify(directory, [name])
-        model = ir.load(directory / name)
-        facts = facts_of_graph(model)
-        manifest.verify(directory, facts.data_files)
-        graphs[name] = (directory / name, facts)
-        if engine is not None:
-            continue
+def eager_name(float_type: str) -> str:
+    """What PyTorch in a float type is called as a runner."""
+    return f"pytorch-{float_type}"
+
+
+def candidates_from_pytorch(encoders: Encoders, float_types: Sequence[str]) -> list[Candidate]:
+    """Eager PyTorch in each float type, which shows what the type costs by itself."""
+    return [
+        Candidate(
+            None,
+            name,
+            name,
+            TorchRunner(eager_name(name), partial(encoders.load, name), encoders.manifest.config),
+        )
+        for name in float_types
+    ]
+
+
+def candidates_from_graphs(
+    graphs: Mapping[str, LoadedGraph], directory: Path, *, progress: Progress
+) -> list[Candidate]:
+    """Each graph in ONNX Runtime, as it is and, if it is float16 or bfloat16, rounded."""
+    candidates = []
+    for name, graph in graphs.items():
+        facts = graph.facts
         if facts.float_type == "bf16":
             progress.note(
                 f"{name} is bf16, which ONNX Runtime's CPU provider cannot run: every op is rounded instead"
@@ -76,37 +88,45 @@ def candidates_from_path(
                 )
                 candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
         if facts.float_type != "fp32":
-            rounded = rounded_model(model, facts.float_type)
             runner = OnnxrtRunner(
-                lambda model=rounded: session_from_model(model, directory), name=f"{name} (rounded)"
+                lambda model=graph.rounded: session_from_model(model, directory),
+                name=f"{name} (rounded)",
             )
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-    if engine is not None:
-        return graphs, [_engine_candidate(path, engine, directory)]
-    return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
+    return candidates
 
 
 def _session_loader(graph: Path, kernels: Path | None = None) -> Callable[[], Any]:
     return lambda: create_session(graph, provider="CPUExecutionProvider", kernels=kernels)
 
 
-def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Candidate:
-    """Judged as the graph it was built from, whose types it has."""
-    name = f"{PLANS}/{engine.name}"
-    facts = facts_of_graph(ir.load(directory / record.graph["name"]))
+def candidate_from_engine(
+    engine: Path, record: EngineRecord, *, graphs: Mapping[str, LoadedGraph]
+) -> Candidate:
+    """An engine, judged as the graph it was built from, whose types it has.
+
+    Raises:
+        ManifestError: That graph is not among `graphs`.
+    """
+    name, source = f"{PLANS}/{engine.name}", str(record.graph["name"])
+    if source not in graphs:
+        raise ManifestError(f"{engine.name} was built from {source}, which the manifest lacks")
+    facts = graphs[source].facts
     return Candidate(name, facts.precision, facts.float_type, EngineRunner(name, engine, record))
 
 
-def _engines_for_this_machine(directory: Path, progress: Progress) -> list[Candidate]:
+def candidates_from_plans(
+    directory: Path, *, graphs: Mapping[str, LoadedGraph], progress: Progress
+) -> list[Candidate]:
+    """The engines of a model directory, if there is a GPU; which of them fit it shows when they are opened."""
     if current_compute_capability() is None:
         return []
     found = []
     for engine in sorted((directory / PLANS).glob("*.engine")):
         try:
-            record = EngineRecord.read(engine)
-            open_backend(record.backend, engine, BackendOptions()).close()
-        except (BackendError, ManifestError) as error:
+            candidate = candidate_from_engine(engine, EngineRecord.read(engine), graphs=graphs)
+        except ManifestError as error:
             progress.note(f"{engine.name} is not compared: {error}")
             continue
-        found.append(_engine_candidate(engine, record, directory))
+        found.append(candidate)
     return found

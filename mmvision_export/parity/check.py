@@ -8,25 +8,33 @@ fit it. On the input where they are furthest off, the graphs are then compared l
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from polygraphy.backend.base import BaseRunner
-
+from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.manifest import Manifest, model_directory_of
-from mmvision_export.core.errors import ParityError
+from mmvision_export.core.errors import BackendError, ManifestError, ParityError
 from mmvision_export.core.progress import Progress
-from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
-from mmvision_export.models.weights import DTYPES, WeightSource
-from mmvision_export.parity.candidates import Candidate, candidates_from_path
-from mmvision_export.parity.float64 import Float64Encoder
+from mmvision_export.models.weights import WeightSource
+from mmvision_export.parity.candidates import (
+    Candidate,
+    candidate_from_engine,
+    candidates_from_graphs,
+    candidates_from_plans,
+    candidates_from_pytorch,
+    eager_name,
+)
+from mmvision_export.parity.encoders import Encoders
 from mmvision_export.parity.gates import GATES
+from mmvision_export.parity.graphs import graphs_from_directory
 from mmvision_export.parity.layers import compare_layers
 from mmvision_export.parity.magnitudes import overflow_warnings
 from mmvision_export.parity.measuring import (
     Distance,
-    distances_from_runner,
+    Embeds,
+    distance_from_embeds,
+    distances_from_runners,
     embeds_from_runner,
     runner_errors,
 )
@@ -34,14 +42,28 @@ from mmvision_export.parity.result import REFERENCE, ParityResult, ParityRow
 from mmvision_export.parity.runners import TorchRunner
 from mmvision_export.parity.samples import Sample, samples_from_grids
 
-__all__ = ["check_parity"]
+__all__ = ["check_parity", "directory_from_path"]
 
-_EAGER = "pytorch-{}"
+
+def directory_from_path(path: Path) -> Path:
+    """The model directory that a path is, or that an engine lies in.
+
+    Raises:
+        ParityError: It is a file that lies in none.
+    """
+    directory = model_directory_of(path)
+    if directory is None:
+        raise ParityError(
+            f"{path} is not in the plans/ of a model directory, which says what it should compute",
+            hint="name the model directory, or put the engine back into it",
+        )
+    return directory
 
 
 def check_parity(
     path: Path,
     *,
+    manifest: Manifest | None = None,
     source: WeightSource | None = None,
     samples: Sequence[Sample] = (),
     progress: Progress | None = None,
@@ -51,6 +73,7 @@ def check_parity(
     Args:
         path: A model directory, of which every graph and the engines that fit this machine are compared; or one engine
             in a model directory's `plans/`.
+        manifest: The directory's, if it has been read.
         source: Where to load the weights from; the manifest's own source if None.
         samples: Batches to compare on; if there are none, random pixels in grids that have been trouble before.
         progress: Told about each step.
@@ -62,49 +85,56 @@ def check_parity(
         BackendError: ONNX Runtime is not installed, or the engine does not run here.
     """
     progress = progress or Progress()
-    directory = model_directory_of(path)
-    if directory is None:
-        raise ParityError(
-            f"{path} is not in the plans/ of a model directory, which says what it should compute",
-            hint="name the model directory, or put the engine back into it",
-        )
-    manifest = Manifest.read(directory)
-    config = manifest.config
-    weights = source or WeightSource.from_manifest(manifest.source, config)
-    samples = list(samples) or samples_from_grids(config)
-
-    def load(float_type: str) -> VisionEncoderModule:
-        loaded = weights.load(DTYPES[float_type])
-        _refuse_other_weights(manifest, loaded.source)
-        return loaded.encoder
-
-    def reference() -> VisionEncoderModule:
-        return Float64Encoder(load("fp32"))
-
-    graphs, candidates = candidates_from_path(path, directory, manifest, progress)
-    float_types = sorted({candidate.float_type for candidate in candidates}, reverse=True)
-    eager = {float_type: (lambda t=float_type: load(t)) for float_type in float_types}
-    beside = [
-        Candidate(
-            None, float_type, float_type, TorchRunner(_EAGER.format(float_type), encoder, config)
-        )
-        for float_type, encoder in eager.items()
-    ]
-    candidates = [*beside, *candidates]
-    distances = _distances(
-        TorchRunner(REFERENCE, reference, config),
-        [candidate.runner for candidate in candidates],
-        samples,
-        progress,
+    directory = directory_from_path(path)
+    manifest = manifest or Manifest.read(directory)
+    samples = list(samples) or samples_from_grids(manifest.config)
+    encoders = Encoders(
+        source or WeightSource.from_manifest(manifest.source, manifest.config), manifest
     )
-    rows = _rows(candidates, samples, distances)
+    if path.is_file():
+        # An engine does not show its layers; the graph it was built from has the same types.
+        record = EngineRecord.read(path)
+        graphs = graphs_from_directory(directory, manifest, [record.graph["name"]])
+        in_onnxruntime, engines = [], [candidate_from_engine(path, record, graphs=graphs)]
+    else:
+        names = [name for name in manifest.files if name.endswith(".onnx")]
+        graphs = graphs_from_directory(directory, manifest, names)
+        in_onnxruntime = candidates_from_graphs(graphs, directory, progress=progress)
+        engines = candidates_from_plans(directory, graphs=graphs, progress=progress)
+
+    with runner_errors():
+        # Engines come first: whether one runs here at all is known before the long work.
+        embeds = _embeds_from_engines(engines, samples, asked_for=path, progress=progress)
+        engines = [engine for engine in engines if engine.runner.name in embeds]
+        float_types = sorted(
+            {candidate.float_type for candidate in (*in_onnxruntime, *engines)}, reverse=True
+        )
+        in_pytorch = candidates_from_pytorch(encoders, float_types)
+        with TorchRunner(REFERENCE, encoders.load_reference, manifest.config) as runner:
+            expected = embeds_from_runner(runner, samples, progress=progress)
+        distances = distances_from_runners(
+            [candidate.runner for candidate in (*in_pytorch, *in_onnxruntime)],
+            samples,
+            reference=expected,
+            progress=progress,
+        )
+    for runner_name, found in embeds.items():
+        distances[runner_name] = {
+            sample: distance_from_embeds(given, reference=expected[sample])
+            for sample, given in found.items()
+        }
+    rows = _rows([*in_pytorch, *in_onnxruntime, *engines], samples, distances)
     if not any(row.subject for row in rows):
         raise ParityError(
             "every sample is beyond the engine's profile",
             hint="build it with a larger --max-patches",
         )
     layers = compare_layers(
-        _furthest_off(rows, samples), graphs, reference=reference, eager=eager, progress=progress
+        _furthest_off(rows, samples),
+        graphs,
+        encoders=encoders,
+        float_types=float_types,
+        progress=progress,
     )
     return ParityResult(
         directory,
@@ -116,6 +146,30 @@ def check_parity(
     )
 
 
+def _embeds_from_engines(
+    engines: Sequence[Candidate],
+    samples: Sequence[Sample],
+    *,
+    asked_for: Path,
+    progress: Progress,
+) -> dict[str, dict[str, Embeds]]:
+    """Runner -> sample -> embeddings. Of a model directory's engines, those that do not fit are passed over."""
+    found = {}
+    for engine in engines:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(engine.runner)
+            except (BackendError, ManifestError) as error:
+                if asked_for.is_file():
+                    raise
+                progress.note(f"{Path(engine.runner.name).name} is not compared: {error}")
+                continue
+            found[engine.runner.name] = embeds_from_runner(
+                engine.runner, samples, progress=progress
+            )
+    return found
+
+
 def _rows(
     candidates: Sequence[Candidate],
     samples: Sequence[Sample],
@@ -124,7 +178,7 @@ def _rows(
     rows = []
     for candidate in candidates:
         gate, runner = GATES[candidate.precision], candidate.runner.name
-        beside = distances[_EAGER.format(candidate.float_type)]
+        beside = distances[eager_name(candidate.float_type)]
         for sample in samples:
             if sample.name not in distances[runner]:
                 continue
@@ -159,31 +213,3 @@ def _furthest_off(rows: Sequence[ParityRow], samples: Sequence[Sample]) -> Sampl
 
     worst = max((row for row in rows if row.subject), key=badness)
     return next(sample for sample in samples if sample.name == worst.sample)
-
-
-def _distances(
-    reference: BaseRunner,
-    runners: Sequence[BaseRunner],
-    samples: Sequence[Sample],
-    progress: Progress,
-) -> dict[str, dict[str, Distance]]:
-    """Runner -> sample -> distance from the reference; each runner is loaded only while it runs."""
-    found = {}
-    with runner_errors():
-        with reference:
-            expected = embeds_from_runner(reference, samples, progress=progress)
-        for runner in runners:
-            with runner:
-                found[runner.name] = distances_from_runner(
-                    runner, samples, reference=expected, progress=progress
-                )
-    return found
-
-
-def _refuse_other_weights(manifest: Manifest, source: Mapping[str, Any]) -> None:
-    exported, loaded = manifest.source.get("sha256"), source.get("sha256")
-    if exported and loaded and exported != loaded:
-        raise ParityError(
-            f"the weights have sha256 {loaded}, those that were exported had {exported}",
-            hint="name the checkpoint that was exported with --checkpoint, or export again",
-        )

@@ -24,7 +24,7 @@ __all__ = [
     "Distance",
     "Embeds",
     "distance_from_embeds",
-    "distances_from_runner",
+    "distances_from_runners",
     "embeds_from_runner",
     "runner_errors",
 ]
@@ -70,20 +70,23 @@ def embeds_from_runner(
     return _measured(runner, samples, lambda _, embeds: embeds.copy(), progress)
 
 
-def distances_from_runner(
-    runner: BaseRunner,
+def distances_from_runners(
+    runners: Sequence[BaseRunner],
     samples: Sequence[Sample],
     *,
     reference: Mapping[str, Embeds],
     progress: Progress,
-) -> dict[str, Distance]:
-    """Sample -> how far an active runner is from the reference on it, of the samples that it takes."""
-    return _measured(
-        runner,
-        samples,
-        lambda sample, embeds: distance_from_embeds(embeds, reference=reference[sample.name]),
-        progress,
-    )
+) -> dict[str, dict[str, Distance]]:
+    """Runner -> sample -> distance from the reference. Each runner is loaded only while it runs."""
+
+    def distance(sample: Sample, embeds: Embeds) -> Distance:
+        return distance_from_embeds(embeds, reference=reference[sample.name])
+
+    found = {}
+    for runner in runners:
+        with runner:
+            found[runner.name] = _measured(runner, samples, distance, progress)
+    return found
 
 
 def distance_from_embeds(embeds: Embeds, *, reference: Embeds) -> Distance:

@@ -99,7 +99,8 @@ def record_parity(result: ParityResult) -> None:
             "rounded": _summary([row for row in rows if row.runner != subject]),
             "layers": result.layers.summary(subject),
         }
-    Manifest.read(result.directory).update(result.directory, parity=parity)
+    # A copy: the result keeps the manifest of what was compared.
+    dataclasses.replace(result.manifest).update(result.directory, parity=parity)
 
 
 def _summary(rows: Sequence[ParityRow]) -> dict[str, Any]:

@@ -23,14 +23,16 @@ from mmvision_export.models.random_weights import RandomKind, random_state_dict
 from mmvision_export.models.weight_statistics import weight_statistics
 from mmvision_export.models.weights import DTYPES, WeightSource
 from mmvision_export.parity.check import check_parity
+from mmvision_export.parity.encoders import Encoders
 from mmvision_export.parity.float64 import Float64Encoder
 from mmvision_export.parity.gates import FLOAT16_MAX, GATES
+from mmvision_export.parity.graphs import graph_from_file
 from mmvision_export.parity.jump import StageDistance, first_jump
 from mmvision_export.parity.layers import compare_layers
 from mmvision_export.parity.magnitudes import Magnitude, observed_magnitudes, overflow_warnings
 from mmvision_export.parity.rounded import rounded_model
 from mmvision_export.parity.samples import Sample, sample_from_files, samples_from_grids
-from mmvision_export.parity.sessions import run_model
+from mmvision_export.parity.sessions import arrays_from_model
 from mmvision_export.parity.stages import facts_of_graph, stage_names, stage_values
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids
 
@@ -71,14 +73,11 @@ def test_rounding_gives_values_of_the_type(precision: str, narrow: dict[str, Pat
     model = rounded_model(ir.load(path), precision)
     values = stage_values(model.graph, HEAD_DIM_80)
     assert tuple(values) == stage_names(HEAD_DIM_80)
-    model.graph.outputs.extend(
-        value for value in values.values() if value not in model.graph.outputs
-    )
     one = sample(GRIDS["three"])
     outputs = dict(
         zip(
             values,
-            run_model(model, path.parent, one, [str(v.name) for v in values.values()]),
+            arrays_from_model(model, path.parent, one, list(values.values())),
             strict=True,
         )
     )
@@ -129,16 +128,12 @@ def test_no_healthy_graph_jumps(
 ) -> None:
     """In every float type, on any grid, a stage's error is that of eager PyTorch within the rule's factor."""
     paths = {"fp32": exported, **narrow}
-    graphs = {
-        name: (path / "model.onnx", facts_of_graph(ir.load(path / "model.onnx")))
-        for name, path in paths.items()
-    }
-    eager = {name: (lambda dtype=DTYPES[name]: SOURCE.load(dtype).encoder) for name in paths}
+    graphs = {name: graph_from_file(path / "model.onnx") for name, path in paths.items()}
     compared = compare_layers(
         sample(grid),
         graphs,
-        reference=lambda: Float64Encoder(SOURCE.load(torch.float32).encoder),
-        eager=eager,
+        encoders=Encoders(SOURCE, Manifest.read(exported)),
+        float_types=list(paths),
     )
     for name, graph in compared.graphs.items():
         assert graph.jump is None, name
