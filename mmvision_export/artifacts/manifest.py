@@ -151,6 +151,7 @@ class Manifest:
             raise ManifestError(
                 f"{directory}: no such model directory",
                 hint="make one with: mmvision export --onnx",
+                reason="missing",
             )
         content = read_json(path)
         if content.pop("format", None) != _FORMAT:
@@ -163,7 +164,7 @@ class Manifest:
             manifest = cls(config=config, files=files, **content)
         except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
             raise ManifestError(
-                f"{path}: malformed: {error}", hint="export the model again"
+                f"{path}: malformed: {error}", hint="export the model again", reason="malformed"
             ) from error
         return manifest
 

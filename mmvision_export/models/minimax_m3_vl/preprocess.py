@@ -233,13 +233,15 @@ def image_from_file(path: Path) -> Image.Image:
                 image.load()
                 return rgb_from_image(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file", reason="missing") from None
     except InputError as error:
         raise InputError(f"{path}: {error}", hint=error.hint) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not an image in a format Pillow reads") from error
+        raise InputError(
+            f"{path}: not an image in a format Pillow reads", reason="unreadable"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image: {error}") from error
+        raise InputError(f"{path}: not a readable image: {error}", reason="unreadable") from error
 
 
 def rgb_from_image(image: Image.Image) -> Image.Image:
@@ -365,5 +367,5 @@ def patches_from_images(
         pieces.append(patches)
         rows.append(row)
     if not pieces:
-        raise InputError("no images were given")
+        raise InputError("no images were given", reason="missing")
     return np.concatenate(pieces), np.array(rows, dtype=np.int64)
