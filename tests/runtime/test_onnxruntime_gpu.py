@@ -12,6 +12,7 @@ import pytest
 from mmvision_export.core.errors import BackendError
 from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.onnxruntime import create_session
+from tests.support.errors import refused
 
 NAME = "NvTensorRTRTXExecutionProvider"
 
@@ -22,9 +23,8 @@ def test_a_provider_that_is_not_built_in(exported: Path, backend: str) -> None:
         onnxruntime.get_available_providers()
     ):
         pytest.skip("this ONNX Runtime has it")
-    with pytest.raises(
-        BackendError, match="this ONNX Runtime has no .*ExecutionProvider"
-    ) as caught:
+    provider = {"onnxruntime-cuda": "CUDA", "onnxruntime-tensorrt": "Tensorrt"}[backend]
+    with refused(BackendError, f"{provider}ExecutionProvider", "CPUExecutionProvider") as caught:
         open_backend(backend, exported, BackendOptions())
     assert caught.value.hint == "pip install '.[gpu]'"
 
@@ -71,7 +71,7 @@ def test_a_provider_that_does_not_start_is_an_error(
         "InferenceSession",
         lambda p, o, providers: whole(p, o, providers=["CPUExecutionProvider"]),
     )
-    with pytest.raises(BackendError, match="could not start CUDAExecutionProvider on device 0"):
+    with refused(BackendError, "CUDAExecutionProvider", "device 0"):
         create_session(exported / "model.onnx", provider="CUDAExecutionProvider")
 
 
@@ -118,22 +118,22 @@ def test_the_rtx_plugin(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None
         plugin.cached
         == [{"nv_runtime_cache_path": str(exported / "plans" / "onnxruntime-rtx")}] * 2
     )
-    with pytest.raises(BackendError, match="there is no TensorRT-RTX device 1: this machine has 1"):
+    with refused(BackendError, "TensorRT-RTX device 1", 1):
         open_backend("onnxruntime-rtx", exported, BackendOptions(device=1))
 
 
 def test_the_rtx_plugin_without_a_gpu(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Plugin(monkeypatch, devices=0)
-    with pytest.raises(BackendError, match="offers no device: is there an RTX GPU and a driver"):
+    with refused(BackendError, "device", "RTX GPU", "driver"):
         open_backend("onnxruntime-rtx", exported, BackendOptions())
-    with pytest.raises(BackendError, match="offers no device: cannot load plugin.so"):
+    with refused(BackendError, "device", "plugin.so"):
         open_backend("onnxruntime-rtx", exported, BackendOptions())
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(BackendError, match="streams must be at least 1, got 0"):
+    with refused(BackendError, "streams", 1, 0):
         BackendOptions(streams=0)
-    with pytest.raises(BackendError, match="threads must be at least 1, got 0"):
+    with refused(BackendError, "threads", 1, 0):
         BackendOptions(threads=0)
 
 
