@@ -39,6 +39,7 @@ from mmvision_export.graph.passes import retype
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.runtime.backends.cuda import current_compute_capability
 from tests.support.configs import HEAD_DIM_48, HEAD_DIM_64, HEAD_DIM_80, copy_of
+from tests.support.errors import refused
 from tests.support.notes import Notes
 
 PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
@@ -126,11 +127,9 @@ def test_bf16_engine(tmp_path: Path) -> None:
     )
     _, record = build(tmp_path / "m", compute_capabilities=["8.6", "12.0"])
     assert record.precision == "bf16"
-    with pytest.raises(EngineError, match=r"does not build bf16 engines for 7\.5"):
+    with refused(EngineError, "bf16", "7.5"):
         build(tmp_path / "m", compute_capabilities=["7.5"])
-    with pytest.raises(
-        EngineError, match="is a bf16 model, from which no fp16 engine can be built"
-    ):
+    with refused(EngineError, "bf16", "fp16"):
         build(tmp_path / "m", precision="fp16")
 
 
@@ -163,7 +162,7 @@ def test_a_wrong_derived_graph_is_not_kept(
         value.const_value = ir.tensor(value.const_value.numpy() * 2)
 
     monkeypatch.setattr("mmvision_export.engine.float16.retype", wrong)
-    with pytest.raises(ExportError, match="does not match model.onnx for two sizes"):
+    with refused(ExportError, "model.fp16.onnx", "model.onnx", "two sizes"):
         derive_fp16(directory, Manifest.read(directory))
     assert sorted(p.name for p in directory.iterdir()) == sorted(p.name for p in exported.iterdir())
     assert "model.fp16.onnx" not in Manifest.read(directory).files
@@ -174,9 +173,7 @@ def test_checking_without_onnxruntime_says_what_to_do(
 ) -> None:
     directory = copy_of(exported, tmp_path / "m")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(
-        BackendError, match="cannot be compared: ONNX Runtime is not installed"
-    ) as caught:
+    with refused(BackendError, "model.fp16.onnx", "ONNX Runtime") as caught:
         derive_fp16(directory, Manifest.read(directory))
     assert "--no-check" in str(caught.value.hint)
     derive_fp16(directory, Manifest.read(directory), check=False)
@@ -201,18 +198,18 @@ def test_bad_profiles(changes: dict[str, int], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"compute_capabilities": ["9.0"]}, r"does not build fp32 engines for 9\.0, only for"),
-        ({"compute_capabilities": ["ada"]}, "not a compute capability: 'ada'"),
-        ({"precision": "bf16"}, "is a fp32 model, from which no bf16 engine can be built"),
+        ({"compute_capabilities": ["9.0"]}, ["fp32", "9.0"]),
+        ({"compute_capabilities": ["ada"]}, ["compute capability", "'ada'"]),
+        ({"precision": "bf16"}, ["fp32", "bf16"]),
     ],
 )
 def test_requests_that_cannot_be_met(
-    directory: Path, options: dict[str, Any], message: str
+    directory: Path, options: dict[str, Any], facts: list[str]
 ) -> None:
     before = sorted(directory.rglob("*"))
-    with pytest.raises(EngineError, match=message):
+    with refused(EngineError, *facts):
         build(directory, **options)
     assert sorted(directory.rglob("*")) == before
 
@@ -230,8 +227,8 @@ def test_classic_tensorrt_is_not_installed_here(directory: Path) -> None:
 
 
 def test_an_existing_engine_is_kept(directory: Path) -> None:
-    build(directory, compute_capabilities=["8.9"])
-    with pytest.raises(OutputError, match="already exists"):
+    engine, _ = build(directory, compute_capabilities=["8.9"])
+    with refused(OutputError, engine):
         build(directory, compute_capabilities=["8.9"], force=False)
 
 
@@ -240,7 +237,7 @@ def test_damaged_weights_are_not_built_from(exported: Path, tmp_path: Path) -> N
     data = directory / "model.onnx.data"
     data.write_bytes(data.read_bytes()[:-1] + b"x")
     for precision in ("fp32", "fp16"):
-        with pytest.raises(ManifestError, match="sha256"):
+        with refused(ManifestError, directory / "model.onnx.data", "sha256"):
             build(directory, compute_capabilities=["8.9"], precision=precision)
     assert not list(directory.glob("plans"))
     assert not list(directory.glob("model.fp16*"))
@@ -250,9 +247,7 @@ def test_a_graph_that_failed_its_comparison_is_not_built(exported: Path, tmp_pat
     directory = copy_of(exported, tmp_path / "m")
     Manifest.read(directory).update(directory, parity={"model.onnx": {"passed": False}})
     for precision in ("fp32", "fp16"):  # neither from it nor from what is derived from it
-        with pytest.raises(
-            EngineError, match=r"model\.onnx did not pass its comparison with PyTorch"
-        ):
+        with refused(EngineError, "model.onnx", "PyTorch"):
             build(directory, compute_capabilities=["8.9"], precision=precision)
     build(directory, compute_capabilities=["8.9"], check=False)
 
@@ -365,15 +360,15 @@ def test_an_engine_with_plugins_brings_its_library(
     assert copy.read_bytes() == b"a library"
     assert copy.name == f"libmmvision_plugins-{record.library.sha256[:12]}.so"
     copy.write_bytes(b"b library")
-    with pytest.raises(ManifestError, match="has sha256 .*the sidecar of .* says"):
+    with refused(ManifestError, copy, "sha256", "sidecar"):
         read.plugin_library.verify(engine)
     copy.unlink()
-    with pytest.raises(ManifestError, match=r"needs the plugin library .*\.so, which is missing"):
+    with refused(ManifestError, copy.name):
         read.plugin_library.verify(engine)
 
 
 def test_packed_attention_is_refused_by_a_builder_without_a_kernel(directory: Path) -> None:
     """TensorRT-RTX 1.7 parses the graph and has no packed kernel; another may, so it is asked."""
-    with pytest.raises(EngineError, match="attention|Attention|ATTENTION"):
+    with pytest.raises(EngineError, match="(?i)attention"):  # TensorRT's own words
         build(directory, precision="fp16", compute_capabilities=["8.9"], attention="packed")
     assert not list((directory / "plans").glob("*.partial"))

@@ -167,7 +167,7 @@ def test_metrics_by_hand() -> None:
     assert bad.non_finite == 2
     assert np.isnan(bad.relative_l2)
     assert metrics(reference, np.array([[np.nan, 4.0], [1.0, 0.0]])).non_finite == 1
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match=r"\(1, 2\).*\(2, 2\)"):
         metrics(reference[:1], reference)
 
 
