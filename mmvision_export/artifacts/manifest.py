@@ -128,6 +128,7 @@ class Manifest:
             raise ManifestError(
                 f"{directory}: no such model directory",
                 hint="make one with: mmvision export --onnx",
+                reason="missing",
             )
         return read_record(
             cls,

@@ -223,24 +223,30 @@ def parity(
     if image and pixel_values:
         raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
 
+    from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.cli.parity_output import print_parity, samples_from_options
     from mmvision_export.models.weights import WeightSource
-    from mmvision_export.parity.check import check_parity, record_parity
+    from mmvision_export.parity.check import check_parity, directory_from_path
     from mmvision_export.parity.report.page import (
         checked_report_path,
         record_from_parity,
         write_report,
     )
+    from mmvision_export.parity.result import record_parity
 
     path = the_model(model)
     if report is not None:
         checked_report_path(report, force=force)
+    directory = directory_from_path(path)
+    manifest = Manifest.read(directory)
     samples = samples_from_options(
-        path, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
+        directory, manifest.config, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
     )
     source = WeightSource(checkpoint=checkpoint) if checkpoint else None
     with progress_display() as progress:
-        result = check_parity(path, source=source, samples=samples, progress=progress)
+        result = check_parity(
+            path, manifest=manifest, source=source, samples=samples, progress=progress
+        )
     if as_json:
         print(json.dumps(record_from_parity(result), indent=2))
     else:

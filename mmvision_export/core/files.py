@@ -99,7 +99,9 @@ def refuse_existing(path: Path, *, marker: str, force: bool) -> None:
         return
     if not force:
         raise OutputError(
-            f"{path} already exists", hint="choose another --output, or replace it with --force"
+            f"{path} already exists",
+            hint="choose another --output, or replace it with --force",
+            reason="exists",
         )
     if not (path / marker).is_file():
         raise OutputError(
@@ -126,6 +128,7 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
             raise OutputError(
                 f"{parent}: no space left while writing {name}",
                 hint="free some space; nothing was kept",
+                reason="no space",
             ) from error
         raise OutputError(f"{parent}: cannot write {name}: {error.strerror}") from error
     finally:
@@ -163,7 +166,9 @@ class FileRecord:
         """
         if not path.is_file():
             raise ManifestError(
-                f"{path} is missing", hint="copy the whole model directory, or make it again"
+                f"{path} is missing",
+                hint="copy the whole model directory, or make it again",
+                reason="missing",
             )
         if (size := path.stat().st_size) != self.size_bytes:
             raise ManifestError(
@@ -213,9 +218,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(f"{path} is missing", hint="is this a model directory?") from None
+        raise ManifestError(
+            f"{path} is missing", hint="is this a model directory?", reason="missing"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: not readable as JSON: {error}") from error
+        raise ManifestError(
+            f"{path}: not readable as JSON: {error}", reason="unreadable"
+        ) from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -245,7 +254,7 @@ def array_from_file(path: Path) -> npt.NDArray[Any]:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file", reason="missing") from None
     except (
         Exception
     ) as error:  # NumPy's header parser raises whatever Python's tokenizer and zipfile do

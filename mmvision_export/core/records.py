@@ -54,7 +54,7 @@ def read_record(
     try:
         return record_from_json(cls, upgraded(form, content))
     except MmvisionError as error:
-        raise ManifestError(f"{path}: malformed: {error}", hint=hint) from error
+        raise ManifestError(f"{path}: malformed: {error}", hint=hint, reason="malformed") from error
 
 
 def record_from_json(cls: type[_Record], content: Any, *, name: str = "the record") -> _Record:

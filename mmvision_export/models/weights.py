@@ -128,6 +128,7 @@ class WeightSource:
             if folder.exists() or not is_hub_id(self.checkpoint):
                 raise CheckpointError(
                     f"{self.checkpoint}: no such checkpoint folder",
+                    reason="missing",
                     hint="name a folder or a hub id (organisation/model) with --checkpoint, "
                     "or try without weights: --preset tiny --random-weights",
                 )

@@ -24,6 +24,7 @@ from mmvision_export.engine.attention import (
     lowered_model,
 )
 from tests.support.configs import HEAD_DIM_48, HEAD_DIM_80
+from tests.support.errors import refused
 
 
 class Notes(Progress):
@@ -102,27 +103,26 @@ def test_plugins_where_they_can_be(way: str, library: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "facts"),
     [
         (
             {"backend": "tensorrt-rtx", "version": "1.7.1.116"},
-            EngineError,
-            "TensorRT-RTX takes none",
+            ["TensorRT-RTX"],
         ),
-        ({"precision": "fp32"}, EngineError, "for fp16 and bf16, not for fp32"),
-        ({"config": HEAD_DIM_48}, EngineError, "kernels for head_dim 64, 80, this encoder's is 48"),
+        ({"precision": "fp32"}, ["fp16", "bf16", "fp32"]),
+        ({"config": HEAD_DIM_48}, ["head_dim", "64, 80", 48]),
         (
             {"compute_capabilities": (ComputeCapability(7, 5),)},
             EngineError,
             r"from compute capability 8\.0 on, not 7\.5",
         ),
-        ({"version": "11.0.0.1"}, EngineError, r"compiled for TensorRT 10\.3, this is 11\.0\.0\.1"),
+        ({"version": "11.0.0.1"}, ["TensorRT", "10.3", "11.0.0.1"]),
     ],
 )
 def test_where_they_cannot_plugin_says_why_and_auto_goes_native(
-    changes: dict[str, Any], error: type[Exception], message: str, library: Path
+    changes: dict[str, Any], facts: list[object], library: Path
 ) -> None:
-    with pytest.raises(error, match=message):
+    with refused(EngineError, *facts):
         choose("plugin", library, **changes)
     notes = Notes()
     chosen = choose("auto", library, notes, **changes)
@@ -133,7 +133,7 @@ def test_where_they_cannot_plugin_says_why_and_auto_goes_native(
 
 
 def test_without_a_library_plugin_says_how_to_get_one_and_auto_goes_native() -> None:
-    with pytest.raises(ManifestError, match=r"none\.so: no such plugin library") as caught:
+    with refused(ManifestError, "none.so") as caught:
         choose("plugin", Path("none.so"))
     assert "mmvision build-plugins" in str(caught.value.hint)
     notes = Notes()

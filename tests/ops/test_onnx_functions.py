@@ -153,23 +153,21 @@ def test_definitions_can_be_looked_up_by_a_plugin_registry(op: OpDefinition, bod
 
 
 def test_bodies_refuse_an_opset_that_is_too_low() -> None:
-    with pytest.raises(ExportError) as refused:
+    with pytest.raises(ExportError) as caught:
         VARLEN_ATTENTION.function("attention", 22)
-    assert all(
-        fact in str(refused.value) for fact in ("VarlenAttention", "'attention'", "23", "22")
-    )
-    assert "'matmul'" in str(refused.value.hint)
-    with pytest.raises(ExportError) as refused:
+    assert all(fact in str(caught.value) for fact in ("VarlenAttention", "'attention'", "23", "22"))
+    assert "'matmul'" in str(caught.value.hint)
+    with pytest.raises(ExportError) as caught:
         VARLEN_ATTENTION.function("matmul", 17)
-    assert all(fact in str(refused.value) for fact in ("'matmul'", "18", "17"))
-    assert refused.value.hint is None
+    assert all(fact in str(caught.value) for fact in ("'matmul'", "18", "17"))
+    assert caught.value.hint is None
 
 
 def test_an_unknown_body_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ExportError) as refused:
+    with pytest.raises(ExportError) as caught:
         VARLEN_ATTENTION.function("flash", 23)
-    assert "'flash'" in str(refused.value)
-    assert all(body in str(refused.value.hint) for body in VARLEN_ATTENTION.bodies)
+    assert "'flash'" in str(caught.value)
+    assert all(body in str(caught.value.hint) for body in VARLEN_ATTENTION.bodies)
 
 
 @pytest.mark.parametrize(("opset", "body"), [(18, "matmul"), (22, "matmul"), (23, "attention")])

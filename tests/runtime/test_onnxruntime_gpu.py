@@ -12,6 +12,7 @@ import pytest
 from mmvision_export.core.errors import BackendError
 from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.onnxruntime import create_session
+from tests.support.errors import refused
 
 NAME = "NvTensorRTRTXExecutionProvider"
 
@@ -71,7 +72,7 @@ def test_a_provider_that_does_not_start_is_an_error(
         "InferenceSession",
         lambda p, o, providers: whole(p, o, providers=["CPUExecutionProvider"]),
     )
-    with pytest.raises(BackendError, match="could not start CUDAExecutionProvider on device 0"):
+    with refused(BackendError, "CUDAExecutionProvider", "device 0"):
         create_session(exported / "model.onnx", provider="CUDAExecutionProvider")
 
 
@@ -131,9 +132,9 @@ def test_the_rtx_plugin_without_a_gpu(exported: Path, monkeypatch: pytest.Monkey
 
 
 def test_options_out_of_range() -> None:
-    with pytest.raises(BackendError, match="streams must be at least 1, got 0"):
+    with refused(BackendError, "streams", 1, 0):
         BackendOptions(streams=0)
-    with pytest.raises(BackendError, match="threads must be at least 1, got 0"):
+    with refused(BackendError, "threads", 1, 0):
         BackendOptions(threads=0)
 
 

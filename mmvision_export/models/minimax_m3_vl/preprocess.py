@@ -234,13 +234,15 @@ def image_from_file(path: Path) -> Image.Image:
                 image.load()
                 return rgb_from_image(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file", reason="missing") from None
     except InputError as error:
         raise InputError(f"{path}: {error}", hint=error.hint) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not an image in a format Pillow reads") from error
+        raise InputError(
+            f"{path}: not an image in a format Pillow reads", reason="unreadable"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image: {error}") from error
+        raise InputError(f"{path}: not a readable image: {error}", reason="unreadable") from error
 
 
 def rgb_from_image(image: Image.Image) -> Image.Image:
@@ -361,5 +363,5 @@ def batch_from_images(
             name = f"image {index}" if names is None else names[index]
             raise InputError(f"{name}: {error}", hint=getattr(error, "hint", None)) from error
     if not pieces:
-        raise InputError("no images were given")
+        raise InputError("no images were given", reason="missing")
     return PackedBatch.of_images(pieces, config.merge_size**2)

@@ -165,11 +165,13 @@ def _opened(path: Path) -> Any:
             f"PyAV is not installed: {error}", hint="pip install '.[video]'"
         ) from error
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file", reason="missing")
     try:
         container = av.open(str(path))
     except (av.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: not a video in a format PyAV reads: {error}") from error
+        raise InputError(
+            f"{path}: not a video in a format PyAV reads: {error}", reason="unreadable"
+        ) from error
     if not container.streams.video:
         container.close()
         raise InputError(f"{path}: has no video stream")
