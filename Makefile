@@ -48,8 +48,7 @@ demo: setup
 bench: setup
 	$(BIN)/mmvision export --onnx --preset shallow --random-weights --seed 0 --output engines/bench --force
 	$(BIN)/mmvision quantize --cpu-int8 --model engines/bench
-	$(BIN)/mmvision build-plugins --cpu --force || { test "`uname -m`" != x86_64 && echo "skipped: there are none for `uname -m`"; }
-	$(BIN)/mmvision benchmark --model engines/bench --backend onnxruntime-cpu --backend onnxruntime-cpu:plain \
+	$(BIN)/mmvision benchmark --model engines/bench --backend onnxruntime-cpu \
 		--precision fp32,int8 --against transformers-eager,transformers-sdpa,nemo,torch-compile \
 		--output .bench --page docs/benchmarks.md
 

@@ -40,9 +40,9 @@ from mmvision_export.parity.samples import Sample, samples_from_grids
 from mmvision_export.parity.sessions import session_from_model
 from mmvision_export.parity.stages import GraphFacts, facts_of_graph
 from mmvision_export.runtime.backends import BackendOptions, open_backend
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
 from mmvision_export.runtime.backends.cuda import current_compute_capability
 from mmvision_export.runtime.backends.onnxruntime import create_session
+from mmvision_export.runtime.backends.onnxruntime_amx import verified_library
 
 __all__ = ["ParityResult", "ParityRow", "check_parity", "record_parity"]
 
@@ -130,6 +130,7 @@ def check_parity(
     *,
     source: WeightSource | None = None,
     samples: Sequence[Sample] = (),
+    kernel_library: Path | None = None,
     progress: Progress | None = None,
 ) -> ParityResult:
     """Compare graphs and engines with PyTorch in float64.
@@ -139,13 +140,14 @@ def check_parity(
             in a model directory's `plans/`.
         source: Where to load the weights from; the manifest's own source if None.
         samples: Batches to compare on; if there are none, random pixels in grids that have been trouble before.
+        kernel_library: Compare `model.cpu.onnx` as `onnxruntime-amx` runs it with this library too.
         progress: Told about each step.
 
     Raises:
         ManifestError: The model directory is not one, or damaged.
         CheckpointError: The weights cannot be loaded again, or are not those that were exported.
         ParityError: Nothing can be compared on this machine.
-        BackendError: ONNX Runtime is not installed, or the engine does not run here.
+        BackendError: ONNX Runtime is not installed, or the engine or the library does not run here.
     """
     progress = progress or Progress()
     directory = model_directory_of(path)
@@ -155,6 +157,10 @@ def check_parity(
             hint="name the model directory, or put the engine back into it",
         )
     manifest = Manifest.read(directory)
+    if kernel_library is not None:
+        verified_library(kernel_library)
+        if path.is_file() or CPU_GRAPH not in manifest.files:
+            raise ParityError(f"{path} has no {CPU_GRAPH} to run with {kernel_library}")
     config = manifest.config
     weights = source or WeightSource.from_manifest(manifest.source, config)
     samples = list(samples) or samples_from_grids(config)
@@ -167,7 +173,7 @@ def check_parity(
     def reference() -> VisionEncoderModule:
         return Float64Encoder(load("fp32"))
 
-    graphs, candidates = _candidates(path, directory, manifest, progress)
+    graphs, candidates = _candidates(path, directory, manifest, kernel_library, progress)
     float_types = sorted({candidate.float_type for candidate in candidates}, reverse=True)
     eager = {float_type: (lambda t=float_type: load(t)) for float_type in float_types}
     beside = [
@@ -205,7 +211,11 @@ def check_parity(
 
 
 def _candidates(
-    path: Path, directory: Path, manifest: Manifest, progress: Progress
+    path: Path,
+    directory: Path,
+    manifest: Manifest,
+    kernel_library: Path | None,
+    progress: Progress,
 ) -> tuple[dict[str, tuple[Path, GraphFacts]], list[Candidate]]:
     """The graphs to look into layer by layer, and all there is to compare."""
     names = [name for name in manifest.files if name.endswith(".onnx")]
@@ -230,9 +240,9 @@ def _candidates(
         else:
             runner = OnnxrtRunner(_session_loader(directory / name), name=name)
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-            if name == CPU_GRAPH and (kernels := find_cpu_kernels(directory)[0]):
+            if name == CPU_GRAPH and kernel_library is not None:
                 runner = OnnxrtRunner(
-                    _session_loader(directory / name, kernels), name=f"{name} (AMX kernels)"
+                    _session_loader(directory / name, kernel_library), name=f"{name} (AMX kernels)"
                 )
                 candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
         if facts.float_type != "fp32":
@@ -246,8 +256,8 @@ def _candidates(
     return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
 
 
-def _session_loader(graph: Path, kernels: Path | None = None) -> Callable[[], Any]:
-    return lambda: create_session(graph, provider="CPUExecutionProvider", kernels=kernels)
+def _session_loader(graph: Path, operators: Path | None = None) -> Callable[[], Any]:
+    return lambda: create_session(graph, provider="CPUExecutionProvider", operators=operators)
 
 
 def _engine_candidate(engine: Path, record: EngineRecord, directory: Path) -> Candidate:

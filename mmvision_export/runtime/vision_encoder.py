@@ -65,7 +65,7 @@ class VisionEncoder:
         kernels: str | None = None,
         runtime_cache: str | Path | None = None,
         flavour: str | None = None,
-        cpu_kernels: bool = True,
+        kernel_library: str | Path | None = None,
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
@@ -83,7 +83,8 @@ class VisionEncoder:
             runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default beside the
                 engine, and a folder for `onnxruntime-rtx`.
             flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; the best exact one if None.
-            cpu_kernels: Whether `onnxruntime-cpu` uses kernels of `mmvision build-plugins --cpu`, where there are any.
+            kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built; by
+                default the one in the model directory's own `plugins/`. Executable content too.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
@@ -99,7 +100,7 @@ class VisionEncoder:
             kernels=kernels,
             runtime_cache=None if runtime_cache is None else Path(runtime_cache),
             flavour=flavour,
-            cpu_kernels=cpu_kernels,
+            kernel_library=None if kernel_library is None else Path(kernel_library),
         )
         opened = open_backend(backend, path, options)
         try:

@@ -1,5 +1,5 @@
-// The operators of domain mmvision for ONNX Runtime's CPU provider. Where the CPU has no AMX, nothing is registered, and ONNX
-// Runtime runs the functions that the graph defines these operators by.
+// The operators of domain mmvision for ONNX Runtime's CPU provider. Where the CPU has no AMX they are refused, rather than left
+// out in silence: ONNX Runtime would run the functions that the graph defines them by.
 #include <sched.h>
 
 #include <algorithm>
@@ -287,8 +287,11 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                                                                                const OrtApiBase* base) {
     using namespace mmvision::cpu;
     OrtApi* api = base->GetApi(ort::kApiVersion);
-    if (api == nullptr || !amx_allowed()) {
-        return nullptr;
+    if (api == nullptr) {
+        return ort::kCreateStatus(base->GetApi(1), ort::kFail, "the AMX kernels need ONNX Runtime 1.17 or later");
+    }
+    if (!amx_allowed()) {
+        return ort::kCreateStatus(api, ort::kFail, "this CPU has no AMX, or the system does not let this process use it");
     }
     // ONNX Runtime keeps pointers to these for as long as any session lives.
     static const CustomOp<Linear<Activation::kNone>> linear_op;
@@ -302,9 +305,4 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
         check(ort::kCustomOpDomainAdd(api, domain, &attention_op));
         check(ort::kAddCustomOpDomain(api, options, domain));
     });
-}
-
-// 1 if the kernels run on this CPU: it has AMX for bfloat16, and the system allows it.
-extern "C" __attribute__((visibility("default"))) int mmvision_cpu_supported() {
-    return mmvision::cpu::amx_allowed() ? 1 : 0;
 }

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `tensorrt`, `tensorrt-rtx` | TensorRT | an engine, or the one in a model directory that fits this GPU |
 | `onnxruntime-rtx`, `onnxruntime-tensorrt`, `onnxruntime-cuda`, `onnxruntime-cpu` | ONNX Runtime | a model directory |
+| `onnxruntime-amx` | the same with operators of ours | a model directory with a float32 graph |
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.runtime.backends.device_array import DeviceArray
 
-__all__ = ["BACKENDS", "Backend", "BackendName", "BackendOptions", "DeviceBackend", "open_backend"]
+__all__ = [
+    "AUTO_BACKENDS",
+    "BACKENDS",
+    "Backend",
+    "BackendName",
+    "BackendOptions",
+    "DeviceBackend",
+    "open_backend",
+]
 
 BackendName = Literal[
     "tensorrt",
@@ -30,10 +39,15 @@ BackendName = Literal[
     "onnxruntime-tensorrt",
     "onnxruntime-cuda",
     "onnxruntime-cpu",
+    "onnxruntime-amx",
 ]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 """Fastest first: engines built ahead, then what builds them when it opens the graph, then kernel by kernel, then the
-CPU. `auto` takes the first that works."""
+CPU."""
+
+AUTO_BACKENDS: tuple[BackendName, ...] = BACKENDS[: BACKENDS.index("onnxruntime-cpu") + 1]
+"""Of these `auto` takes the first that works. The rest are used only where they are named:
+`onnxruntime-amx` runs a library that anybody may have put into the model directory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +62,9 @@ class BackendOptions:
         cuda_graphs: Whether a TensorRT engine with buckets is run by CUDA graphs.
         kernels: TensorRT-RTX's kernel strategy (`lazy`, `eager` or `none`), or None to choose.
         runtime_cache: TensorRT-RTX's file of compiled kernels, or None for one beside the engine.
-        flavour: Which graph of a model directory the CPU backend runs, as `cpu-int8`; its best exact one if None.
-        cpu_kernels: Whether the CPU backend uses the kernels of `mmvision build-plugins --cpu`, where there are any.
+        flavour: Which graph of a model directory a CPU backend runs, as `cpu-int8`; its best exact
+            one if None.
+        kernel_library: `libmmvision_amx.so` for `onnxruntime-amx`; the model directory's own if None.
 
     Raises:
         BackendError: A number is out of range.
@@ -62,7 +77,7 @@ class BackendOptions:
     kernels: Any = None
     runtime_cache: Path | None = None
     flavour: str | None = None
-    cpu_kernels: bool = True
+    kernel_library: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams"):
@@ -142,8 +157,8 @@ def open_backend(name: str, path: Path, options: BackendOptions) -> Backend:
     """Load a model directory or an engine file into a runtime.
 
     Args:
-        name: A backend, or `auto` for the first of `BACKENDS` that works. What was passed over, and why, is in
-            `info["passed_over"]`.
+        name: A backend, or `auto` for the first of `AUTO_BACKENDS` that works. What was passed
+            over, and why, is in `info["passed_over"]`.
         path: A model directory, or an `.engine` file.
         options: How.
 
@@ -155,8 +170,12 @@ def open_backend(name: str, path: Path, options: BackendOptions) -> Backend:
         raise BackendError(
             f"{path} is neither a model directory nor an .engine", hint="name the model directory"
         )
-    if options.flavour is not None and name != "onnxruntime-cpu":
+    if options.flavour is not None and name not in ("onnxruntime-cpu", "onnxruntime-amx"):
         raise BackendError(f"{name} takes no flavour", hint="choose --backend onnxruntime-cpu")
+    if options.kernel_library is not None and name != "onnxruntime-amx":
+        raise BackendError(
+            f"{name} takes no kernel library", hint="choose --backend onnxruntime-amx"
+        )
     if name == "auto":
         return _open_best(path, options)
     if name not in BACKENDS:
@@ -170,18 +189,19 @@ def open_backend(name: str, path: Path, options: BackendOptions) -> Backend:
     if path.is_file():
         raise BackendError(f"{name} runs model directories, {path} is a file")
     from mmvision_export.runtime.backends.onnxruntime import CpuBackend
+    from mmvision_export.runtime.backends.onnxruntime_amx import AmxBackend
     from mmvision_export.runtime.backends.onnxruntime_gpu import (
         CudaBackend,
         RtxBackend,
         TensorRTProviderBackend,
     )
 
-    classes = (CpuBackend, CudaBackend, TensorRTProviderBackend, RtxBackend)
+    classes = (CpuBackend, AmxBackend, CudaBackend, TensorRTProviderBackend, RtxBackend)
     return {cls.name: cls for cls in classes}[name](path, options)
 
 
 def _open_best(path: Path, options: BackendOptions) -> Backend:
-    order = [name for name in BACKENDS if name.startswith("tensorrt") or not path.is_file()]
+    order = [name for name in AUTO_BACKENDS if name.startswith("tensorrt") or not path.is_file()]
     passed_over: dict[str, str] = {}
     for name in order:
         try:

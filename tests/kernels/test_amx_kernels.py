@@ -1,4 +1,4 @@
-"""The kernels for CPUs with AMX: each against float64 through ONNX Runtime, the whole graph, and how they are found."""
+"""The kernels for CPUs with AMX: each against float64, the whole graph, and the build."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,22 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmvision_export import VisionEncoder
-from mmvision_export.cli.examination import examine
-from mmvision_export.core.errors import BackendError, ManifestError, OutputError, PluginError
-from mmvision_export.export.onnx_export import export_model_directory
-from mmvision_export.kernels.cpu import build_cpu_kernels
+from mmvision_export.core.errors import BackendError, OutputError, PluginError
+from mmvision_export.kernels.amx import build_amx_library
 from mmvision_export.kernels.kernels import plugins_root
 from mmvision_export.models.minimax_m3_vl import reference
 from mmvision_export.models.random_weights import random_state_dict
-from mmvision_export.models.weights import WeightSource
-from mmvision_export.parity.check import check_parity
-from mmvision_export.runtime.backends.cpu_kernels import CPU_LIBRARY, find_cpu_kernels, has_amx
 from mmvision_export.runtime.backends.onnxruntime import create_session
+from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY, cpu_has_amx
 from tests.support.configs import HEAD_DIM_80, arrays, batch, grids, relative_l2
 from tests.support.tools import once, tool
 
-X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the CPU kernels are for x86-64")
-AMX = pytest.mark.skipif(not has_amx(), reason="this CPU has no AMX: the kernels cannot run")
+X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the AMX kernels are for x86-64")
+AMX = pytest.mark.skipif(not cpu_has_amx(), reason="this CPU has no AMX: the kernels cannot run")
 
 UNIT = 2.0**-24
 SPLIT = (
@@ -52,39 +47,27 @@ ATTENTION = """g (float[n, h, d] q, float[n, h, d] k, float[n, h, d] v, int32[s]
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if platform.machine() != "x86_64":
-        pytest.skip("the CPU kernels are for x86-64")
+        pytest.skip("the AMX kernels are for x86-64")
     tool("cmake", "cmake")
     tool("g++", "g++")
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cpu-kernels"
-    return once(root, lambda new: build_cpu_kernels(output=new)) / CPU_LIBRARY
-
-
-@pytest.fixture
-def beside(library: Path, exported: Path, tmp_path: Path) -> Path:
-    """A model directory with the library in a folder beside it, as `mmvision build-plugins --cpu` puts it."""
-    shutil.copytree(exported, tmp_path / "model")
-    shutil.copytree(library.parent, tmp_path / "plugins" / "x86_64")
-    return tmp_path / "model"
+    root = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "amx-kernels"
+    return once(root, lambda new: build_amx_library(output=new)) / AMX_LIBRARY
 
 
 @pytest.fixture(scope="session")
-def run_op(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.ndarray]:
+def run_op(library: Path) -> Callable[..., np.ndarray]:
     """Runs a graph of one operator, which has no definition here but the kernel."""
-    root = tmp_path_factory.mktemp("op")
-    shutil.copytree(library.parent, root / "plugins" / "x86_64")
-    kernels, _ = find_cpu_kernels(root)
     sessions: dict[str, Any] = {}
 
     def run(graph: str, *inputs: np.ndarray) -> np.ndarray:
-        assert kernels is not None
         if graph not in sessions:
             model = onnx.parser.parse_model(
                 f'<ir_version: 10, opset_import: ["": 18, "mmvision": 1]> {graph}'
             )
             content = model.SerializeToString()
             sessions[graph] = create_session(
-                content, provider="CPUExecutionProvider", kernels=kernels
+                content, provider="CPUExecutionProvider", operators=library
             )
         names = [value.name for value in sessions[graph].get_inputs()]
         (out,) = sessions[graph].run(None, dict(zip(names, inputs, strict=True)))
@@ -271,90 +254,8 @@ def float64_state() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def run_graph_with_kernels(
-    library: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory
-) -> VisionEncoder:
-    root = tmp_path_factory.mktemp("beside")
-    shutil.copytree(exported, root / "model")
-    shutil.copytree(library.parent, root / "model" / "plugins" / "x86_64")
-    encoder = VisionEncoder.open(root / "model", backend="onnxruntime-cpu")
-    assert encoder.info["cpu_kernels"].endswith(CPU_LIBRARY)
-    return encoder
-
-
-@AMX
-def test_they_are_used_unless_told_not_to(beside: Path) -> None:
-    pixels, rows = batch([(1, 4, 6), (1, 2, 2)], HEAD_DIM_80)
-    with VisionEncoder.open(beside, backend="onnxruntime-cpu") as encoder:
-        ours = encoder(pixels, rows)
-        assert encoder.info["cpu_kernels"] == str(
-            beside.parent / "plugins" / "x86_64" / CPU_LIBRARY
-        )
-    with VisionEncoder.open(beside, backend="onnxruntime-cpu", cpu_kernels=False) as encoder:
-        plain = encoder(pixels, rows)
-        assert encoder.info["cpu_kernels"] == "no: left out"
-    assert 0 < relative_l2(ours, plain) <= 2e-6
-
-
-@AMX
-def test_parity_judges_them_too(beside: Path) -> None:
-    result = check_parity(beside)
-    runners = {row.runner for row in result.rows if row.subject == "model.cpu.onnx"}
-    assert runners == {"model.cpu.onnx", "model.cpu.onnx (AMX kernels)"}
-    assert result.passed
-
-
-@X86
-def test_without_amx_the_graph_defines_its_operators(
-    beside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "mmvision_export.runtime.backends.cpu_kernels._runs_here", lambda library: False
-    )
-    with VisionEncoder.open(beside, backend="onnxruntime-cpu") as encoder:
-        assert encoder.info["cpu_kernels"] == "no: this CPU has no AMX"
-        assert np.isfinite(encoder(*batch([(1, 2, 2)], HEAD_DIM_80))).all()
-
-
-@AMX
-def test_a_float16_model_runs_beside_them(beside: Path) -> None:
-    """Its operators have the kernels' names and another type."""
-    export_model_directory(
-        WeightSource(random_config=HEAD_DIM_80, seed=1), beside.parent / "half", precision="fp16"
-    )
-    with VisionEncoder.open(beside.parent / "half", backend="onnxruntime-cpu") as encoder:
-        assert (
-            encoder.info["cpu_kernels"]
-            == "no: they are for model.cpu.onnx and what is made from it"
-        )
-        assert np.isfinite(encoder(*batch([(1, 2, 2)], HEAD_DIM_80))).all()
-
-
-@X86
-def test_a_damaged_library_is_not_loaded(beside: Path) -> None:
-    library = beside.parent / "plugins" / "x86_64" / CPU_LIBRARY
-    content = bytearray(library.read_bytes())
-    content[1000] ^= 1
-    library.write_bytes(bytes(content))
-    with pytest.raises(ManifestError, match=f"{CPU_LIBRARY}.*record"):
-        VisionEncoder.open(beside, backend="onnxruntime-cpu")
-    library.with_suffix(".json").unlink()
-    with pytest.raises(ManifestError, match="no such CPU kernel library"):
-        VisionEncoder.open(beside, backend="onnxruntime-cpu")
-
-
-@X86
-def test_something_else_of_that_name_is_refused(beside: Path) -> None:
-    library = beside.parent / "plugins" / "x86_64" / CPU_LIBRARY
-    from mmvision_export.artifacts.library_record import LibraryRecord
-    from mmvision_export.core.files import file_record
-
-    library.write_bytes(b"no library")
-    LibraryRecord(library=file_record(library), machine="x86_64", versions={}).write(
-        library.with_suffix(".json")
-    )
-    with pytest.raises(BackendError, match="cannot be loaded"):
-        VisionEncoder.open(beside, backend="onnxruntime-cpu")
+def run_graph_with_kernels(library: Path, exported: Path) -> VisionEncoder:
+    return VisionEncoder.open(exported, backend="onnxruntime-amx", kernel_library=library)
 
 
 @X86
@@ -362,25 +263,38 @@ def test_building(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     record = json.loads(library.with_suffix(".json").read_text())
     assert record["machine"] == "x86_64"
     assert record["versions"]["compiler"]
-    with pytest.raises(OutputError, match="already exists"):
-        build_cpu_kernels(output=library.parent)
-    monkeypatch.setattr("mmvision_export.kernels.cpu._MACHINE", "riscv64")
-    with pytest.raises(
-        PluginError, match="the CPU kernels are for riscv64, this machine is x86_64"
-    ):
-        build_cpu_kernels(output=tmp_path)
+    with pytest.raises(OutputError) as exists:
+        build_amx_library(output=library.parent)
+    assert str(library) in str(exists.value)
+    monkeypatch.setattr("mmvision_export.kernels.amx._MACHINE", "riscv64")
+    with pytest.raises(PluginError) as foreign:
+        build_amx_library(output=tmp_path)
+    assert "riscv64" in str(foreign.value)
+    assert "x86_64" in str(foreign.value)
     assert not list(tmp_path.iterdir())
 
 
 @X86
-def test_only_its_two_entry_points_are_visible(library: Path) -> None:
+@pytest.mark.skipif(cpu_has_amx(), reason="this CPU has AMX")
+def test_the_library_itself_refuses_a_cpu_without_amx(library: Path, exported: Path) -> None:
+    """Rather than leave the graph to its definitions, which would be slow and look right."""
+    with pytest.raises(BackendError) as refused:
+        create_session(
+            exported / "model.cpu.onnx", provider="CPUExecutionProvider", operators=library
+        )
+    assert str(library) in str(refused.value)
+    assert "this CPU has no AMX" in str(refused.value)
+
+
+@X86
+def test_only_its_entry_point_is_visible(library: Path) -> None:
     shown = subprocess.run(
         [tool("nm", "binutils"), "-D", "--defined-only", str(library)],
         capture_output=True,
         text=True,
     )
     names = {line.split()[-1] for line in shown.stdout.splitlines() if " T " in line}
-    assert names == {"RegisterCustomOps", "mmvision_cpu_supported"}
+    assert names == {"RegisterCustomOps"}
 
 
 @X86
@@ -394,27 +308,6 @@ def test_clang_tidy(tmp_path: Path) -> None:
     assert len(sources) == 4
     done = subprocess.run([clang_tidy, *options, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-@AMX
-def test_doctor_finds_them(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(library.parent, tmp_path / "engines" / "plugins" / "x86_64")
-    monkeypatch.chdir(tmp_path)
-    (report,) = [report for report in examine().backends if report.name == "onnxruntime-cpu"]
-    assert (
-        report.runs == f"yes, with kernels for this CPU's AMX: engines/plugins/x86_64/{CPU_LIBRARY}"
-    )
-
-
-def test_doctor_tells_who_would_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for amx, expected in (
-        (True, "yes, faster with kernels for its AMX: mmvision build-plugins --cpu"),
-        (False, "yes"),
-    ):
-        monkeypatch.setattr("mmvision_export.cli.examination.has_amx", lambda amx=amx: amx)
-        (report,) = [report for report in examine().backends if report.name == "onnxruntime-cpu"]
-        assert report.runs == expected
 
 
 @AMX
@@ -442,7 +335,7 @@ print(session.run(None, {"pixel_values": pixels, "grid_thw": rows})[0].shape)
         sys.executable,
         "-c",
         script,
-        str(tmp_path / "build" / CPU_LIBRARY),
+        str(tmp_path / "build" / AMX_LIBRARY),
         str(exported / "model.cpu.onnx"),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Build `libmmvision_cpu.so`: the operators for ONNX Runtime on x86-64 CPUs with AMX."""
+"""Build `libmmvision_amx.so`: the operators for ONNX Runtime on x86-64 CPUs with AMX."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mmvision_export.core.errors import OutputError, PluginError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.progress import Progress
 from mmvision_export.kernels.library import cmake_build, toolchain
-from mmvision_export.runtime.backends.cpu_kernels import CPU_LIBRARY
+from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY
 from mmvision_export.version import __version__
 
-__all__ = ["build_cpu_kernels"]
+__all__ = ["build_amx_library"]
 
 _MACHINE = "x86_64"
 
 
-def build_cpu_kernels(
+def build_amx_library(
     *, output: Path | None = None, force: bool = False, progress: Progress | None = None
 ) -> tuple[Path, LibraryRecord]:
-    """Build the library of CPU kernels, with a record beside it. The CPU need not have AMX itself.
+    """Build the library of AMX kernels, with a record beside it. The CPU need not have AMX itself.
 
     Args:
         output: Folder to put it in; `engines/plugins/x86_64` if None.
@@ -46,24 +46,24 @@ def build_cpu_kernels(
     progress = progress or Progress()
     if platform.machine() != _MACHINE:
         raise PluginError(
-            f"the CPU kernels are for {_MACHINE}, this machine is {platform.machine()}"
+            f"the AMX kernels are for {_MACHINE}, this machine is {platform.machine()}"
         )
-    library = (output or default_folder(_MACHINE)) / CPU_LIBRARY
+    library = (output or default_folder(_MACHINE)) / AMX_LIBRARY
     if library.exists() and not force:
         raise OutputError(
             f"{library} already exists", hint="choose another --output, or replace it with --force"
         )
     settings = toolchain(_MACHINE)
-    progress.step("compiling the CPU kernels")
+    progress.step("compiling the AMX kernels")
     with (
-        new_files(library.parent, name=CPU_LIBRARY) as new,
+        new_files(library.parent, name=AMX_LIBRARY) as new,
         tempfile.TemporaryDirectory(prefix="mmvision-cpu-") as temporary,
     ):
         build = Path(temporary)
         cmake_build(build, settings, project="cpu")
-        shutil.copyfile(build / CPU_LIBRARY, new / CPU_LIBRARY)
+        shutil.copyfile(build / AMX_LIBRARY, new / AMX_LIBRARY)
         record = LibraryRecord(
-            library=file_record(new / CPU_LIBRARY),
+            library=file_record(new / AMX_LIBRARY),
             machine=_MACHINE,
             versions={"mmvision-export": __version__, "compiler": _compiler(build)},
         )
