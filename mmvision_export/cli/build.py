@@ -73,6 +73,14 @@ def build_plugins(
             help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
         ),
     ] = None,
+    onnxruntime_include: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            envvar="ONNXRUNTIME_INCLUDE_DIR",
+            help="With --cpu: folder with onnxruntime_c_api.h, to compare the library's own table with.",
+        ),
+    ] = None,
     cpu: Annotated[
         bool,
         typer.Option(
@@ -97,8 +105,8 @@ def build_plugins(
     """
     if cpu:
         if sm or head_dim or machine is not None or tensorrt_include is not None:
-            raise typer.BadParameter("--cpu goes with --output and --force alone")
-        _build_amx_library(output, force)
+            raise typer.BadParameter("--cpu goes with --output, --onnxruntime-include and --force")
+        _build_amx_library(output, onnxruntime_include, force)
         return
     from mmvision_export.kernels.library import build_plugins as build
 
@@ -120,12 +128,17 @@ def build_plugins(
     )
 
 
-def _build_amx_library(output: Path | None, force: bool) -> None:
+def _build_amx_library(output: Path | None, onnxruntime_include: Path | None, force: bool) -> None:
     from mmvision_export.kernels.amx import build_amx_library
     from mmvision_export.runtime.backends.onnxruntime_amx import cpu_has_amx
 
     with progress_display() as progress:
-        library, record = build_amx_library(output=output, force=force, progress=progress)
+        library, record = build_amx_library(
+            output=output,
+            onnxruntime_include=onnxruntime_include,
+            force=force,
+            progress=progress,
+        )
     size = f"{record.library.size_bytes / 1e6:.1f} MB"
     console.print(f"{library}: {size}, {record.versions['compiler']}", markup=False)
     use = f"use it with: mmvision run --backend onnxruntime-amx --kernel-library {library}"

@@ -11,7 +11,7 @@ The portable graph is what any runtime can take. Three things make it slow on a 
 * Its rotation is a dozen elementwise operators. Here it is one, `com.microsoft::RotaryEmbedding`.
 
 The products and attention are operators of ours, which carry their definition in ONNX Runtime's as functions, so that
-its kernels or those of `plugins/cpu` can run them.
+its kernels or those of `plugins/amx` can run them.
 
 Blocks are of equal size, as Scan needs, so that the batch is padded at its end by less than an image token a block.
 The padding is in no image and is cut off again. The graph is written in ONNX's textual syntax
@@ -126,7 +126,7 @@ _ATTENTION = """
   {p}attended_blocks = Reshape ({p}attended, in_blocks)
 """
 
-# The operators' definitions, which ONNX Runtime runs where the kernels of plugins/cpu are not at hand.
+# The operators' definitions, which ONNX Runtime runs where the kernels of plugins/amx are not at hand.
 _LINEAR = """
 <domain: "mmvision", opset_import: ["": {opset}]>
 Linear (x, weight, bias) => (y) {{

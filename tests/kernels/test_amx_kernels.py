@@ -6,9 +6,10 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmvision_export import VisionEncoder
+from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import BackendError, OutputError, PluginError
 from mmvision_export.kernels.amx import build_amx_library
+from mmvision_export.kernels.headers import onnxruntime_headers
 from mmvision_export.kernels.kernels import plugins_root
+from mmvision_export.kernels.library import cmake_build
 from mmvision_export.models.minimax_m3_vl import reference
 from mmvision_export.models.random_weights import random_state_dict
+from mmvision_export.parity.check import check_parity
+from mmvision_export.parity.samples import samples_from_grids
 from mmvision_export.runtime.backends.onnxruntime import create_session
 from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY, cpu_has_amx
+from tests.support.amx import put_library
 from tests.support.configs import HEAD_DIM_80, arrays, batch, grids, relative_l2
 from tests.support.tools import once, tool
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the AMX kernels are for x86-64")
-AMX = pytest.mark.skipif(not cpu_has_amx(), reason="this CPU has no AMX: the kernels cannot run")
+AMX = pytest.mark.skipif(not cpu_has_amx(), reason="this CPU has no AMX: only emulated")
+ON_AMX = "mmvision_export.runtime.backends.onnxruntime_amx.cpu_has_amx"
 
 UNIT = 2.0**-24
 SPLIT = (
     2.0**-21
-)  # of a product, what three bfloat16 pieces leave out at most (plugins/cpu/bf16x3.h)
+)  # of a product, what three bfloat16 pieces leave out at most (plugins/amx/bf16x3.h)
 
 LINEAR = "g (float[m, k] x, float[n, k] w, float[n] b) => (float[m, n] y) {{ y = mmvision.Linear (x, w{bias}) }}"
 ATTENTION = """g (float[n, h, d] q, float[n, h, d] k, float[n, h, d] v, int32[s] bounds) => (float[n, h, d] out) {{
@@ -46,17 +54,42 @@ ATTENTION = """g (float[n, h, d] q, float[n, h, d] k, float[n, h, d] v, int32[s]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library as users get it."""
     if platform.machine() != "x86_64":
         pytest.skip("the AMX kernels are for x86-64")
-    tool("cmake", "cmake")
-    tool("g++", "g++")
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "amx-kernels"
-    return once(root, lambda new: build_amx_library(output=new)) / AMX_LIBRARY
+    return _built(tmp_path_factory, "amx-kernels", lambda new: build_amx_library(output=new))
 
 
 @pytest.fixture(scope="session")
-def run_op(library: Path) -> Callable[..., np.ndarray]:
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same kernels on a plain C++ model of the instructions, which every CPU runs."""
+
+    def build(new: Path) -> None:
+        cmake_build(new / "build", {"MMVISION_EMULATE_AMX": "ON"}, project="amx")
+        put_library(new / "build" / AMX_LIBRARY, new / AMX_LIBRARY)
+
+    return _built(tmp_path_factory, "amx-emulated", build)
+
+
+def _built(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], object]) -> Path:
+    tool("cmake", "cmake")
+    tool("g++", "g++")
+    base = factory.getbasetemp()
+    root = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+    return once(root, build) / AMX_LIBRARY
+
+
+@pytest.fixture(
+    scope="session", params=["emulated", pytest.param("library", marks=[X86, AMX])], ids=str
+)
+def operators(request: pytest.FixtureRequest) -> Path:
+    """The kernels emulated, and on AMX itself where the CPU has it."""
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_op(operators: Path) -> Callable[..., np.ndarray]:
     """Runs a graph of one operator, which has no definition here but the kernel."""
     sessions: dict[str, Any] = {}
 
@@ -67,7 +100,7 @@ def run_op(library: Path) -> Callable[..., np.ndarray]:
             )
             content = model.SerializeToString()
             sessions[graph] = create_session(
-                content, provider="CPUExecutionProvider", operators=library
+                content, provider="CPUExecutionProvider", operators=operators
             )
         names = [value.name for value in sessions[graph].get_inputs()]
         (out,) = sessions[graph].run(None, dict(zip(names, inputs, strict=True)))
@@ -101,7 +134,6 @@ def linear_error(
     return float((np.abs(out - exact) / allowed).max())
 
 
-@AMX
 @settings(max_examples=60, deadline=None)
 @given(rows=st.integers(1, 70), k=st.integers(1, 100), n=st.integers(1, 70), bias=st.booleans())
 def test_linear_of_any_shape(
@@ -110,7 +142,6 @@ def test_linear_of_any_shape(
     assert linear_error(run_op, rows, k, n, bias=bias) <= 1
 
 
-@AMX
 @pytest.mark.parametrize(
     ("rows", "k", "n"),
     # One product alone shows each piece; more than a block of inputs (1024), of outputs (160), of rows for each worker.
@@ -133,7 +164,6 @@ def test_linear_of_several_blocks(
         assert linear_error(run_op, rows, k, n, bias=False, spoil=2.0**-16) > 10
 
 
-@AMX
 def test_linear_refuses_shapes_that_do_not_match(run_op: Callable[..., np.ndarray]) -> None:
     x, w, b = np.ones((4, 8), np.float32), np.ones((6, 9), np.float32), np.ones(5, np.float32)
     with pytest.raises(Exception, match=r"Linear: x must be \[m, k\] and weight \[n, k\]"):
@@ -174,7 +204,6 @@ def attention_errors(
     return kernel, float(np.abs(attention(np.float32) - exact).max(initial=0)), out[bounds[-1] :]
 
 
-@AMX
 @settings(max_examples=50, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6),
@@ -190,7 +219,6 @@ def test_attention_of_any_segments(
     assert np.all(rest == 0)
 
 
-@AMX
 @pytest.mark.parametrize("lengths", [[256], [257, 255], [129, 1, 128], [1000, 20], [600, 3, 511]])
 def test_attention_of_several_blocks(run_op: Callable[..., np.ndarray], lengths: list[int]) -> None:
     kernel, eager, _ = attention_errors(run_op, lengths, 2, 80)
@@ -210,7 +238,6 @@ def test_attention_of_several_blocks(run_op: Callable[..., np.ndarray], lengths:
     assert np.abs(whole - cut).max() > 1e-3
 
 
-@AMX
 def test_attention_whose_weights_nearly_vanish(run_op: Callable[..., np.ndarray]) -> None:
     """Weights down to and below the smallest float32, each beside one that counts."""
     generator = np.random.default_rng(0)
@@ -223,7 +250,6 @@ def test_attention_whose_weights_nearly_vanish(run_op: Callable[..., np.ndarray]
     np.testing.assert_allclose(out, v[::2].astype(np.float64).mean(), atol=8 * SPLIT)
 
 
-@AMX
 @pytest.mark.parametrize("bounds", [[0, 5], [1, 4], [0, 3, 2, 4], []])
 def test_attention_refuses_bounds_that_are_none(
     run_op: Callable[..., np.ndarray], bounds: list[int]
@@ -233,7 +259,6 @@ def test_attention_refuses_bounds_that_are_none(
         run_op(ATTENTION.format(scale=1.0), q, q, q, np.array(bounds, np.int32))
 
 
-@AMX
 @settings(max_examples=15, deadline=None)
 @given(grid=grids())
 def test_the_graph_against_float64(
@@ -254,8 +279,34 @@ def float64_state() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def run_graph_with_kernels(library: Path, exported: Path) -> VisionEncoder:
-    return VisionEncoder.open(exported, backend="onnxruntime-amx", kernel_library=library)
+def run_graph_with_kernels(operators: Path, exported: Path) -> Iterator[VisionEncoder]:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        VisionEncoder.open(exported, backend="onnxruntime-cpu") as plain,
+    ):
+        patch.setattr(ON_AMX, lambda: True)
+        with VisionEncoder.open(
+            exported, backend="onnxruntime-amx", kernel_library=operators
+        ) as encoder:
+            assert encoder.info["kernel_library"] == str(operators)
+            # The control: it is another function than ONNX Runtime's own, to the last bits.
+            pixels, rows = batch([(1, 4, 6), (1, 2, 2)], HEAD_DIM_80)
+            assert 0 < relative_l2(encoder(pixels, rows), plain(pixels, rows)) <= 2e-6
+            yield encoder
+
+
+def test_parity_compares_them_where_it_is_told_to(
+    operators: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ON_AMX, lambda: True)
+    directory = Path(shutil.copytree(exported, tmp_path / "model"))
+    samples = samples_from_grids(Manifest.read(directory).config)[:1]
+    result = check_parity(directory, samples=samples, kernel_library=operators)
+    runners = {row.runner for row in result.rows if row.subject == "model.cpu.onnx"}
+    assert runners == {"model.cpu.onnx", "model.cpu.onnx (AMX kernels)"}
+    assert result.passed
+    result = check_parity(directory, samples=samples)
+    assert "model.cpu.onnx (AMX kernels)" not in {row.runner for row in result.rows}
 
 
 @X86
@@ -298,25 +349,58 @@ def test_only_its_entry_point_is_visible(library: Path) -> None:
 
 
 @X86
+def test_the_table_is_the_published_header_s(tmp_path: Path) -> None:
+    """Only where the header is at hand: no package registry has it."""
+    headers = onnxruntime_headers()
+    if headers is None:
+        pytest.skip("no onnxruntime_c_api.h here: name its folder in ONNXRUNTIME_INCLUDE_DIR")
+    library, record = build_amx_library(output=tmp_path, onnxruntime_include=headers)
+    assert library.is_file()
+    assert int(record.versions["onnxruntime header"]) >= 17
+    # The control: a header whose functions are in another order does not compile.
+    moved = Path(shutil.copytree(headers, tmp_path / "moved"))
+    header = moved / "onnxruntime_c_api.h"
+    text = header.read_text()
+    assert text.count("ORT_API2_STATUS(GetDimensionsCount,") == 1
+    extra = "void* another_function;\n  ORT_API2_STATUS(GetDimensionsCount,"
+    header.write_text(text.replace("ORT_API2_STATUS(GetDimensionsCount,", extra))
+    with pytest.raises(PluginError) as refused:
+        build_amx_library(output=tmp_path / "other", onnxruntime_include=moved)
+    assert "static assertion failed" in str(refused.value)
+    assert not (tmp_path / "other" / AMX_LIBRARY).exists()
+
+
+@X86
+def test_a_folder_without_the_header_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PluginError) as refused:
+        build_amx_library(output=tmp_path / "out", onnxruntime_include=tmp_path)
+    assert str(tmp_path) in str(refused.value)
+    assert "onnxruntime_c_api.h" in str(refused.value)
+    assert "releases" in str(refused.value.hint)
+
+
+@X86
 def test_clang_tidy(tmp_path: Path) -> None:
     clang_tidy = tool("clang-tidy", "clang-tidy")
-    folder = plugins_root() / "cpu"
+    folder = plugins_root() / "amx"
     subprocess.run(["cmake", "-S", folder, "-B", tmp_path], check=True, capture_output=True)
     # It reads GCC's command line, of whose warnings it does not know all.
     options = ["--quiet", "--extra-arg=-Wno-unknown-warning-option", "-p", str(tmp_path)]
-    sources = sorted(map(str, folder.glob("*.cpp")))
+    # The check of the table needs ONNX Runtime's header, which is nowhere to be installed from.
+    checked = {file for file in folder.glob("*.cpp") if file.stem != "onnxruntime_table_check"}
+    sources = sorted(map(str, checked))
     assert len(sources) == 4
     done = subprocess.run([clang_tidy, *options, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-@AMX
 @pytest.mark.slow
 def test_no_access_is_out_of_bounds(exported: Path, tmp_path: Path) -> None:
     """The whole graph with the kernels under the address and undefined-behaviour sanitizers."""
-    from mmvision_export.kernels.library import cmake_build
-
-    cmake_build(tmp_path / "build", {"MMVISION_SANITIZE": "ON"}, project="cpu")
+    settings: dict[str, str | Path] = {"MMVISION_SANITIZE": "ON"}
+    if not cpu_has_amx():
+        settings["MMVISION_EMULATE_AMX"] = "ON"
+    cmake_build(tmp_path / "build", settings, project="amx")
     asan = subprocess.run(
         [tool("g++", "g++"), "-print-file-name=libasan.so"], capture_output=True, text=True
     ).stdout.strip()

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <functional>
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 class Workers {
 public:
@@ -21,4 +21,4 @@ public:
     virtual char* shared(std::size_t bytes) = 0;
 };
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

@@ -2,14 +2,14 @@
 // all rows of x with it. x is split once, for all tasks. Both are split for a part of the inputs at a time, and y gathers
 // the sums of the parts, so that what is split stays small. The weights are the left factor, row-major as they are, so
 // that only x, the smaller, is transposed; the sums come out transposed, and are turned around as they are written.
-#include "cpu/linear.h"
+#include "amx/linear.h"
 
 #include <algorithm>
 
-#include "cpu/tiles.h"
-#include "cpu/vector_math.h"
+#include "amx/tiles.h"
+#include "amx/vector_math.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 namespace {
 
@@ -109,4 +109,4 @@ void linear(const float* x, const float* weight, const float* bias, float* y, Li
     }
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

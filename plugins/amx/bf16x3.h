@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 using Bf16 = std::uint16_t;
 
@@ -69,4 +69,4 @@ inline void transpose(__m512i r[16]) {
     }
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

@@ -11,14 +11,24 @@
 #include <string>
 #include <vector>
 
-#include "cpu/amx.h"
-#include "cpu/attention.h"
-#include "cpu/linear.h"
-#include "cpu/onnxruntime_abi.h"
+#include "amx/amx.h"
+#include "amx/attention.h"
+#include "amx/linear.h"
+#include "amx/onnxruntime_table.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 namespace {
+
+using ort::OrtAllocator;
+using ort::OrtApi;
+using ort::OrtCustomOp;
+using ort::OrtKernelContext;
+using ort::OrtKernelInfo;
+using ort::OrtMemoryInfo;
+using ort::OrtStatus;
+using ort::OrtTensorTypeAndShapeInfo;
+using ort::OrtValue;
 
 // A failure that ONNX Runtime has reported itself.
 struct Reported {
@@ -49,10 +59,8 @@ OrtStatus* guarded(OrtApi* api, Body body) noexcept {
 class SessionWorkers : public Workers {
 public:
     SessionWorkers(OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {
-        constexpr int kArenaAllocator = 1;
-        constexpr int kDefaultMemory = 0;
-        check(ort::kCreateCpuMemoryInfo(api, kArenaAllocator, kDefaultMemory, &info_));
-        OrtStatus* status = ort::kKernelContextGetAllocator(api, context, info_, &allocator_);
+        check(ort::kCreateCpuMemoryInfo(api, ort::kArenaAllocator, ort::kDefaultMemory, &info_));
+        OrtStatus* status = ort::kKernelContext_GetAllocator(api, context, info_, &allocator_);
         if (status != nullptr) {
             ort::kReleaseMemoryInfo(api, info_);
             throw Reported{status};
@@ -102,7 +110,7 @@ public:
                 allocator->Free(allocator, block);
             }
         };
-        check(ort::kKernelContextParallelFor(api_, context_, work, std::min(count, most_), 0, &shared));
+        check(ort::kKernelContext_ParallelFor(api_, context_, work, std::min(count, most_), 0, &shared));
         if (shared.out_of_memory) {
             throw std::bad_alloc();
         }
@@ -147,7 +155,7 @@ struct Tensor {
 Tensor input(OrtApi* api, const OrtKernelContext* context, std::size_t index) {
     Tensor tensor;
     const OrtValue* value = nullptr;
-    check(ort::kKernelContextGetInput(api, context, index, &value));
+    check(ort::kKernelContext_GetInput(api, context, index, &value));
     if (value == nullptr) {
         return tensor;
     }
@@ -169,7 +177,7 @@ Tensor input(OrtApi* api, const OrtKernelContext* context, std::size_t index) {
 
 float* output(OrtApi* api, OrtKernelContext* context, const std::vector<std::int64_t>& shape) {
     OrtValue* value = nullptr;
-    check(ort::kKernelContextGetOutput(api, context, 0, shape.data(), shape.size(), &value));
+    check(ort::kKernelContext_GetOutput(api, context, 0, shape.data(), shape.size(), &value));
     void* data = nullptr;
     check(ort::kGetTensorMutableData(api, value, &data));
     return static_cast<float*>(data);
@@ -193,7 +201,7 @@ struct Linear {
 
     void compute(OrtKernelContext* context) const {
         std::size_t count = 0;
-        check(ort::kKernelContextGetInputCount(api_, context, &count));
+        check(ort::kKernelContext_GetInputCount(api_, context, &count));
         const Tensor x = input(api_, context, 0);
         const Tensor weight = input(api_, context, 1);
         const Tensor bias = count > 2 ? input(api_, context, 2) : Tensor();
@@ -219,7 +227,7 @@ struct VarlenAttention {
     static int characteristic(std::size_t) { return ort::kRequired; }
 
     explicit VarlenAttention(OrtApi* api, const OrtKernelInfo* info) : api_(api) {
-        check(ort::kKernelInfoGetAttributeFloat(api, info, "scale", &scale_));
+        check(ort::kKernelInfoGetAttribute_float(api, info, "scale", &scale_));
     }
 
     void compute(OrtKernelContext* context) const {
@@ -280,12 +288,9 @@ private:
 
 }  // namespace
 
-}  // namespace mmvision::cpu
-
 // ONNX Runtime calls this when the library is registered with a session's options.
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                               const OrtApiBase* base) {
-    using namespace mmvision::cpu;
+extern "C" __attribute__((visibility("default"))) ort::OrtStatus* RegisterCustomOps(
+    ort::OrtSessionOptions* options, const ort::OrtApiBase* base) {
     OrtApi* api = base->GetApi(ort::kApiVersion);
     if (api == nullptr) {
         return ort::kCreateStatus(base->GetApi(1), ort::kFail, "the AMX kernels need ONNX Runtime 1.17 or later");
@@ -298,11 +303,13 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     static const CustomOp<Linear<Activation::kGelu>> linear_gelu_op;
     static const CustomOp<VarlenAttention> attention_op;
     return guarded(api, [&] {
-        OrtCustomOpDomain* domain = nullptr;
+        ort::OrtCustomOpDomain* domain = nullptr;
         check(ort::kCreateCustomOpDomain(api, "mmvision", &domain));
-        check(ort::kCustomOpDomainAdd(api, domain, &linear_op));
-        check(ort::kCustomOpDomainAdd(api, domain, &linear_gelu_op));
-        check(ort::kCustomOpDomainAdd(api, domain, &attention_op));
+        check(ort::kCustomOpDomain_Add(api, domain, &linear_op));
+        check(ort::kCustomOpDomain_Add(api, domain, &linear_gelu_op));
+        check(ort::kCustomOpDomain_Add(api, domain, &attention_op));
         check(ort::kAddCustomOpDomain(api, options, domain));
     });
 }
+
+}  // namespace mmvision::amx

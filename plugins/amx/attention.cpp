@@ -1,15 +1,15 @@
 // Flash attention (Dao et al., 2022), turned around: a block of scores is [keys, queries], so that the queries are the lanes of
 // a vector. Maxima and sums over the keys then need no step across lanes, the weights come out as the right factor
 // of the second product, and k, row-major, is the left factor of the first as it is. v is transposed, once per head.
-#include "cpu/attention.h"
+#include "amx/attention.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "cpu/tiles.h"
-#include "cpu/vector_math.h"
+#include "amx/tiles.h"
+#include "amx/vector_math.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 namespace {
 
@@ -265,4 +265,4 @@ void varlen_attention(const float* q, const float* k, const float* v, const std:
     });
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 template <std::size_t count>
 inline __m512 polynomial(const float (&coefficients)[count], __m512 x) {  // the highest power's first
@@ -42,4 +42,4 @@ inline __m512 gelu(__m512 x) {
     return _mm512_mask_blend_ps(is_small, outer, inner);
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

@@ -10,9 +10,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/bf16x3.h"
+#include "amx/bf16x3.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 constexpr std::size_t kTile = 16;                            // rows and columns of a sum
 constexpr std::size_t kStep = 32;                            // of the inner dimension, in one instruction
@@ -138,4 +138,4 @@ inline void pack_columns(const float* matrix, std::size_t stride, std::size_t ro
     }
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

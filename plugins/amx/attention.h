@@ -4,9 +4,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/workers.h"
+#include "amx/workers.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 struct AttentionShape {
     std::size_t tokens;
@@ -19,4 +19,4 @@ struct AttentionShape {
 void varlen_attention(const float* q, const float* k, const float* v, const std::int32_t* bounds, float scale,
                       float* out, AttentionShape shape, Workers& workers);
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

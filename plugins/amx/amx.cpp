@@ -1,10 +1,10 @@
-#include "cpu/amx.h"
+#include "amx/amx.h"
 
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 bool amx_allowed() {
     unsigned a = 0;
@@ -25,4 +25,4 @@ bool amx_allowed() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx
