@@ -13,7 +13,8 @@ bool amx_allowed() {
     unsigned d = 0;
     constexpr unsigned kAmxBf16 = 1U << 22;
     constexpr unsigned kAmxTile = 1U << 24;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) {
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 ||
+        (d & kAmxTile) == 0) {
         return false;
     }
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) {

@@ -3,7 +3,8 @@
 
 namespace mmvision::amx {
 
-// Whether this CPU has AMX for bfloat16 and AVX-512, and the system lets this process use them, which this asks for.
+// Whether this CPU has AMX for bfloat16 and AVX-512, and the system lets this process use them,
+// which this asks for.
 bool amx_allowed();
 
 }  // namespace mmvision::amx

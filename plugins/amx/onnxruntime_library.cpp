@@ -1,5 +1,6 @@
-// The operators of domain mmvision for ONNX Runtime's CPU provider. Where the CPU has no AMX they are refused, rather than left
-// out in silence: ONNX Runtime would run the functions that the graph defines them by.
+// The operators of domain mmvision for ONNX Runtime's CPU provider. Where the CPU has no AMX they
+// are refused, rather than left out in silence: ONNX Runtime would run the functions that the graph
+// defines them by.
 #include <sched.h>
 
 #include <algorithm>
@@ -66,7 +67,9 @@ public:
             throw Reported{status};
         }
         cpu_set_t allowed;
-        most_ = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? static_cast<std::size_t>(CPU_COUNT(&allowed)) : 1;
+        most_ = sched_getaffinity(0, sizeof allowed, &allowed) == 0
+                    ? static_cast<std::size_t>(CPU_COUNT(&allowed))
+                    : 1;
     }
     ~SessionWorkers() override {
         for (void* block : blocks_) {
@@ -78,7 +81,8 @@ public:
     SessionWorkers(const SessionWorkers&) = delete;
     SessionWorkers& operator=(const SessionWorkers&) = delete;
 
-    void run(std::size_t count, std::size_t bytes, const std::function<void(std::size_t, char*)>& task) override {
+    void run(std::size_t count, std::size_t bytes,
+             const std::function<void(std::size_t, char*)>& task) override {
         struct Shared {
             SessionWorkers* workers;
             const std::function<void(std::size_t, char*)>* task;
@@ -110,7 +114,8 @@ public:
                 allocator->Free(allocator, block);
             }
         };
-        check(ort::kKernelContext_ParallelFor(api_, context_, work, std::min(count, most_), 0, &shared));
+        check(ort::kKernelContext_ParallelFor(api_, context_, work, std::min(count, most_), 0,
+                                              &shared));
         if (shared.out_of_memory) {
             throw std::bad_alloc();
         }
@@ -195,7 +200,9 @@ struct Linear {
     static constexpr const char* kName = activation == Activation::kGelu ? "LinearGelu" : "Linear";
     static constexpr std::size_t kInputs = 3;
     static int input_type(std::size_t) { return ort::kFloat; }
-    static int characteristic(std::size_t index) { return index == 2 ? ort::kOptional : ort::kRequired; }
+    static int characteristic(std::size_t index) {
+        return index == 2 ? ort::kOptional : ort::kRequired;
+    }
 
     explicit Linear(OrtApi* api, const OrtKernelInfo*) : api_(api) {}
 
@@ -207,12 +214,13 @@ struct Linear {
         const Tensor bias = count > 2 ? input(api_, context, 2) : Tensor();
         require(x.shape.size() == 2 && weight.shape.size() == 2 && x.shape[1] == weight.shape[1],
                 "Linear: x must be [m, k] and weight [n, k]");
-        require(bias.data == nullptr || (bias.shape.size() == 1 && bias.shape[0] == weight.shape[0]),
-                "Linear: bias must be [n]");
+        require(
+            bias.data == nullptr || (bias.shape.size() == 1 && bias.shape[0] == weight.shape[0]),
+            "Linear: bias must be [n]");
         float* y = output(api_, context, {x.shape[0], weight.shape[0]});
         SessionWorkers workers(api_, context);
-        linear(x.floats(), weight.floats(), bias.floats(), y, {x.size(0), x.size(1), weight.size(0)}, activation,
-               workers);
+        linear(x.floats(), weight.floats(), bias.floats(), y,
+               {x.size(0), x.size(1), weight.size(0)}, activation, workers);
     }
 
 private:
@@ -241,7 +249,8 @@ struct VarlenAttention {
                 "mmvision::VarlenAttention: cu_seqlens must be [segments + 1]");
         const auto* bounds = static_cast<const std::int32_t*>(cu_seqlens.data);
         const std::size_t segments = cu_seqlens.size(0) - 1;
-        require(bounds[0] == 0 && std::is_sorted(bounds, bounds + segments + 1) && bounds[segments] <= q.shape[0],
+        require(bounds[0] == 0 && std::is_sorted(bounds, bounds + segments + 1) &&
+                    bounds[segments] <= q.shape[0],
                 "mmvision::VarlenAttention: cu_seqlens must rise from 0 to n at most");
         float* out = output(api_, context, q.shape);
         SessionWorkers workers(api_, context);
@@ -260,16 +269,23 @@ struct CustomOp : OrtCustomOp {
         version = ort::kApiVersion;
         GetName = [](const OrtCustomOp*) { return Kernel::kName; };
         GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-        GetInputType = [](const OrtCustomOp*, std::size_t index) { return Kernel::input_type(index); };
+        GetInputType = [](const OrtCustomOp*, std::size_t index) {
+            return Kernel::input_type(index);
+        };
         GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputs; };
         GetOutputType = [](const OrtCustomOp*, std::size_t) -> int { return ort::kFloat; };
         GetOutputTypeCount = [](const OrtCustomOp*) -> std::size_t { return 1; };
-        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t index) { return Kernel::characteristic(index); };
-        GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) -> int { return ort::kRequired; };
+        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t index) {
+            return Kernel::characteristic(index);
+        };
+        GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) -> int {
+            return ort::kRequired;
+        };
         GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return 0; };
         GetStartVersion = [](const OrtCustomOp*) { return 1; };
         GetEndVersion = [](const OrtCustomOp*) { return 1; };
-        CreateKernelV2 = [](const OrtCustomOp*, OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+        CreateKernelV2 = [](const OrtCustomOp*, OrtApi* api, const OrtKernelInfo* info,
+                            void** kernel) {
             return guarded(api, [&] { *kernel = new Held{api, Kernel(api, info)}; });
         };
         KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -293,10 +309,12 @@ extern "C" __attribute__((visibility("default"))) ort::OrtStatus* RegisterCustom
     ort::OrtSessionOptions* options, const ort::OrtApiBase* base) {
     OrtApi* api = base->GetApi(ort::kApiVersion);
     if (api == nullptr) {
-        return ort::kCreateStatus(base->GetApi(1), ort::kFail, "the AMX kernels need ONNX Runtime 1.17 or later");
+        return ort::kCreateStatus(base->GetApi(1), ort::kFail,
+                                  "the AMX kernels need ONNX Runtime 1.17 or later");
     }
     if (!amx_allowed()) {
-        return ort::kCreateStatus(api, ort::kFail, "this CPU has no AMX, or the system does not let this process use it");
+        return ort::kCreateStatus(
+            api, ort::kFail, "this CPU has no AMX, or the system does not let this process use it");
     }
     // ONNX Runtime keeps pointers to these for as long as any session lives.
     static const CustomOp<Linear<Activation::kNone>> linear_op;

@@ -1,10 +1,13 @@
-// The part of ONNX Runtime's C API that a library of operators needs. No package registry has the published header,
-// onnxruntime_c_api.h, so the library compiles without it. Where a copy is at hand, `mmvision build-plugins --cpu
-// --onnxruntime-include DIR` has the compiler compare every line of this table with it (onnxruntime_table_check.cpp).
+// The part of ONNX Runtime's C API that a library of operators needs. No package registry has the
+// published header, onnxruntime_c_api.h, so the library compiles without it. Where a copy is at
+// hand, `mmvision build-plugins --cpu
+// --onnxruntime-include DIR` has the compiler compare every line of this table with it
+// (onnxruntime_table_check.cpp).
 //
 // The API is a table of functions whose order never changes, and to which later versions append
-// (https://onnxruntime.ai/docs/reference/compatibility.html#c-api); the numbers below are places in it, those of
-// struct OrtApi in onnxruntime_c_api.h. An operator is a table the other way around, struct OrtCustomOp.
+// (https://onnxruntime.ai/docs/reference/compatibility.html#c-api); the numbers below are places in
+// it, those of struct OrtApi in onnxruntime_c_api.h. An operator is a table the other way around,
+// struct OrtCustomOp.
 #pragma once
 
 #include <cstddef>
@@ -91,11 +94,14 @@ constexpr Function<65, const OrtValue*, OrtTensorTypeAndShapeInfo**> kGetTensorT
 constexpr Function<69, int, int, OrtMemoryInfo**> kCreateCpuMemoryInfo;
 constexpr Function<85, const OrtKernelInfo*, const char*, float*> kKernelInfoGetAttribute_float;
 constexpr Function<88, const OrtKernelContext*, std::size_t*> kKernelContext_GetInputCount;
-constexpr Function<90, const OrtKernelContext*, std::size_t, const OrtValue**> kKernelContext_GetInput;
+constexpr Function<90, const OrtKernelContext*, std::size_t, const OrtValue**>
+    kKernelContext_GetInput;
 constexpr Function<91, OrtKernelContext*, std::size_t, const std::int64_t*, std::size_t, OrtValue**>
     kKernelContext_GetOutput;
-constexpr Function<253, const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**> kKernelContext_GetAllocator;
-constexpr Function<274, const OrtKernelContext*, void (*)(void*, std::size_t), std::size_t, std::size_t, void*>
+constexpr Function<253, const OrtKernelContext*, const OrtMemoryInfo*, OrtAllocator**>
+    kKernelContext_GetAllocator;
+constexpr Function<274, const OrtKernelContext*, void (*)(void*, std::size_t), std::size_t,
+                   std::size_t, void*>
     kKernelContext_ParallelFor;
 
 // These return nothing.

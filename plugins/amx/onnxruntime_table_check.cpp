@@ -1,5 +1,6 @@
-// Compares onnxruntime_table.h with ONNX Runtime's published header, at compile time: each function's place and the kinds of its
-// arguments, the layout of the tables, and the numbers. Compiled only where that header is at hand.
+// Compares onnxruntime_table.h with ONNX Runtime's published header, at compile time: each
+// function's place and the kinds of its arguments, the layout of the tables, and the numbers.
+// Compiled only where that header is at hand.
 #include <onnxruntime_c_api.h>
 
 #include <array>
@@ -12,7 +13,8 @@ namespace mmvision::amx {
 
 namespace {
 
-// What two types must share to be passed alike: being a pointer, or a float or an integer of a size.
+// What two types must share to be passed alike: being a pointer, or a float or an integer of a
+// size.
 template <class Type>
 constexpr std::size_t kind() {
     constexpr std::size_t kPointer = 100;
@@ -33,7 +35,8 @@ struct Shape {
 };
 template <class Result, class... Arguments>
 struct Shape<Result(Arguments...)> {
-    static constexpr std::array<std::size_t, 1 + sizeof...(Arguments)> kKinds{kind<Result>(), kind<Arguments>()...};
+    static constexpr std::array<std::size_t, 1 + sizeof...(Arguments)> kKinds{kind<Result>(),
+                                                                              kind<Arguments>()...};
 };
 template <class Result, class... Arguments>
 struct Shape<Result(Arguments...) noexcept> : Shape<Result(Arguments...)> {};
@@ -56,9 +59,11 @@ constexpr bool alike() {
     }
 }
 
-#define MMVISION_SAME_FUNCTION(name)                                                                              \
-    static_assert(offsetof(::OrtApi, name) == decltype(ort::k##name)::kPlace * sizeof(void*), "OrtApi::" #name);  \
-    static_assert(alike<decltype(::OrtApi::name), decltype(ort::k##name)::Signature>(), "OrtApi::" #name)
+#define MMVISION_SAME_FUNCTION(name)                                                          \
+    static_assert(offsetof(::OrtApi, name) == decltype(ort::k##name)::kPlace * sizeof(void*), \
+                  "OrtApi::" #name);                                                          \
+    static_assert(alike<decltype(::OrtApi::name), decltype(ort::k##name)::Signature>(),       \
+                  "OrtApi::" #name)
 
 MMVISION_SAME_FUNCTION(CreateStatus);
 MMVISION_SAME_FUNCTION(CreateCustomOpDomain);
@@ -80,7 +85,7 @@ MMVISION_SAME_FUNCTION(ReleaseTensorTypeAndShapeInfo);
 MMVISION_SAME_FUNCTION(ReleaseCustomOpDomain);
 MMVISION_SAME_FUNCTION(ReleaseAllocator);
 
-#define MMVISION_SAME_FIELD(table, name)                                                 \
+#define MMVISION_SAME_FIELD(table, name)                                                     \
     static_assert(offsetof(::table, name) == offsetof(ort::table, name), #table "::" #name); \
     static_assert(alike<decltype(::table::name), decltype(ort::table::name)>(), #table "::" #name)
 

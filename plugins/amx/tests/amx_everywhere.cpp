@@ -3,6 +3,8 @@
 
 namespace mmvision::amx {
 
-bool amx_allowed() { return true; }
+bool amx_allowed() {
+    return true;
+}
 
 }  // namespace mmvision::amx
