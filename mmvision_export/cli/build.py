@@ -108,7 +108,7 @@ def build_plugins(
             raise typer.BadParameter("--cpu goes with --output, --onnxruntime-include and --force")
         _build_amx_library(output, onnxruntime_include, force)
         return
-    from mmvision_export.kernels.library import build_plugins as build
+    from mmvision_export.kernels.tensorrt_library import build_plugins as build
 
     with progress_display() as progress:
         library, record = build(
@@ -129,7 +129,7 @@ def build_plugins(
 
 
 def _build_amx_library(output: Path | None, onnxruntime_include: Path | None, force: bool) -> None:
-    from mmvision_export.kernels.amx import build_amx_library
+    from mmvision_export.kernels.amx_library import build_amx_library
     from mmvision_export.runtime.backends.onnxruntime_amx import cpu_has_amx
 
     with progress_display() as progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmvision_export.kernels.kernels import PORTABLE_PTX_SM
+from mmvision_export.kernels.compile import PORTABLE_PTX_SM
 from mmvision_export.kernels.resources import CompiledKernel
 
 __all__ = ["write_embedded_kernels"]

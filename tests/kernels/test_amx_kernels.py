@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from mmvision_export import VisionEncoder
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import BackendError, OutputError, PluginError
-from mmvision_export.kernels.amx import build_amx_library
+from mmvision_export.kernels.amx_library import build_amx_library
+from mmvision_export.kernels.cmake import cmake_build
+from mmvision_export.kernels.compile import plugins_root
 from mmvision_export.kernels.headers import onnxruntime_headers
-from mmvision_export.kernels.kernels import plugins_root
-from mmvision_export.kernels.library import cmake_build
 from mmvision_export.models.minimax_m3_vl import reference
 from mmvision_export.models.random_weights import random_state_dict
 from mmvision_export.parity.check import check_parity
@@ -34,6 +34,7 @@ from mmvision_export.parity.samples import samples_from_grids
 from mmvision_export.runtime.backends.onnxruntime import create_session
 from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY, cpu_has_amx
 from tests.support.amx import put_library
+from tests.support.command import Command
 from tests.support.configs import HEAD_DIM_80, arrays, batch, grids, relative_l2
 from tests.support.tools import once, tool
 
@@ -317,7 +318,7 @@ def test_building(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OutputError) as exists:
         build_amx_library(output=library.parent)
     assert str(library) in str(exists.value)
-    monkeypatch.setattr("mmvision_export.kernels.amx._MACHINE", "riscv64")
+    monkeypatch.setattr("mmvision_export.kernels.amx_library._MACHINE", "riscv64")
     with pytest.raises(PluginError) as foreign:
         build_amx_library(output=tmp_path)
     assert "riscv64" in str(foreign.value)
@@ -368,6 +369,17 @@ def test_the_table_is_the_published_header_s(tmp_path: Path) -> None:
         build_amx_library(output=tmp_path / "other", onnxruntime_include=moved)
     assert "static assertion failed" in str(refused.value)
     assert not (tmp_path / "other" / AMX_LIBRARY).exists()
+
+
+@X86
+def test_the_command_says_how_to_use_what_it_built(mmvision: Command) -> None:
+    tool("cmake", "cmake")
+    result = mmvision("build-plugins", "--cpu", "--output", "here")
+    assert result.code == 0
+    assert Path("here", AMX_LIBRARY).is_file()
+    said = " ".join(result.out.split())
+    assert f"--backend onnxruntime-amx --kernel-library here/{AMX_LIBRARY}" in said
+    assert ("no AMX" in said) != cpu_has_amx()
 
 
 @X86

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mmvision_export.core.errors import PluginError
-from mmvision_export.kernels.kernels import (
+from mmvision_export.kernels.compile import (
     DTYPES,
     HEAD_DIMS,
     PORTABLE_PTX_SM,

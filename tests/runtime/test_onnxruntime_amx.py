@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmvision_export import VisionEncoder
+from mmvision_export import VisionEncoder, run
 from mmvision_export.core.errors import BackendError, ManifestError, ParityError
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.weights import WeightSource
@@ -88,7 +88,10 @@ def test_auto_never_takes_it() -> None:
 
 @pytest.mark.usefixtures("no_amx")
 def test_without_amx_one_refusal_wherever_it_is_named(
-    directory: Path, telltale: tuple[Path, Path], mmvision: Command
+    directory: Path,
+    telltale: tuple[Path, Path],
+    mmvision: Command,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     library, loaded = telltale
     put_into_directory(library, directory)
@@ -103,6 +106,9 @@ def test_without_amx_one_refusal_wherever_it_is_named(
     )
     assert result.code == 1
     assert result.errors[0] == f"error: {opened.value}"
+    arguments = ["--model", str(directory), "--backend", "onnxruntime-amx"]
+    assert run.main([*arguments, "--kernel-library", str(library_in(directory))]) == 1
+    assert f"error: {opened.value}" in capsys.readouterr().err
     assert not loaded.exists()
 
 

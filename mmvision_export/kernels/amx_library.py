@@ -17,8 +17,8 @@ from mmvision_export.artifacts.library_record import (
 from mmvision_export.core.errors import OutputError, PluginError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.progress import Progress
+from mmvision_export.kernels.cmake import cmake_build, toolchain
 from mmvision_export.kernels.headers import onnxruntime_api_version, onnxruntime_headers
-from mmvision_export.kernels.library import cmake_build, toolchain
 from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY
 from mmvision_export.version import __version__
 
