@@ -1,6 +1,6 @@
 """What a TensorRT's parser would refuse in a graph, or turn into what an engine should not hold.
 
-This is a reading of the table in `parser_support`, node by node; it needs neither TensorRT nor a GPU.
+The table in `parser_support` is read for each node. That needs neither TensorRT nor a GPU.
 """
 
 from __future__ import annotations
@@ -77,12 +77,17 @@ def parser_findings(
         if f"{node.domain}::{node.op_type}" in plugins:
             continue
         row = operator_row(node.domain, node.op_type, parser)
-        found = [("unknown operator", node.domain)] if row is None else _broken_by(node, row)
-        findings += [Finding(node.name or "", node.op_type, rule, text) for rule, text in found]
+        findings += [
+            Finding(node.name or "", node.op_type, rule, text)
+            for rule, text in _broken_by(node, row)
+        ]
     return findings
 
 
-def _broken_by(node: ir.Node, row: OperatorRow) -> Iterator[tuple[Rule, str]]:
+def _broken_by(node: ir.Node, row: OperatorRow | None) -> Iterator[tuple[Rule, str]]:
+    if row is None:
+        yield "unknown operator", f"{node.domain or 'ai.onnx'}::{node.op_type}"
+        return
     if row.imported_as != "layers":
         yield row.imported_as, row.source
     operands = [node.inputs[index] for index in row.operands if index < len(node.inputs)]

@@ -1,12 +1,12 @@
-"""What the ONNX parser of each TensorRT makes of an operator, and what in a graph it would not make well.
+"""What the ONNX parser of each TensorRT makes of an operator.
 
-A strongly typed network with dynamic shapes wants an engine without loops, without conditionals and without shapes that
-depend on data: such an engine runs on the device alone, and its launch can be captured in a CUDA graph. Whether a graph
-gives one is decided by its parser, which changes from version to version. The rows below say how. They hold the
-operators that the lowered graphs use, and those that must not come back into them.
+An engine without loops, without conditionals and without shapes that depend on data runs on the
+device alone, and its launch can be captured in a CUDA graph. Whether a graph gives such an engine
+is decided by its parser, which changes from version to version. The rows below say how. They hold
+the operators that the lowered graphs use, and those that must not come back into them.
 
 References:
-    https://github.com/onnx/onnx-tensorrt, in the commits that NVIDIA/TensorRT pins at `parsers/onnx`:
+    https://github.com/onnx/onnx-tensorrt, in the commits that NVIDIA/TensorRT pins:
 
     | TensorRT | commit  |   | TensorRT | commit  |   | TensorRT | commit  |
     | -------- | ------- | - | -------- | ------- | - | -------- | ------- |
@@ -15,8 +15,9 @@ References:
     | 10.6     | 4442153 |   | 10.13    | 346bdca |   | 11.0     | 5ab48c5 |
     | 10.7     | 9c69a24 |   | 10.14    | c727277 |   | 11.1     | 7c51a63 |
 
-    Types and opsets are those of `docs/operators.md`; how an operator is imported is in `onnxOpImporters.cpp`. A row
-    names the commit that it was read in.
+    Types and opsets are those of `docs/operators.md`; how an operator is imported is in
+    `onnxOpImporters.cpp`. A row names the commit that it was read in. The parsers of 10.1, 10.3,
+    10.8 and 10.10 were also run on the lowered graphs, against a network that records its calls.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import dataclasses
 from typing import Literal
 
 import onnx_ir as ir
+
+from mmvision_export.artifacts.build_target import Installation
 
 __all__ = [
     "ImportedAs",
@@ -59,10 +62,11 @@ class OperatorRow:
 
     Attributes:
         types: What its operands may be.
-        operands: Indices of the inputs that `types` is about; the others are indices, axes and shapes.
+        operands: Indices of the inputs that `types` is about; others are indices, axes, shapes.
         since: First TensorRT whose parser does so.
         imported_as: What becomes of it.
-        keeps_stash_type: Whether its statistics are float32 for operands that are not, where ONNX asks for that.
+        keeps_stash_type: Whether its statistics are float32 for operands that are not, where ONNX
+            asks for that.
         source: Where it was read.
     """
 
@@ -165,7 +169,7 @@ _ROWS: dict[tuple[str, str], tuple[OperatorRow, ...]] = {
     ),
 }
 
-# 96e7811 and 3775e49: up to 20. 4442153 (10.6) to 3b9c961 (10.10): 22. c727277 (10.14), 7c51a63 (11.1): 24.
+# As documented in 96e7811 and 3775e49 (10.4); 4442153 to 3b9c961; c727277 and 7c51a63.
 _LATEST_OPSETS: tuple[tuple[ParserVersion, int], ...] = (
     ((10, 0), 20),
     ((10, 6), 22),
@@ -173,22 +177,19 @@ _LATEST_OPSETS: tuple[tuple[ParserVersion, int], ...] = (
 )
 
 
-def parser_version(backend: str, version: str) -> ParserVersion:
+def parser_version(installation: Installation) -> ParserVersion:
     """Whose parser a TensorRT has.
 
-    Args:
-        backend: `tensorrt` or `tensorrt-rtx`.
-        version: Its version, as `10.3.0.30`.
+    TensorRT-RTX counts its own versions. 1.7 has the API of TensorRT 11, and takes `TRT_Attention`
+    as 11.1 does.
     """
-    if backend == "tensorrt-rtx":
-        # TensorRT-RTX counts its own versions. 1.7 has the API of TensorRT 11 and takes `TRT_Attention` as 11.1 does.
+    if installation.backend == "tensorrt-rtx":
         return (11, 1)
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+    return installation.tensorrt_version.release
 
 
 def operator_row(domain: str, op_type: str, parser: ParserVersion) -> OperatorRow | None:
-    """The row that holds for a parser, or None if it has no such operator, or none that is listed here."""
+    """The row that holds for a parser, or None if none is listed: it may not have the operator."""
     rows = [row for row in _ROWS.get((domain, op_type), ()) if row.since <= parser]
     return rows[-1] if rows else None
 

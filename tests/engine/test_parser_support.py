@@ -1,8 +1,4 @@
-"""Every graph that a TensorRT's parser gets, against the table of what that parser makes of it.
-
-The table was read in the parsers' sources; those of 10.1, 10.3, 10.8 and 10.10 were also run on these graphs, against a
-network that records its calls.
-"""
+"""The graph as exported, against the table of what each TensorRT's parser makes of it."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
 from mmvision_export.engine.parser_findings import Rule, parser_findings
 from mmvision_export.engine.parser_support import (
     ParserVersion,
@@ -53,8 +50,13 @@ def found(model: ir.Model, parser: ParserVersion) -> set[tuple[str, Rule]]:
         ("tensorrt-rtx", "1.7.1.116", (11, 1), 24),
     ],
 )
-def test_whose_parser(backend: str, version: str, parser: ParserVersion, opset: int) -> None:
-    assert parser_version(backend, version) == parser
+def test_whose_parser(
+    backend: TensorRTName, version: str, parser: ParserVersion, opset: int
+) -> None:
+    installation = Installation(
+        backend=backend, tensorrt_version=TensorRTVersion(version), platform="linux-x86_64"
+    )
+    assert parser_version(installation) == parser
     assert latest_opset(parser) == opset
 
 
