@@ -162,7 +162,7 @@ def build_engine(
     attention: Annotated[
         AttentionWay,
         typer.Option(
-            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked "
+            help="plugin: our kernels, for TensorRT. packed: TensorRT 11.1's own. native: one masked "
             "product, which costs the square of the whole batch. auto: plugin where "
             "it can be, else native."
         ),

@@ -2,8 +2,8 @@
 
 | way | what TensorRT parses | cost of a batch |
 | --- | --- | --- |
-| plugin | the custom ops, for `libmmvision_plugins.so` | the sum of the images' squares |
-| packed | `TRT_Attention`, TensorRT 11's own over packed sequences | the sum of their squares |
+| plugin | the custom ops as they are, for `libmmvision_plugins.so` | the sum of the images' squares |
+| packed | `TRT_Attention`, TensorRT's own attention over packed sequences | the sum of the images' squares |
 | native | the ops' definitions: one masked product | the square of the batch |
 """
 
@@ -21,7 +21,8 @@ from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.choices import ATTENTION_WAYS, AttentionWay
-from mmvision_export.graph.passes import inline_functions
+from mmvision_export.engine.parser_lowering import write_for_parser
+from mmvision_export.engine.parser_support import ParserVersion
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.ops.domain import DOMAIN
 from mmvision_export.ops.registry import attach_functions
@@ -38,7 +39,8 @@ __all__ = [
     "lowered_model",
 ]
 
-_FIRST_PACKED = (11, 0)
+# 11.0 documents the lengths at other inputs than its own source reads: see `parser_support`.
+_FIRST_PACKED = (11, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +51,12 @@ class Lowering:
         body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the
             plugins.
         library: The plugin library, where the nodes stay.
+        fallback: What to build instead, if this cannot be built.
     """
 
     body: AttentionBody | None
     library: tuple[Path, PluginLibraryRecord] | None = None
+    fallback: Lowering | None = None
 
     def attention(self, *, fused: bool) -> EngineAttention:
         """For the sidecar."""
@@ -86,7 +90,8 @@ def choose_lowering(
 
     Args:
         way: `auto` is the plugin where it can be, with a note where it is only the library that is
-            missing, and otherwise native.
+            missing; otherwise packed where TensorRT has it, and native if that cannot be built;
+            otherwise native.
         target: What is built for.
         config: The encoder's dimensions.
         library: Where the plugin library is, if it has been built.
@@ -104,28 +109,37 @@ def choose_lowering(
     if way == "packed":
         _refuse_packed(target)
         return Lowering("packed")
+    without_plugins = native
+    if way == "auto" and target.backend == "tensorrt" and _obstacle_to_packed(target) is None:
+        without_plugins = Lowering("packed", fallback=native)
     obstacle = _obstacle_to_plugins(target)
     if obstacle is not None:
         if way == "plugin":
             raise EngineError(f"no plugins: {obstacle}", hint="--attention native, or auto")
-        return native
+        return without_plugins
     try:
         return Lowering(None, (library, _fitting(library, target, config)))
     except (EngineError, ManifestError) as error:
         if way == "plugin":
             raise
-        progress.note(f"attention costs the square of the whole batch without plugins: {error}")
-        return native
+        if without_plugins is native:
+            progress.note(f"attention costs the square of the whole batch without plugins: {error}")
+        return without_plugins
 
 
 def _refuse_packed(target: BuildTarget) -> None:
+    obstacle = _obstacle_to_packed(target)
+    if obstacle is not None:
+        raise EngineError(f"no packed attention: {obstacle}", hint="--attention native, or auto")
+
+
+def _obstacle_to_packed(target: BuildTarget) -> str | None:
     if target.backend == "tensorrt" and target.tensorrt_version.release < _FIRST_PACKED:
-        raise EngineError(
-            "TensorRT has packed attention of its own from "
-            f"{'.'.join(map(str, _FIRST_PACKED))} on, this is {target.tensorrt_version}"
-        )
+        first = ".".join(map(str, _FIRST_PACKED))
+        return f"TensorRT has it from {first} on, this is {target.tensorrt_version}"
     if not PRECISIONS[target.precision].has_half_attention:
-        raise EngineError(f"packed attention is for fp16 and bf16, not for {target.precision}")
+        return f"it is for fp16 and bf16, not for {target.precision}"
+    return None
 
 
 def _obstacle_to_plugins(target: BuildTarget) -> str | None:
@@ -161,18 +175,20 @@ def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> Plugi
     return record
 
 
-def lowered_model(graph: Path, lowering: Lowering) -> ir.Model:
-    """The graph as the parser shall see it.
+def lowered_model(graph: Path, lowering: Lowering, parser: ParserVersion) -> ir.Model:
+    """The graph as the parser shall see it. Weights stay in their file.
 
-    Weights stay in their file: only the graph is in memory. With plugins the nodes stay and their
-    definitions go: TensorRT's parsers do not agree on which of the two comes first. Otherwise the
-    definitions take the nodes' place.
+    With plugins the nodes stay and their definitions go: TensorRT's parsers do not agree on which
+    of the two comes first. Otherwise the definitions take the nodes' place.
+
+    Raises:
+        EngineError: The graph holds something that cannot be written for this parser.
     """
     model = ir.load(graph)
     if lowering.body is None:
         model.functions.clear()
         model.opset_imports.setdefault(DOMAIN, 1)
-        return model
-    attach_functions(model, bodies={VARLEN_ATTENTION.name: lowering.body})
-    inline_functions(model)
+    else:
+        attach_functions(model, bodies={VARLEN_ATTENTION.name: lowering.body})
+    write_for_parser(model, parser)
     return model

@@ -38,6 +38,7 @@ from mmvision_export.engine.attention import (
 from mmvision_export.engine.builder import PlanRequest, plan_from_model
 from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
 from mmvision_export.engine.float16 import derive_fp16
+from mmvision_export.engine.parser_support import parser_version
 from mmvision_export.engine.target import resolve_target
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
@@ -112,7 +113,9 @@ def build_engine(
         attention, target, config=manifest.config, library=library, progress=progress
     )
     with new_files(engine.parent, name=engine.name) as new:
-        plan, fused = _built(target, directory / graph, lowering, manifest, profiles, progress)
+        lowering, plan, fused = _built(
+            target, directory / graph, lowering, manifest, profiles, progress
+        )
         progress.step("writing the engine")
         record = _record(target, graph, lowering, manifest, profiles, plan=plan, fused=fused)
         _write(new, engine, plan, record, lowering)
@@ -161,13 +164,36 @@ def _built(
     manifest: Manifest,
     profiles: Sequence[Profile],
     progress: Progress,
+) -> tuple[Lowering, bytes, bool]:
+    """What was built, its plan, and whether all attention is known to be one fused kernel."""
+    try:
+        plan, fused = _plan_of(target, graph, lowering, manifest, profiles, progress)
+    except EngineError as error:
+        if lowering.fallback is None:
+            raise
+        progress.note(
+            f"{lowering.attention(fused=False).way} attention could not be built, building "
+            f"{lowering.fallback.attention(fused=False).way} attention, which costs the square of "
+            f"the whole batch: {error}"
+        )
+        return _built(target, graph, lowering.fallback, manifest, profiles, progress)
+    return lowering, plan, fused
+
+
+def _plan_of(
+    target: BuildTarget,
+    graph: Path,
+    lowering: Lowering,
+    manifest: Manifest,
+    profiles: Sequence[Profile],
+    progress: Progress,
 ) -> tuple[bytes, bool]:
-    """The plan, and whether every attention layer is known to be one fused kernel."""
     if lowering.library is not None:
         path, library = lowering.library
         load_plugin_library(import_tensorrt(target.backend), path, library.library.sha256)
     progress.step("lowering the graph")
-    model = ir.serde.serialize_model(lowered_model(graph, lowering)).SerializeToString()
+    lowered = lowered_model(graph, lowering, parser_version(target))
+    model = ir.serde.serialize_model(lowered).SerializeToString()
     request = PlanRequest(
         model=model,
         location=graph,
@@ -176,6 +202,9 @@ def _built(
         patch_dim=manifest.config.patch_dim,
         timing_cache=_timing_cache(graph.parent, target),
     )
+    if lowering.body == "packed":
+        # From several kernels it would cost the square of the batch, which it is there to avoid.
+        return plan_from_model(request, decomposable=False, progress=progress), True
     # No TensorRT has a fused attention kernel in float32.
     may_fuse = lowering.body == "attention" and PRECISIONS[target.precision].has_half_attention
     return _plan(request, may_fuse=may_fuse, progress=progress)

@@ -27,6 +27,7 @@ from mmvision_export.core.errors import (
     OutputError,
 )
 from mmvision_export.core.files import file_record
+from mmvision_export.core.progress import Progress
 from mmvision_export.engine.attention import Lowering
 from mmvision_export.engine.build import (
     build_engine,
@@ -365,3 +366,33 @@ def test_packed_attention_is_refused_by_a_builder_without_a_kernel(directory: Pa
     with pytest.raises(EngineError, match="attention|Attention|ATTENTION"):
         build(directory, precision="fp16", compute_capabilities=[ADA], attention="packed")
     assert not list((directory / "plans").glob("*.partial"))
+
+
+def test_packed_attention_that_was_not_asked_for_falls_back_to_native(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `auto` chooses on TensorRT 11.1, here with a builder that has no packed kernel."""
+    monkeypatch.setattr(
+        "mmvision_export.engine.build.choose_lowering",
+        lambda *_, **__: Lowering("packed", fallback=Lowering("attention")),
+    )
+    notes = Notes()
+    _, record = build(directory, precision="fp16", compute_capabilities=[ADA], progress=notes)
+    assert record.attention == EngineAttention(way="native", body="attention", fused=True)
+    (note,) = [note for note in notes.notes if "packed attention could not be built" in note]
+    assert "the engine was not built" in note  # the first error is kept
+
+
+def test_packed_attention_may_not_be_built_from_several_kernels(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    permissions: list[bool] = []
+
+    def plan(request: PlanRequest, *, decomposable: bool, progress: Progress) -> bytes:
+        permissions.append(decomposable)
+        return b"plan"
+
+    monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", plan)
+    _, record = build(directory, precision="fp16", compute_capabilities=[ADA], attention="packed")
+    assert permissions == [False]
+    assert record.attention == EngineAttention(way="packed")

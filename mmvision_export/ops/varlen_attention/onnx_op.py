@@ -87,13 +87,15 @@ _MATMUL = """
   out = Transpose <perm: ints = [1, 0, 2]> (attended)
 """
 
-# TensorRT's op has no scale: one that is given as an attribute is ignored without a word.
+# TensorRT's op has no scale: one that is given as an attribute is ignored without a word. The lengths of
+# queries and of keys are equal, but must be two tensors (TensorRT-Edge-LLM, `vit_trt_attention`).
 _PACKED = """
   scale_float = Constant <value_float: float = @scale> ()
   scale = CastLike (scale_float, q)
   q_scaled = Mul (q, scale)
+  kv_lengths = Identity (cu_seqlens)
   out = trt.TRT_Attention <query_form = "packed_nhd", kv_form = "packed_nhd">
-    (q_scaled, k, v, "", cu_seqlens, cu_seqlens)
+    (q_scaled, k, v, "", cu_seqlens, kv_lengths)
 """
 
 VARLEN_ATTENTION = OpDefinition(
