@@ -164,7 +164,7 @@ def build_engine(
         typer.Option(
             help="plugin: our kernels, for TensorRT. packed: TensorRT 11.1's own. native: one masked "
             "product, which costs the square of the whole batch. auto: plugin where "
-            "it can be, else native."
+            "it can be, else packed, else native."
         ),
     ] = "auto",
     plugin_library: Annotated[
