@@ -68,8 +68,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
-    model.add_argument("--no-cpu-kernels", dest="cpu_kernels", action="store_false", help="leave onnxruntime-cpu to "
-                       "its own operators, where mmvision build-plugins --cpu has built others")  # fmt: skip
+    model.add_argument(
+        "--kernel-library",
+        type=Path,
+        metavar="FILE",
+        help="for onnxruntime-amx: what mmvision build-plugins --cpu built (default: the one in "
+        "the model directory's plugins/)",
+    )
     inputs = parser.add_argument_group("input")
     inputs.add_argument("--image", type=Path, nargs="+", action="extend", metavar="FILE",
                         help="images, encoded as one batch; with a folder among them, one after the other into the "
@@ -160,7 +165,7 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         device=arguments.device,
         threads=arguments.threads,
         flavour=arguments.flavour,
-        cpu_kernels=arguments.cpu_kernels,
+        kernel_library=arguments.kernel_library,
     )
 
 

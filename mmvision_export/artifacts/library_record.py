@@ -45,7 +45,7 @@ class LibraryRecord:
         versions: What it was made with.
     """
 
-    KIND: ClassVar[str] = "CPU kernel library"
+    KIND: ClassVar[str] = "AMX kernel library"
     BUILD: ClassVar[str] = "mmvision build-plugins --cpu"
 
     library: FileRecord

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from mmvision_export.artifacts.manifest import Manifest
-from mmvision_export.benchmark.worker import PLAIN
 from mmvision_export.benchmark.workloads import Workload, work_of
 from mmvision_export.core.errors import BenchmarkError
 from mmvision_export.core.metrics import metrics
@@ -305,11 +304,11 @@ def measure(
 
 
 def _runtimes(sides: Sequence[str]) -> list[str]:
-    """The sides whose matrix products there are: our kernels' or ONNX Runtime's, ONNX Runtime's own, and PyTorch's."""
+    """One side for each runtime whose matrix products are measured."""
     kinds = {}
     for name in reversed(sides):
-        backend, _, graph = name.partition(":")
-        kinds[graph == PLAIN if "onnxruntime" in backend else "torch"] = name
+        backend = name.partition(":")[0]
+        kinds[backend if "onnxruntime" in backend else "torch"] = name
     return list(kinds.values())
 
 

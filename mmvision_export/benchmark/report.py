@@ -152,13 +152,9 @@ def page_from_result(result: Result, *, plots: str) -> str:
             f"| {name} | {facts['version']} | {facts['precision']} | {facts['open_s']:.1f} s | {facts['rss_bytes'] / 1e9:.2f} GB |"
         )
     products = ", ".join(f"{rate:.0f} ({name})" for name, rate in result.gemm_gflops.items())
-    kernels = result.sides[first].get("kernels", "")
-    ran = "without kernels of its own" + (f" ({kernels})" if kernels else "")
-    if kernels.endswith(".so"):
-        ran = "with the AMX kernels of `mmvision build-plugins --cpu`"
     lines += [
         "",
-        f"{first} ran {ran}. The best product of float32 matrices, 1024 x 1280 by "
+        f"The best product of float32 matrices, 1024 x 1280 by "
         f"1280 x 5120, of each runtime, in GFLOP/s: {products}; the fastest is the *GEMM peak* below.",
         "",
         f"## How many times as long the others take as {first}",

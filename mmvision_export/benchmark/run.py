@@ -11,7 +11,6 @@ from mmvision_export.artifacts.manifest import Manifest, flavour_graph
 from mmvision_export.benchmark.measure import Result, measure
 from mmvision_export.benchmark.peers import PEERS
 from mmvision_export.benchmark.report import page_from_result, write_plots
-from mmvision_export.benchmark.worker import PLAIN
 from mmvision_export.benchmark.workloads import workloads_for
 from mmvision_export.core.errors import BenchmarkError
 from mmvision_export.core.files import new_files
@@ -39,11 +38,9 @@ def sides_from(
             raise BenchmarkError(
                 f"no such backend: {name}", hint=f"choose from: {', '.join(BACKENDS)}"
             )
-        if graph and (graph not in (*manifest.files, PLAIN) or name != "onnxruntime-cpu"):
+        if graph and (graph not in manifest.files or name != "onnxruntime-cpu"):
             graphs = ", ".join(file for file in manifest.files if file.endswith(".onnx"))
-            raise BenchmarkError(
-                f"{backend}: only onnxruntime-cpu takes a graph, one of {graphs}; or {PLAIN}"
-            )
+            raise BenchmarkError(f"{backend}: only onnxruntime-cpu takes a graph, one of {graphs}")
         for precision in [manifest.precision] if graph or name != "onnxruntime-cpu" else precisions:
             if precision == "int8":
                 if INT8_GRAPH not in manifest.files:

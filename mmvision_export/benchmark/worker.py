@@ -22,12 +22,9 @@ from mmvision_export.artifacts.manifest import GRAPH, Manifest
 from mmvision_export.core.errors import BackendError, message_and_hint
 from mmvision_export.models.sample_batches import batch_of_grid
 from mmvision_export.ops.domain import DOMAIN
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
+from mmvision_export.runtime.backends.onnxruntime_amx import library_in, verified_library
 
-__all__ = ["PLAIN", "main"]
-
-PLAIN = "plain"
-"""In place of a graph's name: what the backend would run anyway, by ONNX Runtime's own operators alone."""
+__all__ = ["main"]
 
 _GEMM = (1024, 1280, 5120)  # rows, k, n: the encoder's largest product, for one block of patches
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -113,13 +110,10 @@ def _open_backend(
             return np.asarray(out)
 
         return run_graph, {"version": onnxruntime.__version__, "precision": "fp32"}
-    plain = graph == PLAIN
-    flavour = None if plain else graph.removeprefix("model.").removesuffix(".onnx") or None
-    encoder = VisionEncoder.open(
-        directory, backend=backend, threads=threads, flavour=flavour, cpu_kernels=not plain
-    )
+    flavour = graph.removeprefix("model.").removesuffix(".onnx") or None
+    encoder = VisionEncoder.open(directory, backend=backend, threads=threads, flavour=flavour)
     run: Run = encoder
-    if not backend.endswith("-cpu"):
+    if not backend.endswith(("-cpu", "-amx")):
         run = _with_cuda_events(encoder)
     facts = encoder.facts
     return run, {
@@ -129,7 +123,6 @@ def _open_backend(
         else "fp32"
         if flavour
         else facts.precision,
-        "kernels": facts.cpu_kernels or "",
     }
 
 
@@ -192,12 +185,10 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
 
         from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_session
 
-        kernels = None if side.endswith(f":{PLAIN}") else find_cpu_kernels(directory)[0]
-        runtime, op = (
-            ("our kernels", f"{DOMAIN}.Linear")
-            if kernels
-            else ("ONNX Runtime", "Gemm <transB: int = 1>")
-        )
+        runtime, op, operators = "ONNX Runtime", "Gemm <transB: int = 1>", None
+        if side.startswith("onnxruntime-amx"):
+            runtime, op = "our AMX kernels", f"{DOMAIN}.Linear"
+            operators = verified_library(library_in(directory))
         graph = f"g (float[m, k] x) => (float[m, n] y) {{y = {op} (x, w)}}"
         model = onnx.parser.parse_model(
             f'<ir_version: 10, opset_import: ["": 18, "{DOMAIN}": 1]> {graph}'
@@ -207,7 +198,7 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
             model.SerializeToString(),
             provider=PROVIDERS["onnxruntime-cpu"],
             threads=threads,
-            kernels=kernels,
+            operators=operators,
         )
         product = lambda: session.run(None, {"x": x})  # noqa: E731
     else:

@@ -196,6 +196,13 @@ def parity(
         Optional[Path],
         typer.Option(metavar="NPY", help="Integers [num_images, 3]: t, h, w in patches."),
     ] = None,
+    kernel_library: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Compare onnxruntime-amx too, with what build-plugins --cpu built.",
+        ),
+    ] = None,
     report: Annotated[
         Optional[Path],
         typer.Option(
@@ -242,7 +249,12 @@ def parity(
     source = WeightSource(checkpoint=checkpoint) if checkpoint else None
     with progress_display() as progress:
         result = check_parity(
-            path, manifest=manifest, source=source, samples=samples, progress=progress
+            path,
+            manifest=manifest,
+            source=source,
+            samples=samples,
+            kernel_library=kernel_library,
+            progress=progress,
         )
     if as_json:
         print(json.dumps(record_from_parity(result), indent=2))

@@ -60,11 +60,19 @@ def build_plugins(
             "TensorRT or JetPack puts it.",
         ),
     ] = None,
+    onnxruntime_include: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            envvar="ONNXRUNTIME_INCLUDE_DIR",
+            help="With --cpu: folder with onnxruntime_c_api.h, to compare the library's own table with.",
+        ),
+    ] = None,
     cpu: Annotated[
         bool,
         typer.Option(
             "--cpu",
-            help="Build libmmvision_cpu.so, for ONNX Runtime on x86-64 CPUs with AMX, instead.",
+            help="Build libmmvision_amx.so, for ONNX Runtime on x86-64 CPUs with AMX, instead.",
         ),
     ] = False,
     force: Annotated[
@@ -78,16 +86,16 @@ def build_plugins(
     GPU it has kernels for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers,
     and Triton for the kernels. All kernels take two minutes on two cores.
 
-    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on
-    AMX, where a CPU has it (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds;
-    model directories beside it use it.
+    With --cpu, build libmmvision_amx.so instead, for --backend onnxruntime-amx: ONNX Runtime
+    then multiplies float32 matrices on AMX, which Intel Xeons have from Sapphire Rapids on. CMake
+    and g++ do that in seconds.
     """
     if cpu:
         if sm or head_dim or machine is not None or tensorrt_include is not None:
-            raise typer.BadParameter("--cpu goes with --output and --force alone")
-        _build_cpu_kernels(output, force)
+            raise typer.BadParameter("--cpu goes with --output, --onnxruntime-include and --force")
+        _build_amx_library(output, onnxruntime_include, force)
         return
-    from mmvision_export.kernels.library import build_plugins as build
+    from mmvision_export.kernels.tensorrt_library import build_plugins as build
 
     with progress_display() as progress:
         library, record = build(
@@ -108,17 +116,22 @@ def build_plugins(
     )
 
 
-def _build_cpu_kernels(output: Path | None, force: bool) -> None:
-    from mmvision_export.kernels.cpu import build_cpu_kernels
-    from mmvision_export.runtime.backends.cpu_kernels import has_amx
+def _build_amx_library(output: Path | None, onnxruntime_include: Path | None, force: bool) -> None:
+    from mmvision_export.kernels.amx_library import build_amx_library
+    from mmvision_export.runtime.backends.onnxruntime_amx import cpu_has_amx
 
     with progress_display() as progress:
-        library, record = build_cpu_kernels(output=output, force=force, progress=progress)
-    here = "" if has_amx() else "; this CPU has no AMX and will not use it"
-    console.print(
-        f"{library}: {record.library.size_bytes / 1e6:.1f} MB, {record.versions['compiler']}{here}",
-        markup=False,
-    )
+        library, record = build_amx_library(
+            output=output,
+            onnxruntime_include=onnxruntime_include,
+            force=force,
+            progress=progress,
+        )
+    size = f"{record.library.size_bytes / 1e6:.1f} MB"
+    console.print(f"{library}: {size}, {record.versions['compiler']}", markup=False)
+    use = f"use it with: mmvision run --backend onnxruntime-amx --kernel-library {library}"
+    here = "" if cpu_has_amx() else ", on another machine: this CPU has no AMX"
+    console.print(f"{use}{here}", markup=False)
 
 
 def build_engine(

@@ -11,8 +11,7 @@ from typing import Any
 
 from mmvision_export.core.errors import MmvisionError
 from mmvision_export.engine.target import supported_by_rtx
-from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, has_amx
+from mmvision_export.runtime.backends import AUTO_BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
 
@@ -55,7 +54,7 @@ class BackendReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Packages by name (None where not installed), and every backend."""
+    """Packages by name (None where not installed), and every backend that `auto` may take."""
 
     packages: dict[str, str | None]
     backends: list[BackendReport]
@@ -71,7 +70,10 @@ def examine() -> Report:
             packages[name] = None
     return Report(
         packages,
-        [BackendReport(name, _reason(_builds, name), _reason(_runs, name)) for name in BACKENDS],
+        [
+            BackendReport(name, _reason(_builds, name), _reason(_runs, name))
+            for name in AUTO_BACKENDS
+        ],
     )
 
 
@@ -111,14 +113,7 @@ def _runs(backend: str) -> str:
 
     require_provider(PROVIDERS[backend])
     if backend == "onnxruntime-cpu":
-        library, _ = find_cpu_kernels(Path("engines"))
-        if library is not None:
-            return f"yes, with kernels for this CPU's AMX: {library}"
-        return (
-            "yes, faster with kernels for its AMX: mmvision build-plugins --cpu"
-            if has_amx()
-            else "yes"
-        )
+        return "yes"
     return f"yes, on compute capability {Cuda(0).compute_capability()}"
 
 

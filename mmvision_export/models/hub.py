@@ -40,9 +40,10 @@ def folder_from_hub(
     Returns:
         The snapshot folder in the cache, ready for `checkpoint_from_folder`.
 
-    Raises: ConfigError: The repository's configuration is of no supported model family.
+    Raises:
+        ConfigError: The repository's configuration is of no supported model family.
         CheckpointError: The hub cannot be reached, or refuses, or the repository is no safetensors
-        checkpoint.
+            checkpoint.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError

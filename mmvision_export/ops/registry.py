@@ -32,8 +32,10 @@ OPS: dict[str, OpDefinition] = {
 def attach_functions(model: ir.Model, *, bodies: Mapping[str, str] | None = None) -> None:
     """Give a model the definitions of the custom ops, replacing those it has.
 
-    Args: model: A graph with nodes of domain `mmvision`; changed in place. bodies: Op -> the body
-        that defines it; the best portable one for the model's opset where there is none.
+    Args:
+        model: A graph with nodes of domain `mmvision`; changed in place.
+        bodies: Op -> the body that defines it. Without one, the best portable body for the
+            model's opset.
 
     Raises:
         ExportError: A body needs a later opset than the model's, or an op has no such body.

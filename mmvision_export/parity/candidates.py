@@ -19,7 +19,6 @@ from mmvision_export.parity.encoders import Encoders
 from mmvision_export.parity.graphs import LoadedGraph
 from mmvision_export.parity.runners import EngineRunner, TorchRunner
 from mmvision_export.parity.sessions import session_from_model
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
 from mmvision_export.runtime.backends.cuda import current_compute_capability
 from mmvision_export.runtime.backends.onnxruntime import create_session
 
@@ -69,9 +68,16 @@ def candidates_from_pytorch(encoders: Encoders, float_types: Sequence[str]) -> l
 
 
 def candidates_from_graphs(
-    graphs: Mapping[str, LoadedGraph], directory: Path, *, progress: Progress
+    graphs: Mapping[str, LoadedGraph],
+    directory: Path,
+    *,
+    kernel_library: Path | None = None,
+    progress: Progress,
 ) -> list[Candidate]:
-    """Each graph in ONNX Runtime, as it is and, if it is float16 or bfloat16, rounded."""
+    """Each graph in ONNX Runtime, as it is and, if it is float16 or bfloat16, rounded.
+
+    With a library of AMX kernels, the CPU's graph once more with its operators.
+    """
     candidates = []
     for name, graph in graphs.items():
         facts = graph.facts
@@ -82,9 +88,9 @@ def candidates_from_graphs(
         else:
             runner = OnnxrtRunner(_session_loader(directory / name), name=name)
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
-            if name == CPU_GRAPH and (kernels := find_cpu_kernels(directory)[0]):
+            if name == CPU_GRAPH and kernel_library is not None:
                 runner = OnnxrtRunner(
-                    _session_loader(directory / name, kernels), name=f"{name} (AMX kernels)"
+                    _session_loader(directory / name, kernel_library), name=f"{name} (AMX kernels)"
                 )
                 candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
         if facts.float_type != "fp32":
@@ -96,8 +102,8 @@ def candidates_from_graphs(
     return candidates
 
 
-def _session_loader(graph: Path, kernels: Path | None = None) -> Callable[[], Any]:
-    return lambda: create_session(graph, provider="CPUExecutionProvider", kernels=kernels)
+def _session_loader(graph: Path, operators: Path | None = None) -> Callable[[], Any]:
+    return lambda: create_session(graph, provider="CPUExecutionProvider", operators=operators)
 
 
 def candidate_from_engine(

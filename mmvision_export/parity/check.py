@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import Manifest, model_directory_of
+from mmvision_export.artifacts.manifest import CPU_GRAPH, Manifest, model_directory_of
 from mmvision_export.core.errors import BackendError, ManifestError, ParityError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
@@ -41,6 +41,7 @@ from mmvision_export.parity.measuring import (
 from mmvision_export.parity.result import REFERENCE, ParityResult, ParityRow
 from mmvision_export.parity.runners import TorchRunner
 from mmvision_export.parity.samples import Sample, samples_from_grids
+from mmvision_export.runtime.backends.onnxruntime_amx import verified_library
 
 __all__ = ["check_parity", "directory_from_path"]
 
@@ -66,6 +67,7 @@ def check_parity(
     manifest: Manifest | None = None,
     source: WeightSource | None = None,
     samples: Sequence[Sample] = (),
+    kernel_library: Path | None = None,
     progress: Progress | None = None,
 ) -> ParityResult:
     """Compare graphs and engines with PyTorch in float64.
@@ -76,17 +78,22 @@ def check_parity(
         manifest: The directory's, if it has been read.
         source: Where to load the weights from; the manifest's own source if None.
         samples: Batches to compare on; if there are none, random pixels in grids that have been trouble before.
+        kernel_library: Compare `model.cpu.onnx` as `onnxruntime-amx` runs it with this library too.
         progress: Told about each step.
 
     Raises:
         ManifestError: The model directory is not one, or damaged.
         CheckpointError: The weights cannot be loaded again, or are not those that were exported.
         ParityError: Nothing can be compared on this machine.
-        BackendError: ONNX Runtime is not installed, or the engine does not run here.
+        BackendError: ONNX Runtime is not installed, or the engine or the library does not run here.
     """
     progress = progress or Progress()
     directory = directory_from_path(path)
     manifest = manifest or Manifest.read(directory)
+    if kernel_library is not None:
+        verified_library(kernel_library)
+        if path.is_file() or CPU_GRAPH not in manifest.files:
+            raise ParityError(f"{path} has no {CPU_GRAPH} to run with {kernel_library}")
     samples = list(samples) or samples_from_grids(manifest.config)
     encoders = Encoders(
         source or WeightSource.from_manifest(manifest.source, manifest.config), manifest
@@ -99,7 +106,9 @@ def check_parity(
     else:
         names = [name for name in manifest.files if name.endswith(".onnx")]
         graphs = graphs_from_directory(directory, manifest, names)
-        in_onnxruntime = candidates_from_graphs(graphs, directory, progress=progress)
+        in_onnxruntime = candidates_from_graphs(
+            graphs, directory, kernel_library=kernel_library, progress=progress
+        )
         engines = candidates_from_plans(directory, graphs=graphs, progress=progress)
 
     with runner_errors():

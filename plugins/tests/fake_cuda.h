@@ -1,6 +1,8 @@
-// A stand-in for libcuda.so.1: it enforces the driver's rules at the calls that the plugins make, and records launches.
+// A stand-in for libcuda.so.1: it enforces the driver's rules at the calls that the plugins make,
+// and records launches.
 //
-// It exports those calls and no others: a plugin that allocated or waited would not find the function.
+// It exports those calls and no others: a plugin that allocated or waited would not find the
+// function.
 #pragma once
 
 #include "cubin.h"
@@ -12,11 +14,9 @@
 #include <string>
 #include <vector>
 
-namespace fake
-{
+namespace fake {
 
-struct Launch
-{
+struct Launch {
     CUcontext context;
     Image image;
     std::string function;
@@ -24,7 +24,7 @@ struct Launch
     std::array<uint32_t, 3> block;
     uint32_t sharedBytes;
     CUstream stream;
-    std::vector<std::vector<unsigned char>> arguments; // bytes of each parameter
+    std::vector<std::vector<unsigned char>> arguments;  // bytes of each parameter
 };
 
 // One GPU with one context.
@@ -47,4 +47,4 @@ void clear();
 
 int32_t loadedModules();
 
-} // namespace fake
+}  // namespace fake

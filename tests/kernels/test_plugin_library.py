@@ -17,10 +17,11 @@ import pytest
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, ManifestError, OutputError, PluginError
+from mmvision_export.kernels.cmake import cmake_build
+from mmvision_export.kernels.compile import compile_kernels, plugins_root
 from mmvision_export.kernels.embed import write_embedded_kernels
 from mmvision_export.kernels.headers import cuda_headers, tensorrt_header_version, tensorrt_headers
-from mmvision_export.kernels.kernels import compile_kernels, plugins_root
-from mmvision_export.kernels.library import build_plugins, cmake_build
+from mmvision_export.kernels.tensorrt_library import build_plugins
 from mmvision_export.runtime.backends import plugin_library
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
 from tests.support.errors import refused

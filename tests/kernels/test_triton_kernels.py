@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmvision_export.kernels.kernels import kernel_module
+from mmvision_export.kernels.compile import kernel_module
 from mmvision_export.models.minimax_m3_vl import reference
 from tests.support.attention import cu, eager_attention_error, qkv
 from tests.support.configs import relative_l2

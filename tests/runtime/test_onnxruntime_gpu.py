@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from mmvision_export.core.errors import BackendError
-from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
+from mmvision_export.runtime.backends import AUTO_BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.onnxruntime import create_session
 from tests.support.errors import refused
 
@@ -139,4 +139,4 @@ def test_options_out_of_range() -> None:
 
 
 def test_the_cpu_is_the_last_resort() -> None:
-    assert list(BACKENDS)[-1] == "onnxruntime-cpu"
+    assert AUTO_BACKENDS[-1] == "onnxruntime-cpu"

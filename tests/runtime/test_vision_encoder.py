@@ -24,7 +24,7 @@ from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.models.weights import WeightSource
-from mmvision_export.runtime.backends import BACKENDS
+from mmvision_export.runtime.backends import AUTO_BACKENDS
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids, relative_l2, run_graph
 from tests.support.errors import refused
 
@@ -118,7 +118,7 @@ def test_auto_says_what_was_passed_over(exported: Path) -> None:
     with VisionEncoder.open(exported) as encoder:
         assert encoder.info["backend"].startswith(("onnxruntime", "tensorrt"))
         if encoder.info["backend"] == "onnxruntime-cpu":
-            assert set(encoder.info["passed_over"]) == set(BACKENDS) - {"onnxruntime-cpu"}
+            assert set(encoder.info["passed_over"]) == set(AUTO_BACKENDS) - {"onnxruntime-cpu"}
 
 
 def test_float16_directory(tmp_path: Path) -> None:

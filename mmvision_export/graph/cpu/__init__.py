@@ -15,7 +15,7 @@ different here:
 * Its rotation is a dozen elementwise operators. Here it is one, `com.microsoft::RotaryEmbedding`.
 
 The products and attention are operators of ours, which carry their definition in ONNX Runtime's as
-functions, so that its kernels or those of `plugins/cpu` can run them.
+functions, so that its kernels or ours can run them.
 
 Blocks are of equal size, as Scan needs, so that the batch is padded at its end by less than an
 image token a block. The padding is in no image and is cut off again.

@@ -177,10 +177,13 @@ def _block_body(
 ) -> ir.Graph:
     """What is done with one block: the end of layer `index - 1`, the beginning of layer `index`.
 
-    Args: index: From 0, which embeds the patches, to the number of layers, which projects. names:
-        The inputs': `patches`, or `x_in` and `attended`; and `cos` and `sin` but for the last.
-        blocks: The values of the outer graph. encoder: Whose weights are used. config: Its
-        dimensions.
+    Args:
+        index: From 0, which embeds the patches, to the number of layers, which projects.
+        names: The inputs': `patches`, or `x_in` and `attended`; and `cos` and `sin` but for the
+            last.
+        blocks: The values of the outer graph.
+        encoder: Whose weights are used.
+        config: Its dimensions.
     """
     prefix = f"blocks.{index}."
     tape = NamingTape(prefix)

@@ -19,6 +19,7 @@ from mmvision_export.runtime.backends.backend import (
 )
 
 __all__ = [
+    "AUTO_BACKENDS",
     "BACKENDS",
     "Backend",
     "BackendInfo",
@@ -38,14 +39,16 @@ class BackendRow:
         module: Module of this folder that has its class, imported when the backend is opened.
         cls: The class, a `Backend`.
         opens_engines: Whether it runs engines of a model directory's `plans/`, rather than its graphs.
-        takes_flavours: Whether a caller may name the graph.
+        takes: Options that only some backends take, of those that it does.
+        is_automatic: Whether `auto` may take it.
     """
 
     name: str
     module: str
     cls: str
     opens_engines: bool = False
-    takes_flavours: bool = False
+    takes: tuple[str, ...] = ()
+    is_automatic: bool = True
 
     def load(self) -> type[Backend]:
         """The class. What it needs of others is imported when it is opened."""
@@ -70,12 +73,23 @@ BACKENDS: dict[str, BackendRow] = {
         ),
         BackendRow(name="onnxruntime-cuda", module="onnxruntime_gpu", cls="CudaBackend"),
         BackendRow(
-            name="onnxruntime-cpu", module="onnxruntime", cls="CpuBackend", takes_flavours=True
+            name="onnxruntime-cpu", module="onnxruntime", cls="CpuBackend", takes=("flavour",)
+        ),
+        BackendRow(
+            name="onnxruntime-amx",
+            module="onnxruntime_amx",
+            cls="AmxBackend",
+            takes=("flavour", "kernel_library"),
+            # It runs a library that anybody may have put into the model directory.
+            is_automatic=False,
         ),
     )
 }
-"""Fastest first: engines built ahead, then what builds them when it opens the graph, then kernel by kernel, then the
-CPU. `auto` takes the first that works."""
+"""Fastest first: engines built ahead, then what builds them when it opens the graph, then kernel by
+kernel, then the CPU."""
+
+AUTO_BACKENDS = tuple(row.name for row in BACKENDS.values() if row.is_automatic)
+"""Of these `auto` takes the first that works. The rest are used only where they are named."""
 
 
 def open_backend(path: Path, options: BackendOptions) -> Backend:
@@ -83,7 +97,7 @@ def open_backend(path: Path, options: BackendOptions) -> Backend:
 
     Args:
         path: A model directory, or an `.engine` file.
-        options: How. `auto` is the first of `BACKENDS` that works; what was passed over, and why, is in
+        options: How. `auto` is the first of `AUTO_BACKENDS` that works; what was passed over, and why, is in
             `info.passed_over`.
 
     Raises:
@@ -99,9 +113,13 @@ def open_backend(path: Path, options: BackendOptions) -> Backend:
         raise BackendError(
             f"no such backend: {name}", hint=f"choose one of: auto, {', '.join(BACKENDS)}"
         )
-    if options.flavour is not None and not (name != "auto" and BACKENDS[name].takes_flavours):
-        takers = " or ".join(row.name for row in BACKENDS.values() if row.takes_flavours)
-        raise BackendError(f"{name} takes no flavour", hint=f"choose --backend {takers}")
+    taken = () if name == "auto" else BACKENDS[name].takes
+    for option in sorted({each for row in BACKENDS.values() for each in row.takes}):
+        if getattr(options, option) is not None and option not in taken:
+            takers = " or ".join(row.name for row in BACKENDS.values() if option in row.takes)
+            raise BackendError(
+                f"{name} takes no {option.replace('_', ' ')}", hint=f"choose --backend {takers}"
+            )
     if name == "auto":
         return _open_best(path, options)
     row = BACKENDS[name]
@@ -111,7 +129,7 @@ def open_backend(path: Path, options: BackendOptions) -> Backend:
 
 
 def _open_best(path: Path, options: BackendOptions) -> Backend:
-    order = [row.name for row in BACKENDS.values() if row.opens_engines or not path.is_file()]
+    order = [name for name in AUTO_BACKENDS if BACKENDS[name].opens_engines or not path.is_file()]
     passed_over: dict[str, str] = {}
     for name in order:
         try:

@@ -34,10 +34,9 @@ class BackendOptions:
             for an engine with buckets, else lazy.
         runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default
             beside the engine, and a folder for `onnxruntime-rtx`.
-        flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; the best exact one if
-            None.
-        cpu_kernels: Whether `onnxruntime-cpu` uses kernels of `mmvision build-plugins --cpu`, where there
-            are any.
+        flavour: Which graph of the directory a CPU backend runs, as `cpu-int8`; the best exact one if None.
+        kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default the one
+            in the model directory's own `plugins/`. Executable content, as an engine is.
 
     Raises:
         BackendError: A number is out of range.
@@ -51,7 +50,7 @@ class BackendOptions:
     kernels: Any = None
     runtime_cache: str | Path | None = None
     flavour: str | None = None
-    cpu_kernels: bool = True
+    kernel_library: str | Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams"):
@@ -81,7 +80,7 @@ class BackendInfo:
         plugin_library: Name of the library beside the engine.
         kernels: TensorRT-RTX's kernel strategy.
         runtime_cache: TensorRT-RTX's file, and whether it was read.
-        cpu_kernels: Where kernels for ONNX Runtime's CPU provider are, or why there are none.
+        kernel_library: The library of operators for ONNX Runtime.
         chosen: Why `auto` took this backend.
         passed_over: What `auto` did not take, and why.
     """
@@ -102,7 +101,7 @@ class BackendInfo:
     plugin_library: str | None = None
     kernels: str | None = None
     runtime_cache: str | None = None
-    cpu_kernels: str | None = None
+    kernel_library: str | None = None
     chosen: str | None = None
     passed_over: dict[str, str] | None = None
 

@@ -15,7 +15,6 @@ from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, register_cpu_kernels
 from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ __all__ = [
 _ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings are about its own constant folding
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-amx": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
@@ -117,29 +117,14 @@ class OnnxRuntimeBackend:
 
 
 class CpuBackend(OnnxRuntimeBackend):
-    """ONNX Runtime's CPU provider, on every machine, with the CPU flavour of the graph and kernels of ours for it."""
+    """ONNX Runtime's CPU provider, on every machine, with the CPU flavour of the graph."""
 
     name = "onnxruntime-cpu"
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
         super().__init__(directory, options)
-        self.info.cpu_kernels = self._kernels_found
         # The work and memory of masked attention grow with the square of a launch, so that a batch is cut.
         self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
-
-    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
-        kernels, self._kernels_found = (
-            find_cpu_kernels(graph.parent) if options.cpu_kernels else (None, "no: left out")
-        )
-        if self._masked and kernels is not None:
-            # They are float32's, and the portable graph's operators of these names may be of another type.
-            kernels, self._kernels_found = (
-                None,
-                f"no: they are for {CPU_GRAPH} and what is made from it",
-            )
-        return create_session(
-            graph, provider=PROVIDERS[self.name], threads=options.threads, kernels=kernels
-        )
 
     def _graph_name(self, manifest: Manifest) -> str:
         if manifest.precision == "bf16":
@@ -186,7 +171,7 @@ def create_session(
     behind: Sequence[str] = (),
     weights_in: Path | None = None,
     entries: Mapping[str, str] | None = None,
-    kernels: Path | None = None,
+    operators: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on exactly the provider asked for.
 
@@ -199,7 +184,7 @@ def create_session(
         behind: Providers for the operators that this one does not take.
         weights_in: Folder of the weights of a model in memory.
         entries: More of the session's configuration.
-        kernels: Library of kernels for operators of the graph, from `find_cpu_kernels`.
+        operators: Library of operators for nodes of the graph; the caller has verified it.
 
     Raises:
         BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
@@ -217,8 +202,11 @@ def create_session(
         )
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
-    if kernels is not None:
-        register_cpu_kernels(options, kernels)
+    if operators is not None:
+        try:
+            options.register_custom_ops_library(str(operators.resolve()))
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BackendError(f"ONNX Runtime cannot use {operators}: {error}") from error
     source, name = (str(graph), str(graph)) if isinstance(graph, Path) else (graph, "the graph")
     place = {} if provider.startswith("CPU") else {"device_id": str(device)}
     providers = [

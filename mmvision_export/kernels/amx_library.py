@@ -1,4 +1,4 @@
-"""Build `libmmvision_cpu.so`: the operators for ONNX Runtime on x86-64 CPUs with AMX."""
+"""Build `libmmvision_amx.so`: the operators for ONNX Runtime on x86-64 CPUs with AMX."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ from mmvision_export.artifacts.library_record import (
 from mmvision_export.core.errors import OutputError, PluginError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.progress import Progress
-from mmvision_export.kernels.library import cmake_build, toolchain
-from mmvision_export.runtime.backends.cpu_kernels import CPU_LIBRARY
+from mmvision_export.kernels.cmake import cmake_build, toolchain
+from mmvision_export.kernels.headers import onnxruntime_api_version, onnxruntime_headers
+from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY
 from mmvision_export.version import __version__
 
-__all__ = ["build_cpu_kernels"]
+__all__ = ["build_amx_library"]
 
 _MACHINE = "x86_64"
 
 
-def build_cpu_kernels(
-    *, output: Path | None = None, force: bool = False, progress: Progress | None = None
+def build_amx_library(
+    *,
+    output: Path | None = None,
+    onnxruntime_include: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Path, LibraryRecord]:
-    """Build the library of CPU kernels, with a record beside it. The CPU need not have AMX itself.
+    """Build the library of AMX kernels, with a record beside it. The CPU need not have AMX itself.
 
     Args:
         output: Folder to put it in; `engines/plugins/x86_64` if None.
+        onnxruntime_include: Folder of ONNX Runtime's C header; looked for if None. Where there is
+            one, the library's table of its functions is compared with it, and the record says so.
         force: Replace a library that is there.
         progress: Told about each step.
 
@@ -40,32 +47,38 @@ def build_cpu_kernels(
         The library's path and its record.
 
     Raises:
-        PluginError: This is no x86-64 machine, a tool is missing, or the C++ does not compile.
+        PluginError: This is no x86-64 machine, a tool is missing, the C++ does not compile, or the
+            named folder has no such header.
         OutputError: The library exists, or cannot be written.
     """
     progress = progress or Progress()
     if platform.machine() != _MACHINE:
         raise PluginError(
-            f"the CPU kernels are for {_MACHINE}, this machine is {platform.machine()}"
+            f"the AMX kernels are for {_MACHINE}, this machine is {platform.machine()}"
         )
-    library = (output or default_folder(_MACHINE)) / CPU_LIBRARY
+    library = (output or default_folder(_MACHINE)) / AMX_LIBRARY
     if library.exists() and not force:
         raise OutputError(
             f"{library} already exists", hint="choose another --output, or replace it with --force"
         )
     settings = toolchain(_MACHINE)
-    progress.step("compiling the CPU kernels")
+    versions = {"mmvision-export": __version__}
+    headers = onnxruntime_headers(onnxruntime_include)
+    if headers is not None:
+        settings["ONNXRUNTIME_INCLUDE_DIR"] = headers.resolve()
+        versions["onnxruntime header"] = onnxruntime_api_version(headers)
+    progress.step("compiling the AMX kernels")
     with (
-        new_files(library.parent, name=CPU_LIBRARY) as new,
-        tempfile.TemporaryDirectory(prefix="mmvision-cpu-") as temporary,
+        new_files(library.parent, name=AMX_LIBRARY) as new,
+        tempfile.TemporaryDirectory(prefix="mmvision-amx-") as temporary,
     ):
         build = Path(temporary)
-        cmake_build(build, settings, project="cpu")
-        shutil.copyfile(build / CPU_LIBRARY, new / CPU_LIBRARY)
+        cmake_build(build, settings, project="amx")
+        shutil.copyfile(build / AMX_LIBRARY, new / AMX_LIBRARY)
         record = LibraryRecord(
-            library=file_record(new / CPU_LIBRARY),
+            library=file_record(new / AMX_LIBRARY),
             machine=_MACHINE,
-            versions={"mmvision-export": __version__, "compiler": _compiler(build)},
+            versions={**versions, "compiler": _compiler(build)},
         )
         record.write(new / library_record_path(library).name)
     return library, record

@@ -1,5 +1,6 @@
-// The operators of domain mmvision for ONNX Runtime's CPU provider. Where the CPU has no AMX, nothing is registered, and ONNX
-// Runtime runs the functions that the graph defines these operators by.
+// The operators of domain mmvision for ONNX Runtime's CPU provider. Where the CPU has no AMX they
+// are refused, rather than left out in silence: ONNX Runtime would run the functions that the graph
+// defines them by.
 #include <sched.h>
 
 #include <algorithm>
@@ -11,14 +12,24 @@
 #include <string>
 #include <vector>
 
-#include "cpu/amx.h"
-#include "cpu/attention.h"
-#include "cpu/linear.h"
-#include "cpu/onnxruntime_abi.h"
+#include "amx/amx.h"
+#include "amx/attention.h"
+#include "amx/linear.h"
+#include "amx/onnxruntime_table.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 namespace {
+
+using ort::OrtAllocator;
+using ort::OrtApi;
+using ort::OrtCustomOp;
+using ort::OrtKernelContext;
+using ort::OrtKernelInfo;
+using ort::OrtMemoryInfo;
+using ort::OrtStatus;
+using ort::OrtTensorTypeAndShapeInfo;
+using ort::OrtValue;
 
 // A failure that ONNX Runtime has reported itself.
 struct Reported {
@@ -49,16 +60,16 @@ OrtStatus* guarded(OrtApi* api, Body body) noexcept {
 class SessionWorkers : public Workers {
 public:
     SessionWorkers(OrtApi* api, OrtKernelContext* context) : api_(api), context_(context) {
-        constexpr int kArenaAllocator = 1;
-        constexpr int kDefaultMemory = 0;
-        check(ort::kCreateCpuMemoryInfo(api, kArenaAllocator, kDefaultMemory, &info_));
-        OrtStatus* status = ort::kKernelContextGetAllocator(api, context, info_, &allocator_);
+        check(ort::kCreateCpuMemoryInfo(api, ort::kArenaAllocator, ort::kDefaultMemory, &info_));
+        OrtStatus* status = ort::kKernelContext_GetAllocator(api, context, info_, &allocator_);
         if (status != nullptr) {
             ort::kReleaseMemoryInfo(api, info_);
             throw Reported{status};
         }
         cpu_set_t allowed;
-        most_ = sched_getaffinity(0, sizeof allowed, &allowed) == 0 ? static_cast<std::size_t>(CPU_COUNT(&allowed)) : 1;
+        most_ = sched_getaffinity(0, sizeof allowed, &allowed) == 0
+                    ? static_cast<std::size_t>(CPU_COUNT(&allowed))
+                    : 1;
     }
     ~SessionWorkers() override {
         for (void* block : blocks_) {
@@ -70,7 +81,8 @@ public:
     SessionWorkers(const SessionWorkers&) = delete;
     SessionWorkers& operator=(const SessionWorkers&) = delete;
 
-    void run(std::size_t count, std::size_t bytes, const std::function<void(std::size_t, char*)>& task) override {
+    void run(std::size_t count, std::size_t bytes,
+             const std::function<void(std::size_t, char*)>& task) override {
         struct Shared {
             SessionWorkers* workers;
             const std::function<void(std::size_t, char*)>* task;
@@ -102,7 +114,8 @@ public:
                 allocator->Free(allocator, block);
             }
         };
-        check(ort::kKernelContextParallelFor(api_, context_, work, std::min(count, most_), 0, &shared));
+        check(ort::kKernelContext_ParallelFor(api_, context_, work, std::min(count, most_), 0,
+                                              &shared));
         if (shared.out_of_memory) {
             throw std::bad_alloc();
         }
@@ -147,7 +160,7 @@ struct Tensor {
 Tensor input(OrtApi* api, const OrtKernelContext* context, std::size_t index) {
     Tensor tensor;
     const OrtValue* value = nullptr;
-    check(ort::kKernelContextGetInput(api, context, index, &value));
+    check(ort::kKernelContext_GetInput(api, context, index, &value));
     if (value == nullptr) {
         return tensor;
     }
@@ -169,7 +182,7 @@ Tensor input(OrtApi* api, const OrtKernelContext* context, std::size_t index) {
 
 float* output(OrtApi* api, OrtKernelContext* context, const std::vector<std::int64_t>& shape) {
     OrtValue* value = nullptr;
-    check(ort::kKernelContextGetOutput(api, context, 0, shape.data(), shape.size(), &value));
+    check(ort::kKernelContext_GetOutput(api, context, 0, shape.data(), shape.size(), &value));
     void* data = nullptr;
     check(ort::kGetTensorMutableData(api, value, &data));
     return static_cast<float*>(data);
@@ -187,24 +200,27 @@ struct Linear {
     static constexpr const char* kName = activation == Activation::kGelu ? "LinearGelu" : "Linear";
     static constexpr std::size_t kInputs = 3;
     static int input_type(std::size_t) { return ort::kFloat; }
-    static int characteristic(std::size_t index) { return index == 2 ? ort::kOptional : ort::kRequired; }
+    static int characteristic(std::size_t index) {
+        return index == 2 ? ort::kOptional : ort::kRequired;
+    }
 
     explicit Linear(OrtApi* api, const OrtKernelInfo*) : api_(api) {}
 
     void compute(OrtKernelContext* context) const {
         std::size_t count = 0;
-        check(ort::kKernelContextGetInputCount(api_, context, &count));
+        check(ort::kKernelContext_GetInputCount(api_, context, &count));
         const Tensor x = input(api_, context, 0);
         const Tensor weight = input(api_, context, 1);
         const Tensor bias = count > 2 ? input(api_, context, 2) : Tensor();
         require(x.shape.size() == 2 && weight.shape.size() == 2 && x.shape[1] == weight.shape[1],
                 "Linear: x must be [m, k] and weight [n, k]");
-        require(bias.data == nullptr || (bias.shape.size() == 1 && bias.shape[0] == weight.shape[0]),
-                "Linear: bias must be [n]");
+        require(
+            bias.data == nullptr || (bias.shape.size() == 1 && bias.shape[0] == weight.shape[0]),
+            "Linear: bias must be [n]");
         float* y = output(api_, context, {x.shape[0], weight.shape[0]});
         SessionWorkers workers(api_, context);
-        linear(x.floats(), weight.floats(), bias.floats(), y, {x.size(0), x.size(1), weight.size(0)}, activation,
-               workers);
+        linear(x.floats(), weight.floats(), bias.floats(), y,
+               {x.size(0), x.size(1), weight.size(0)}, activation, workers);
     }
 
 private:
@@ -219,7 +235,7 @@ struct VarlenAttention {
     static int characteristic(std::size_t) { return ort::kRequired; }
 
     explicit VarlenAttention(OrtApi* api, const OrtKernelInfo* info) : api_(api) {
-        check(ort::kKernelInfoGetAttributeFloat(api, info, "scale", &scale_));
+        check(ort::kKernelInfoGetAttribute_float(api, info, "scale", &scale_));
     }
 
     void compute(OrtKernelContext* context) const {
@@ -233,7 +249,8 @@ struct VarlenAttention {
                 "mmvision::VarlenAttention: cu_seqlens must be [segments + 1]");
         const auto* bounds = static_cast<const std::int32_t*>(cu_seqlens.data);
         const std::size_t segments = cu_seqlens.size(0) - 1;
-        require(bounds[0] == 0 && std::is_sorted(bounds, bounds + segments + 1) && bounds[segments] <= q.shape[0],
+        require(bounds[0] == 0 && std::is_sorted(bounds, bounds + segments + 1) &&
+                    bounds[segments] <= q.shape[0],
                 "mmvision::VarlenAttention: cu_seqlens must rise from 0 to n at most");
         float* out = output(api_, context, q.shape);
         SessionWorkers workers(api_, context);
@@ -252,16 +269,23 @@ struct CustomOp : OrtCustomOp {
         version = ort::kApiVersion;
         GetName = [](const OrtCustomOp*) { return Kernel::kName; };
         GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-        GetInputType = [](const OrtCustomOp*, std::size_t index) { return Kernel::input_type(index); };
+        GetInputType = [](const OrtCustomOp*, std::size_t index) {
+            return Kernel::input_type(index);
+        };
         GetInputTypeCount = [](const OrtCustomOp*) { return Kernel::kInputs; };
         GetOutputType = [](const OrtCustomOp*, std::size_t) -> int { return ort::kFloat; };
         GetOutputTypeCount = [](const OrtCustomOp*) -> std::size_t { return 1; };
-        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t index) { return Kernel::characteristic(index); };
-        GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) -> int { return ort::kRequired; };
+        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t index) {
+            return Kernel::characteristic(index);
+        };
+        GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) -> int {
+            return ort::kRequired;
+        };
         GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return 0; };
         GetStartVersion = [](const OrtCustomOp*) { return 1; };
         GetEndVersion = [](const OrtCustomOp*) { return 1; };
-        CreateKernelV2 = [](const OrtCustomOp*, OrtApi* api, const OrtKernelInfo* info, void** kernel) {
+        CreateKernelV2 = [](const OrtCustomOp*, OrtApi* api, const OrtKernelInfo* info,
+                            void** kernel) {
             return guarded(api, [&] { *kernel = new Held{api, Kernel(api, info)}; });
         };
         KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
@@ -280,31 +304,30 @@ private:
 
 }  // namespace
 
-}  // namespace mmvision::cpu
-
 // ONNX Runtime calls this when the library is registered with a session's options.
-extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
-                                                                               const OrtApiBase* base) {
-    using namespace mmvision::cpu;
+extern "C" __attribute__((visibility("default"))) ort::OrtStatus* RegisterCustomOps(
+    ort::OrtSessionOptions* options, const ort::OrtApiBase* base) {
     OrtApi* api = base->GetApi(ort::kApiVersion);
-    if (api == nullptr || !amx_allowed()) {
-        return nullptr;
+    if (api == nullptr) {
+        return ort::kCreateStatus(base->GetApi(1), ort::kFail,
+                                  "the AMX kernels need ONNX Runtime 1.17 or later");
+    }
+    if (!amx_allowed()) {
+        return ort::kCreateStatus(
+            api, ort::kFail, "this CPU has no AMX, or the system does not let this process use it");
     }
     // ONNX Runtime keeps pointers to these for as long as any session lives.
     static const CustomOp<Linear<Activation::kNone>> linear_op;
     static const CustomOp<Linear<Activation::kGelu>> linear_gelu_op;
     static const CustomOp<VarlenAttention> attention_op;
     return guarded(api, [&] {
-        OrtCustomOpDomain* domain = nullptr;
+        ort::OrtCustomOpDomain* domain = nullptr;
         check(ort::kCreateCustomOpDomain(api, "mmvision", &domain));
-        check(ort::kCustomOpDomainAdd(api, domain, &linear_op));
-        check(ort::kCustomOpDomainAdd(api, domain, &linear_gelu_op));
-        check(ort::kCustomOpDomainAdd(api, domain, &attention_op));
+        check(ort::kCustomOpDomain_Add(api, domain, &linear_op));
+        check(ort::kCustomOpDomain_Add(api, domain, &linear_gelu_op));
+        check(ort::kCustomOpDomain_Add(api, domain, &attention_op));
         check(ort::kAddCustomOpDomain(api, options, domain));
     });
 }
 
-// 1 if the kernels run on this CPU: it has AMX for bfloat16, and the system allows it.
-extern "C" __attribute__((visibility("default"))) int mmvision_cpu_supported() {
-    return mmvision::cpu::amx_allowed() ? 1 : 0;
-}
+}  // namespace mmvision::amx

@@ -1,15 +1,16 @@
-// Flash attention (Dao et al., 2022), turned around: a block of scores is [keys, queries], so that the queries are the lanes of
-// a vector. Maxima and sums over the keys then need no step across lanes, the weights come out as the right factor
-// of the second product, and k, row-major, is the left factor of the first as it is. v is transposed, once per head.
-#include "cpu/attention.h"
+// Flash attention (Dao et al., 2022), turned around: a block of scores is [keys, queries], so that
+// the queries are the lanes of a vector. Maxima and sums over the keys then need no step across
+// lanes, the weights come out as the right factor of the second product, and k, row-major, is the
+// left factor of the first as it is. v is transposed, once per head.
+#include "amx/attention.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "cpu/tiles.h"
-#include "cpu/vector_math.h"
+#include "amx/tiles.h"
+#include "amx/vector_math.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 namespace {
 
@@ -18,12 +19,14 @@ constexpr std::size_t kKeyTiles = 32;   // of a block of scores: 512 keys
 constexpr std::size_t kKeySteps = kKeyTiles * kTile / kStep;
 
 // One factor A of v^T: 16 channels, 32 keys, zero beyond.
-void pack_transposed(const float* v, std::size_t stride, std::size_t keys, std::size_t channels, Bf16* factor) {
+void pack_transposed(const float* v, std::size_t stride, std::size_t keys, std::size_t channels,
+                     Bf16* factor) {
     __m512i halves[2][kTile];
     const __mmask16 kept = lanes(channels);
     for (std::size_t key = 0; key < kStep; ++key) {
         halves[key / kTile][key % kTile] =
-            key < keys ? _mm512_castps_si512(_mm512_maskz_loadu_ps(kept, v + key * stride)) : _mm512_setzero_si512();
+            key < keys ? _mm512_castps_si512(_mm512_maskz_loadu_ps(kept, v + key * stride))
+                       : _mm512_setzero_si512();
     }
     transpose(halves[0]);
     transpose(halves[1]);
@@ -37,8 +40,10 @@ void pack_transposed(const float* v, std::size_t stride, std::size_t keys, std::
     }
 }
 
-// Scores of one query tile become weights, in place of what `weights` held; returns what to scale earlier sums by.
-__m512 softmax_block(const float* scores, std::size_t keys, Bf16* weights, __m512& maximum, __m512& total) {
+// Scores of one query tile become weights, in place of what `weights` held; returns what to scale
+// earlier sums by.
+__m512 softmax_block(const float* scores, std::size_t keys, Bf16* weights, __m512& maximum,
+                     __m512& total) {
     __m512 highest = maximum;
     for (std::size_t key = 0; key < keys; ++key) {
         highest = _mm512_max_ps(highest, _mm512_load_ps(scores + key * kTile));
@@ -50,7 +55,8 @@ __m512 softmax_block(const float* scores, std::size_t keys, Bf16* weights, __m51
             for (std::size_t odd = 0; odd < 2; ++odd) {
                 const std::size_t key = step * kStep + 2 * pair + odd;
                 if (key < keys) {
-                    const __m512 weight = exp2(_mm512_sub_ps(_mm512_load_ps(scores + key * kTile), highest));
+                    const __m512 weight =
+                        exp2(_mm512_sub_ps(_mm512_load_ps(scores + key * kTile), highest));
                     sums[odd] = _mm512_add_ps(sums[odd], weight);
                     both[odd] = split(weight);
                 }
@@ -103,13 +109,14 @@ public:
     void pack_keys(const float* k, const float* v, std::size_t stride) {
         for (std::size_t tile = 0; tile < key_tiles_; ++tile) {
             const std::size_t key = std::min(length_, tile * kTile);
-            pack_rows(k + key * stride, stride, length_ - key, head_dim_, head_steps_, k_ + tile * head_steps_ * kFactor);
+            pack_rows(k + key * stride, stride, length_ - key, head_dim_, head_steps_,
+                      k_ + tile * head_steps_ * kFactor);
         }
         for (std::size_t step = 0; step < key_tiles_ / 2; ++step) {
             for (std::size_t tile = 0; tile < channel_tiles_; ++tile) {
                 const std::size_t channel = std::min(head_dim_, tile * kTile);
-                pack_transposed(v + step * kStep * stride + channel, stride, length_ - step * kStep, head_dim_ - channel,
-                                values_of(tile, step));
+                pack_transposed(v + step * kStep * stride + channel, stride, length_ - step * kStep,
+                                head_dim_ - channel, values_of(tile, step));
             }
         }
     }
@@ -150,7 +157,8 @@ private:
                 std::transform(from, from + head_dim_, scaled_ + row * head_dim_,
                                [=](float value) { return value * scale; });
             }
-            pack_columns(scaled_, head_dim_, rows, head_dim_, head_steps_, q_ + tile * head_steps_ * kFactor);
+            pack_columns(scaled_, head_dim_, rows, head_dim_, head_steps_,
+                         q_ + tile * head_steps_ * kFactor);
         }
     }
 
@@ -170,9 +178,9 @@ private:
     // Scores become weights; what has been summed before fades as the maximum rises.
     void weigh(std::size_t j, std::size_t key, std::size_t keys) {
         for (std::size_t half = 0; half < 2; ++half) {
-            const __m512 fade =
-                softmax_block(scores_ + half * kKeyTiles * kSum, keys, weights_ + half * kKeySteps * kFactor,
-                              maximum_[j + half], total_[j + half]);
+            const __m512 fade = softmax_block(scores_ + half * kKeyTiles * kSum, keys,
+                                              weights_ + half * kKeySteps * kFactor,
+                                              maximum_[j + half], total_[j + half]);
             if (key > 0 && _mm512_cmp_ps_mask(fade, _mm512_set1_ps(1.0F), _CMP_NEQ_UQ) != 0) {
                 float* sums = sums_of(j + half);
                 for (std::size_t at = 0; at < channel_tiles_ * kSum; at += kTile) {
@@ -204,7 +212,8 @@ private:
             transpose(turned);
             const __mmask16 kept = lanes(head_dim_ - i * kTile);
             for (std::size_t row = 0; row < std::min(kTile, queries); ++row) {
-                _mm512_mask_storeu_ps(out + row * stride + i * kTile, kept, _mm512_castsi512_ps(turned[row]));
+                _mm512_mask_storeu_ps(out + row * stride + i * kTile, kept,
+                                      _mm512_castsi512_ps(turned[row]));
             }
         }
     }
@@ -227,42 +236,48 @@ private:
 
 }  // namespace
 
-void varlen_attention(const float* q, const float* k, const float* v, const std::int32_t* bounds, float scale,
-                      float* out, AttentionShape shape, Workers& workers) {
+void varlen_attention(const float* q, const float* k, const float* v, const std::int32_t* bounds,
+                      float scale, float* out, AttentionShape shape, Workers& workers) {
     std::size_t longest = 0;
     for (std::size_t segment = 0; segment < shape.segments; ++segment) {
-        longest = std::max(longest, static_cast<std::size_t>(bounds[segment + 1] - bounds[segment]));
+        longest =
+            std::max(longest, static_cast<std::size_t>(bounds[segment + 1] - bounds[segment]));
     }
     const std::size_t stride = shape.heads * shape.head_dim;
     const std::size_t end = static_cast<std::size_t>(bounds[shape.segments]) * stride;
     std::fill(out + end, out + shape.tokens * stride, 0.0F);  // behind the last segment
-    // With few heads for many workers, the queries of a head are shared out too, and its keys are packed again.
+    // With few heads for many workers, the queries of a head are shared out too, and its keys are
+    // packed again.
     constexpr std::size_t kQueries = kQueryTiles * kTile;
     const std::size_t heads = shape.segments * shape.heads;
-    const std::size_t parts = std::clamp<std::size_t>(divide_up(2 * workers.most(), std::max<std::size_t>(1, heads)), 1,
-                                                      std::max<std::size_t>(1, longest / kQueries));
+    const std::size_t parts =
+        std::clamp<std::size_t>(divide_up(2 * workers.most(), std::max<std::size_t>(1, heads)), 1,
+                                std::max<std::size_t>(1, longest / kQueries));
     const float base_2_scale = scale * 1.44269504F;  // exp2 follows
 
-    workers.run(heads * parts, Head(shape.head_dim, longest).place(nullptr), [&](std::size_t task, char* memory) {
-        const std::size_t segment = task / parts / shape.heads;
-        const auto start = static_cast<std::size_t>(bounds[segment]);
-        const auto length = static_cast<std::size_t>(bounds[segment + 1]) - start;
-        const std::size_t part_queries = kTile * divide_up(divide_up(length, kTile), parts);
-        const std::size_t first = task % parts * part_queries;
-        const std::size_t last = std::min(length, first + part_queries);
-        if (first >= last) {
-            return;
-        }
-        const std::size_t origin = start * stride + task / parts % shape.heads * shape.head_dim;
-        Head head(shape.head_dim, length);
-        head.place(memory);
-        head.pack_keys(k + origin, v + origin, stride);
-        const TileScope scope;
-        for (std::size_t query = first; query < last; query += kQueries) {
-            const std::size_t at = origin + query * stride;
-            head.attend(q + at, out + at, stride, std::min(kQueries, last - query), base_2_scale);
-        }
-    });
+    workers.run(
+        heads * parts, Head(shape.head_dim, longest).place(nullptr),
+        [&](std::size_t task, char* memory) {
+            const std::size_t segment = task / parts / shape.heads;
+            const auto start = static_cast<std::size_t>(bounds[segment]);
+            const auto length = static_cast<std::size_t>(bounds[segment + 1]) - start;
+            const std::size_t part_queries = kTile * divide_up(divide_up(length, kTile), parts);
+            const std::size_t first = task % parts * part_queries;
+            const std::size_t last = std::min(length, first + part_queries);
+            if (first >= last) {
+                return;
+            }
+            const std::size_t origin = start * stride + task / parts % shape.heads * shape.head_dim;
+            Head head(shape.head_dim, length);
+            head.place(memory);
+            head.pack_keys(k + origin, v + origin, stride);
+            const TileScope scope;
+            for (std::size_t query = first; query < last; query += kQueries) {
+                const std::size_t at = origin + query * stride;
+                head.attend(q + at, out + at, stride, std::min(kQueries, last - query),
+                            base_2_scale);
+            }
+        });
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

@@ -1,23 +1,25 @@
 // A float32 as the sum of three bfloat16, exactly: 24 bits of significand are three times eight.
 //
-// Cutting bits off the end gives the first piece; the difference is exact, and is cut again. So x = x0 + x1 + x2 with
-// |x1| < 2^-7 |x| and |x2| < 2^-15 |x|, and a product of two such sums is, to 2^-21 of itself, the six products whose
-// indices add up to 2 at most. Each of those is exact in float32. (Infinities become NaN; what is below 2^-110 in size may
-// lose its last pieces, which the matrix unit takes for zero.) The same scheme as oneMKL's float_to_bf16x3.
+// Cutting bits off the end gives the first piece; the difference is exact, and is cut again. So x =
+// x0 + x1 + x2 with |x1| < 2^-7 |x| and |x2| < 2^-15 |x|, and a product of two such sums is, to
+// 2^-21 of itself, the six products whose indices add up to 2 at most. Each of those is exact in
+// float32. (Infinities become NaN; what is below 2^-110 in size may lose its last pieces, which the
+// matrix unit takes for zero.) The same scheme as oneMKL's float_to_bf16x3.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 using Bf16 = std::uint16_t;
 
 constexpr int kPieces = 3;
 
 struct Split {
-    __m512 piece[kPieces];  // whose lower 16 bits are zero, but for the last ones of floats below 2^-110
+    __m512 piece[kPieces];  // whose lower 16 bits are zero, but for the last ones of floats below
+                            // 2^-110
 };
 
 inline Split split(__m512 x) {
@@ -30,14 +32,15 @@ inline Split split(__m512 x) {
 
 // The bfloat16 of 16 and 16 floats, one after the other.
 inline __m512i append(__m512 first, __m512 second) {
-    alignas(64) static constexpr std::uint16_t kUpperHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                                   23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                                   45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    alignas(64) static constexpr std::uint16_t kUpperHalves[32] = {
+        1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     return _mm512_permutex2var_epi16(_mm512_castps_si512(first), _mm512_load_si512(kUpperHalves),
                                      _mm512_castps_si512(second));
 }
 
-// The bfloat16 of 16 and 16 floats, in turns. The last piece of a float below 2^-110 has bits in its lower half.
+// The bfloat16 of 16 and 16 floats, in turns. The last piece of a float below 2^-110 has bits in
+// its lower half.
 inline __m512i interleave(__m512 even, __m512 odd) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000U));
     return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16),
@@ -69,4 +72,4 @@ inline void transpose(__m512i r[16]) {
     }
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

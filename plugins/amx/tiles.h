@@ -1,7 +1,8 @@
 // Products of matrix tiles on AMX, in the precision of float32 (see bf16x3.h).
 //
-// C[16, 16] += A[16, 32] B[32, 16] takes a row-major tile of A and one of B whose rows are interleaved in pairs, each in three
-// bfloat16 pieces one after the other. AMX holds eight tiles: four sums of two by two products, and their four factors.
+// C[16, 16] += A[16, 32] B[32, 16] takes a row-major tile of A and one of B whose rows are
+// interleaved in pairs, each in three bfloat16 pieces one after the other. AMX holds eight tiles:
+// four sums of two by two products, and their four factors.
 #pragma once
 
 #include <immintrin.h>
@@ -10,16 +11,19 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/bf16x3.h"
+#include "amx/bf16x3.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
-constexpr std::size_t kTile = 16;                            // rows and columns of a sum
-constexpr std::size_t kStep = 32;                            // of the inner dimension, in one instruction
-constexpr std::size_t kFactor = kPieces * kTile * kStep;     // bfloat16 values of one factor tile, all pieces
-constexpr std::size_t kSum = kTile * kTile;                  // float32 values of a sum
+constexpr std::size_t kTile = 16;  // rows and columns of a sum
+constexpr std::size_t kStep = 32;  // of the inner dimension, in one instruction
+constexpr std::size_t kFactor =
+    kPieces * kTile * kStep;                 // bfloat16 values of one factor tile, all pieces
+constexpr std::size_t kSum = kTile * kTile;  // float32 values of a sum
 
-constexpr std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 1) / by; }
+constexpr std::size_t divide_up(std::size_t value, std::size_t by) {
+    return (value + by - 1) / by;
+}
 
 // All eight tiles at full size, for the current thread, until the end of the scope.
 class TileScope {
@@ -40,8 +44,8 @@ public:
 };
 
 // Two by two sums over `steps` steps: sums[i][j] (+)= a_i b_j. The small products come first.
-inline void multiply_2x2(const Bf16* a_0, const Bf16* a_1, const Bf16* b_0, const Bf16* b_1, std::size_t steps,
-                         float* const sums[2][2], bool add) {
+inline void multiply_2x2(const Bf16* a_0, const Bf16* a_1, const Bf16* b_0, const Bf16* b_1,
+                         std::size_t steps, float* const sums[2][2], bool add) {
     constexpr int kStride = 64;
     constexpr std::size_t kPiece = kTile * kStep;
     if (add) {
@@ -55,16 +59,16 @@ inline void multiply_2x2(const Bf16* a_0, const Bf16* a_1, const Bf16* b_0, cons
         _tile_zero(2);
         _tile_zero(3);
     }
-#define MMVISION_LOAD_A(piece)                           \
-    _tile_loadd(4, a_0 + (piece) * kPiece, kStride);     \
+#define MMVISION_LOAD_A(piece)                       \
+    _tile_loadd(4, a_0 + (piece) * kPiece, kStride); \
     _tile_loadd(5, a_1 + (piece) * kPiece, kStride)
-#define MMVISION_LOAD_B(piece)                           \
-    _tile_loadd(6, b_0 + (piece) * kPiece, kStride);     \
+#define MMVISION_LOAD_B(piece)                       \
+    _tile_loadd(6, b_0 + (piece) * kPiece, kStride); \
     _tile_loadd(7, b_1 + (piece) * kPiece, kStride)
-#define MMVISION_MULTIPLY()    \
-    _tile_dpbf16ps(0, 4, 6);   \
-    _tile_dpbf16ps(1, 4, 7);   \
-    _tile_dpbf16ps(2, 5, 6);   \
+#define MMVISION_MULTIPLY()  \
+    _tile_dpbf16ps(0, 4, 6); \
+    _tile_dpbf16ps(1, 4, 7); \
+    _tile_dpbf16ps(2, 5, 6); \
     _tile_dpbf16ps(3, 5, 7)
     for (std::size_t step = 0; step < steps; ++step) {
         MMVISION_LOAD_A(0);
@@ -96,12 +100,13 @@ inline void multiply_2x2(const Bf16* a_0, const Bf16* a_1, const Bf16* b_0, cons
 
 // Lanes of a vector of 16 that hold something, if `count` values remain.
 inline __mmask16 lanes(std::size_t count) {
-    return count >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1U << count) - 1U);
+    return count >= 16 ? static_cast<__mmask16>(0xffff)
+                       : static_cast<__mmask16>((1U << count) - 1U);
 }
 
 // Factors A, one a step: 16 rows of a row-major matrix, zero beyond its `rows` and `columns`.
-inline void pack_rows(const float* matrix, std::size_t stride, std::size_t rows, std::size_t columns, std::size_t steps,
-                      Bf16* factors) {
+inline void pack_rows(const float* matrix, std::size_t stride, std::size_t rows,
+                      std::size_t columns, std::size_t steps, Bf16* factors) {
     for (std::size_t step = 0; step < steps; ++step, factors += kFactor) {
         const std::size_t column = std::min(columns, step * kStep);
         const __mmask16 left = lanes(columns - column);
@@ -123,8 +128,8 @@ inline void pack_rows(const float* matrix, std::size_t stride, std::size_t rows,
 }
 
 // Factors B from the transposed matrix: the same rows and columns, which become columns and rows.
-inline void pack_columns(const float* matrix, std::size_t stride, std::size_t rows, std::size_t columns,
-                         std::size_t steps, Bf16* factors) {
+inline void pack_columns(const float* matrix, std::size_t stride, std::size_t rows,
+                         std::size_t columns, std::size_t steps, Bf16* factors) {
     pack_rows(matrix, stride, rows, columns, steps, factors);
     for (Bf16* tile = factors; tile < factors + steps * kFactor; tile += kTile * kStep) {
         __m512i pairs[kTile];
@@ -138,4 +143,4 @@ inline void pack_columns(const float* matrix, std::size_t stride, std::size_t ro
     }
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
-import re
 import shutil
-import signal
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,19 +15,14 @@ from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import OutputError, PluginError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.progress import Progress
+from mmvision_export.kernels.cmake import cmake_build, toolchain
+from mmvision_export.kernels.compile import DTYPES, HEAD_DIMS, PORTABLE_PTX, compile_kernels
 from mmvision_export.kernels.embed import write_embedded_kernels
 from mmvision_export.kernels.headers import cuda_headers, tensorrt_header_version, tensorrt_headers
-from mmvision_export.kernels.kernels import (
-    DTYPES,
-    HEAD_DIMS,
-    PORTABLE_PTX,
-    compile_kernels,
-    plugins_root,
-)
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, resource_table
 from mmvision_export.version import __version__
 
-__all__ = ["build_plugins", "cmake_build", "toolchain"]
+__all__ = ["build_plugins"]
 
 
 def build_plugins(
@@ -129,57 +120,3 @@ def _checked(option: str, given: Sequence[int], known: Sequence[int]) -> list[in
                 f"{option} {value}: there are kernels for {', '.join(map(str, known))}"
             )
     return sorted(set(given)) or list(known)
-
-
-def toolchain(machine: str) -> dict[str, str | Path]:
-    """CMake's settings to compile for a CPU.
-
-    Raises:
-        PluginError: CMake or the compiler is not installed.
-    """
-    here = platform.machine()
-    compiler = "g++" if machine == here else f"{machine}-linux-gnu-g++"
-    packages = {"cmake": "cmake", "g++": "g++"}
-    for tool in ("cmake", compiler):
-        if shutil.which(tool) is None:
-            package = packages.get(tool, f"g++-{machine}-linux-gnu")
-            raise PluginError(f"{tool} is not installed", hint=f"apt-get install {package}")
-    if machine == here:
-        return {}
-    return {"CMAKE_TOOLCHAIN_FILE": plugins_root() / "cmake" / f"{machine}-linux-gnu.cmake"}
-
-
-def cmake_build(build: Path, settings: dict[str, str | Path], *, project: str = ".") -> None:
-    """Configure and build a CMake project of `plugins/`.
-
-    Args:
-        build: Build folder, made if missing.
-        settings: Cache variables.
-        project: Its folder in `plugins/`.
-
-    Raises:
-        PluginError: With the compiler's first messages.
-    """
-    variables = [f"-D{name}={value}" for name, value in settings.items()]
-    _run("cmake", "-S", str(plugins_root() / project), "-B", str(build), *variables)
-    _run("cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1))
-
-
-def _run(*command: str) -> None:
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        log, _ = process.communicate()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)  # cmake's compilers too
-        process.wait()
-        raise
-    if process.returncode:
-        # A compiler's error is one line, CMake's is followed by its text.
-        lines = [line.strip() for line in log.splitlines() if line.strip()]
-        first = next(
-            (i for i, line in enumerate(lines) if re.search(r"\berror\b", line, re.IGNORECASE)), -3
-        )
-        reason = " ".join(lines[first:][:3])
-        raise PluginError(f"{' '.join(command[:2])} failed: {reason}")

@@ -1,10 +1,10 @@
-#include "cpu/amx.h"
+#include "amx/amx.h"
 
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 bool amx_allowed() {
     unsigned a = 0;
@@ -13,7 +13,8 @@ bool amx_allowed() {
     unsigned d = 0;
     constexpr unsigned kAmxBf16 = 1U << 22;
     constexpr unsigned kAmxTile = 1U << 24;
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) {
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 ||
+        (d & kAmxTile) == 0) {
         return false;
     }
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) {
@@ -25,4 +26,4 @@ bool amx_allowed() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx

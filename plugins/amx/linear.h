@@ -3,9 +3,9 @@
 
 #include <cstddef>
 
-#include "cpu/workers.h"
+#include "amx/workers.h"
 
-namespace mmvision::cpu {
+namespace mmvision::amx {
 
 enum class Activation { kNone, kGelu };
 
@@ -15,7 +15,7 @@ struct LinearShape {
     std::size_t outputs;  // n
 };
 
-void linear(const float* x, const float* weight, const float* bias, float* y, LinearShape shape, Activation activation,
-            Workers& workers);
+void linear(const float* x, const float* weight, const float* bias, float* y, LinearShape shape,
+            Activation activation, Workers& workers);
 
-}  // namespace mmvision::cpu
+}  // namespace mmvision::amx
