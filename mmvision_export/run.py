@@ -1,7 +1,7 @@
-"""`python -m mmvision_export.run`: images, a video, or patches with their grid, to image embeddings.
+"""`mmvision run`, or `python -m mmvision_export.run`: images, a video, or patches, to image embeddings.
 
-Prints one JSON object on standard output, of a folder of images one line for each. Needs numpy, pillow and one backend;
-for a video PyAV too.
+Prints one JSON object on standard output, of a folder of images one line for each. Needs numpy,
+pillow and one backend; for a video PyAV too.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
 
 from mmvision_export.artifacts.manifest import find_model_directory
-from mmvision_export.core.errors import InputError, OutputError, message_and_hint, print_error
+from mmvision_export.core.command import ProgressLine, exit_code_of
+from mmvision_export.core.errors import InputError, OutputError, print_error
 from mmvision_export.core.files import array_from_file
-from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images, image_from_file
 from mmvision_export.runtime.backends import BACKENDS
@@ -41,11 +40,20 @@ __all__ = ["main"]
 _TEST_PATTERN = "test pattern, 448 x 448"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mmvision_export.run",
-        description="Encode images or a video with the vision encoder and print a summary as JSON; of a folder, one "
-        "line for each image. With no input, encodes a test pattern, to see that everything works.",
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        print_error(message, f"{self.prog} --help")
+        self.exit(2)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description="Encode images or a video with the vision encoder and print a summary as JSON; "
+        "of a folder, one line for each image. With no input, encodes a test pattern, to see that "
+        "everything works.",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, metavar="DIR", help="model directory, or an .engine file (default: the "
@@ -68,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         "the model directory's plugins/)",
     )
     inputs = parser.add_argument_group("input")
-    inputs.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded as one batch; with a "
-                        "folder among them, one after the other into the folder --output")  # fmt: skip
+    inputs.add_argument("--image", type=Path, nargs="+", action="extend", metavar="FILE",
+                        help="images, encoded as one batch; with a folder among them, one after the other into the "
+                        "folder --output; may be repeated")  # fmt: skip
     inputs.add_argument(
         "--video", type=Path, metavar="FILE", help="a video, encoded segment by segment"
     )
@@ -99,8 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+def _checked_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = _parser(prog)
     arguments = parser.parse_args(argv)
     given = [
         name for name in ("image", "video", "pixel_values") if getattr(arguments, name) is not None
@@ -118,36 +127,34 @@ def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS
     ):
         parser.error(
-            "a folder of images needs --output, a folder for their embeddings; --format says in which files"
+            "a folder of images needs --output, a folder for their embeddings; --format says in "
+            "which files"
         )
     if arguments.format is not None and not arguments.folder:
         parser.error("--format goes with a folder of images")
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m mmvision_export.run") -> int:
     """Run the command.
 
     Args:
         argv: Arguments without the program's name, `sys.argv` if None.
+        prog: What its help calls it.
 
     Returns:
         The exit code: 0; 1 after an error, or if an image of a folder failed; 130 when interrupted.
+
+    Raises:
+        SystemExit: With 2, after wrong usage; with 0, after `--help` or `--version`.
     """
-    arguments = _checked_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if arguments.folder:
-            return _run_folder(arguments)
-        print(json.dumps(_run(arguments), indent=2), flush=True)
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        return 130
-    except Exception as error:
-        if arguments.verbose:
-            raise
-        print_error(*message_and_hint(error))
-        return 1
+    arguments = _checked_arguments(argv, prog)
+    work = _print_folder if arguments.folder else _print_summary
+    return exit_code_of(lambda: work(arguments), verbose=arguments.verbose)
+
+
+def _print_summary(arguments: argparse.Namespace) -> int:
+    print(json.dumps(_run(arguments), indent=2), flush=True)
     return 0
 
 
@@ -162,7 +169,7 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
     )
 
 
-def _run_folder(arguments: argparse.Namespace) -> int:
+def _print_folder(arguments: argparse.Namespace) -> int:
     options = {"resize_to_fit": arguments.resize_to_fit}
     counts = dict.fromkeys(("encoded", "already there", "failed"), 0)
     with _opened(arguments) as encoder:
@@ -247,7 +254,7 @@ def _encode_video(
     tokens = 0
     fps = 1.0 if arguments.fps is None else arguments.fps
     for segment in encoder.encode_video(
-        arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=_ProgressLine()
+        arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=ProgressLine()
     ):
         if file is not None:
             file.add(
@@ -268,33 +275,6 @@ def _encode_video(
         "dtype": str(encoder.dtype),
         "milliseconds": {"decode and encode": round((time.perf_counter() - start) * 1e3, 3)},
     }
-
-
-class _ProgressLine(Progress):
-    """One line on standard error that counts, where that is a terminal."""
-
-    def __init__(self) -> None:
-        self._text, self._total, self._done = "", 0.0, 0.0
-
-    def step(self, description: str, total: float | None = None) -> None:
-        self._text, self._total, self._done = description, total or 0.0, 0.0
-        self._draw()
-
-    def advance(self, amount: float = 1.0) -> None:
-        self._done += amount
-        self._draw()
-
-    def _draw(self) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if self._done >= self._total else ""
-            filled = int(30 * self._done / self._total) if self._total else 0
-            bar = "#" * filled + "." * (30 - filled)
-            print(
-                f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}",
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def _inputs(arguments: argparse.Namespace, encoder: VisionEncoder) -> tuple[list[str], PackedBatch]:

@@ -100,7 +100,8 @@ def plan_launches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -
     refuse_too_large(grid, profiles, costs.config)
     counts, bounds = grid.patches_per_image, grid.bounds
     # The smallest profile that takes a launch pads it least.
-    ascending = sorted(enumerate(profiles), key=lambda item: item[1].max_patches)
+    by_size = sorted(range(len(profiles)), key=lambda index: profiles[index].max_patches)
+    ascending = [(index, profiles[index]) for index in by_size]
     most_patches = _most_patches(grid, profiles, costs)
     most_images = max(profile.max_images for profile in profiles)
     # The best cut of so many images.
@@ -153,7 +154,9 @@ class _Cut:
 def _most_patches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -> int:
     """Most patches of a launch that a best cut can have."""
     most = max(profile.max_patches for profile in profiles)
-    is_free = all(p.min_patches <= FLOOR_PATCHES and not p.is_bucket for p in profiles)
+    is_free = all(
+        p.min_patches <= FLOOR_PATCHES and p.min_images == 1 and not p.is_bucket for p in profiles
+    )
     if not (costs.masked and is_free):
         return most
     # A larger launch has a cut with the floor or more on both sides, which saves masked products and

@@ -259,6 +259,9 @@ def test_preprocessor_config(
         ({"patch_size": 16}, ["patch_size", 14, 16]),
         ({"merge_size": 0}, ["merge_size", 0]),
         ({"image_std": [1, 0, 1]}, ["image_std", (1, 0, 1)]),
+        # Positive numbers that no float32 holds what they give.
+        ({"image_std": [1, 1e-40, 1]}, ["image_std", (1, 1e-40, 1)]),
+        ({"rescale_factor": 1e300}, ["rescale_factor", 1e300]),
         ({"image_mean": [1, 2]}, ["image_mean", (1, 2)]),
         ({"image_mean": 7}, ["int"]),
         ({"rescale_factor": "x"}, ["rescale_factor", "'x'"]),

@@ -297,3 +297,12 @@ def test_a_refused_grid_is_refused_again() -> None:
     for _ in range(2):
         with pytest.raises(InputError, match="at most 16"):
             planner(of([(1, 8, 8)]))
+
+
+def test_a_profile_of_several_images_takes_launches_that_cost_would_cut() -> None:
+    """Cutting is free only where a launch of one image is allowed."""
+    grid, costs = of([(1, 24, 24)] * 3), Costs(FULL, masked=True)
+    several = Profile(min_patches=4, opt_patches=64, max_patches=4096, min_images=3, max_images=8)
+    assert images(plan_launches(grid, [several], costs)) == [3]
+    alone = dataclasses.replace(several, min_images=1)
+    assert images(plan_launches(grid, [alone], costs)) == [1, 1, 1]

@@ -7,6 +7,7 @@ both antialiased on 8-bit images: a fraction of a level on average.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +84,21 @@ class PreprocessorConfig:
                 raise ConfigError(f"{name} must be three numbers, got {values!r}")
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std must be positive, got {self.image_std!r}")
+        # So that what is made of images needs no other check.
+        if not np.isfinite(self.normalised_levels).all():
+            raise ConfigError(
+                "rescale_factor, image_mean and image_std must give finite float32 values, got "
+                f"{factor!r}, {self.image_mean!r} and {self.image_std!r}"
+            )
+
+    @functools.cached_property
+    def normalised_levels(self) -> npt.NDArray[np.float32]:
+        """What each 8-bit level becomes in each channel, `[3, 256]`."""
+        scaled = np.arange(256) * self.rescale_factor
+        mean, std = np.array(self.image_mean)[:, None], np.array(self.image_std)[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            levels: npt.NDArray[np.float32] = ((scaled - mean) / std).astype(np.float32)
+        return levels
 
     @property
     def factor(self) -> int:
@@ -316,13 +332,7 @@ def patches_from_frames(
     height, width = smart_resize(frames[0].height, frames[0].width, config)
     merge, side, depth = config.merge_size, config.patch_size, config.temporal_patch_size
     t, h, w = -(-len(frames) // depth), height // side, width // side
-    # An 8-bit level has only 256 normalised values: look them up. [3, 256]
-    scaled = np.arange(256) * config.rescale_factor
-    normalised = (scaled - np.array(config.image_mean)[:, None]) / np.array(config.image_std)[
-        :, None
-    ]
-    table = normalised.astype(np.float32)
-
+    table = config.normalised_levels
     patches = np.empty((t, h * w, 3, depth, side * side), dtype=np.float32)
     for index, frame in enumerate(frames):
         image = (
