@@ -1,6 +1,7 @@
-"""No packages that we load call home: no socket, no host looked up, no file left in the user's home or cache.
+"""No package that we load calls home: no socket, no host looked up, no file left in the user's home or cache.
 
-ONNX Runtime's wheel does so from native code, hence the library that is preloaded into each process.
+ONNX Runtime's wheel does so from native code, hence the library that is preloaded into each process; OpenVINO's from
+Python, whenever it is imported.
 """
 
 from __future__ import annotations
@@ -63,18 +64,24 @@ def arguments(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [exported, folder / "pixels.npy", folder / "grid.npy"]
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
 @pytest.mark.parametrize("program", _PROGRAMS)
-def test_nothing_is_written_or_called(program: str, library: Path, arguments: list[Path]) -> None:
-    seen = watched(library, _PROGRAMS[program], *arguments, "onnxruntime-cpu", "0")
+def test_nothing_is_written_or_called(
+    program: str, backend: str, library: Path, arguments: list[Path]
+) -> None:
+    seen = watched(library, _PROGRAMS[program], *arguments, backend, "0")
     assert seen.code == 0, seen.err
     assert seen.calls == []
     assert seen.files == []
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
 @pytest.mark.parametrize("program", _PROGRAMS)
-def test_nothing_is_called_later(program: str, library: Path, arguments: list[Path]) -> None:
-    seen = watched(library, _PROGRAMS[program], *arguments, "onnxruntime-cpu", str(_DELAY_S))
+def test_nothing_is_called_later(
+    program: str, backend: str, library: Path, arguments: list[Path]
+) -> None:
+    seen = watched(library, _PROGRAMS[program], *arguments, backend, str(_DELAY_S))
     assert seen.code == 0, seen.err
     assert seen.calls == []
     assert seen.files == []
@@ -104,6 +111,14 @@ def test_what_onnxruntime_calls_is_seen(library: Path, arguments: list[Path]) ->
     seen = watched(library, _ENCODER, *arguments, "onnxruntime-cpu", delay, environment=asked)
     assert seen.code == 0, seen.err
     assert any("microsoft.com" in call for call in seen.calls)
+
+
+def test_what_openvino_calls_is_seen(library: Path) -> None:
+    """The control for OpenVINO: what it does when it is imported as it is."""
+    seen = watched(library, "import openvino, time; time.sleep(2)")
+    assert seen.code == 0, seen.err
+    assert any("google-analytics" in call for call in seen.calls)
+    assert any("intel" in file for file in seen.files)
 
 
 def test_what_python_calls_is_seen(library: Path) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "DATA",
     "GRAPH",
     "MANIFEST",
+    "OPENVINO_GRAPH",
     "PLANS",
     "PRECISIONS",
     "QUANTIZED_PRECISIONS",
@@ -40,6 +41,8 @@ GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 CPU_GRAPH = "model.cpu.onnx"
 """The graph of a float32 directory laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
+OPENVINO_GRAPH = "model.openvino.onnx"
+"""The graph of a float32 directory without functions, as OpenVINO reads it; its weights are in `DATA` too."""
 MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1

@@ -23,7 +23,13 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, RunResults
 
 from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import CPU_GRAPH, PLANS, Manifest, model_directory_of
+from mmvision_export.artifacts.manifest import (
+    CPU_GRAPH,
+    OPENVINO_GRAPH,
+    PLANS,
+    Manifest,
+    model_directory_of,
+)
 from mmvision_export.core.errors import BackendError, ManifestError, ParityError
 from mmvision_export.core.metrics import Metrics, metrics, token_errors
 from mmvision_export.core.progress import Progress
@@ -35,7 +41,7 @@ from mmvision_export.parity.gates import GATES
 from mmvision_export.parity.layers import LayerComparison, compare_layers
 from mmvision_export.parity.magnitudes import overflow_warnings
 from mmvision_export.parity.rounded import rounded_model
-from mmvision_export.parity.runners import EngineRunner, TorchRunner, accepts
+from mmvision_export.parity.runners import BackendRunner, EngineRunner, TorchRunner, accepts
 from mmvision_export.parity.samples import Sample, samples_from_grids
 from mmvision_export.parity.sessions import session_from_model
 from mmvision_export.parity.stages import GraphFacts, facts_of_graph
@@ -43,6 +49,7 @@ from mmvision_export.runtime.backends import BackendOptions, open_backend
 from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
 from mmvision_export.runtime.backends.cuda import current_compute_capability
 from mmvision_export.runtime.backends.onnxruntime import create_session
+from mmvision_export.runtime.backends.openvino import import_openvino
 
 __all__ = ["ParityResult", "ParityRow", "check_parity", "record_parity"]
 
@@ -235,6 +242,11 @@ def _candidates(
                     _session_loader(directory / name, kernels), name=f"{name} (AMX kernels)"
                 )
                 candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
+            if name == OPENVINO_GRAPH and _openvino_is_installed(name, progress):
+                runner = BackendRunner(
+                    f"{name} (OpenVINO)", directory, backend="openvino", config=manifest.config
+                )
+                candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
         if facts.float_type != "fp32":
             rounded = rounded_model(model, facts.float_type)
             runner = OnnxrtRunner(
@@ -244,6 +256,15 @@ def _candidates(
     if engine is not None:
         return graphs, [_engine_candidate(path, engine, directory)]
     return graphs, [*candidates, *_engines_for_this_machine(directory, progress)]
+
+
+def _openvino_is_installed(graph: str, progress: Progress) -> bool:
+    try:
+        import_openvino()
+    except BackendError as error:
+        progress.note(f"{graph} is compared in ONNX Runtime alone: {error}")
+        return False
+    return True
 
 
 def _session_loader(graph: Path, kernels: Path | None = None) -> Callable[[], Any]:
@@ -413,10 +434,19 @@ def record_parity(result: ParityResult) -> None:
             "date": now,
             "passed": not any(row.failures for row in rows),
             "grids": _summary([row for row in rows if row.runner == subject]),
-            "rounded": _summary([row for row in rows if row.runner != subject]),
+            "rounded": _summary([row for row in rows if row.runner == f"{subject} (rounded)"]),
+            **_other_runtimes(rows, subject),
             "layers": result.layers.summary(subject),
         }
     Manifest.read(result.directory).update(result.directory, parity=parity)
+
+
+def _other_runtimes(rows: Sequence[ParityRow], subject: str) -> dict[str, Any]:
+    """Of runtimes that a graph was run in besides ONNX Runtime, by name, where there are any."""
+    said = (subject, f"{subject} (rounded)")
+    names = dict.fromkeys(row.runner for row in rows if row.runner not in said)
+    found = {name: _summary([row for row in rows if row.runner == name]) for name in names}
+    return {"other_runtimes": found} if found else {}
 
 
 def _summary(rows: Sequence[ParityRow]) -> dict[str, Any]:

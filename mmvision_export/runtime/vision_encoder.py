@@ -66,6 +66,7 @@ class VisionEncoder:
         runtime_cache: str | Path | None = None,
         flavour: str | None = None,
         cpu_kernels: bool = True,
+        precision: str | None = None,
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
@@ -84,6 +85,7 @@ class VisionEncoder:
                 engine, and a folder for `onnxruntime-rtx`.
             flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; the best exact one if None.
             cpu_kernels: Whether `onnxruntime-cpu` uses kernels of `mmvision build-plugins --cpu`, where there are any.
+            precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
@@ -100,6 +102,7 @@ class VisionEncoder:
             runtime_cache=None if runtime_cache is None else Path(runtime_cache),
             flavour=flavour,
             cpu_kernels=cpu_kernels,
+            precision=precision,
         )
         opened = open_backend(backend, path, options)
         try:

@@ -138,4 +138,4 @@ def test_options_out_of_range() -> None:
 
 
 def test_the_cpu_is_the_last_resort() -> None:
-    assert BACKENDS[-1] == "onnxruntime-cpu"
+    assert BACKENDS[-2:] == ("onnxruntime-cpu", "openvino")

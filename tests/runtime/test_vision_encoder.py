@@ -117,7 +117,9 @@ def test_auto_says_what_was_passed_over(exported: Path) -> None:
     with VisionEncoder.open(exported) as encoder:
         assert encoder.info["backend"].startswith(("onnxruntime", "tensorrt"))
         if encoder.info["backend"] == "onnxruntime-cpu":
-            assert set(encoder.info["passed_over"]) == set(BACKENDS) - {"onnxruntime-cpu"}
+            assert set(encoder.info["passed_over"]) == set(
+                BACKENDS[: BACKENDS.index("onnxruntime-cpu")]
+            )
 
 
 def test_float16_directory(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `tensorrt`, `tensorrt-rtx` | TensorRT | an engine, or the one in a model directory that fits this GPU |
 | `onnxruntime-rtx`, `onnxruntime-tensorrt`, `onnxruntime-cuda`, `onnxruntime-cpu` | ONNX Runtime | a model directory |
+| `openvino` | OpenVINO, on the CPU | a model directory |
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ BackendName = Literal[
     "onnxruntime-tensorrt",
     "onnxruntime-cuda",
     "onnxruntime-cpu",
+    "openvino",
 ]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 """Fastest first: engines built ahead, then what builds them when it opens the graph, then kernel by kernel, then the
-CPU. `auto` takes the first that works."""
+CPU. `auto` takes the first that works. On a CPU, ONNX Runtime and OpenVINO are equally fast in float32 (docs/cpu.md):
+ONNX Runtime comes first, which needs half the memory."""
+_WORKS_ANYWHERE: BackendName = "onnxruntime-cpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ class BackendOptions:
         runtime_cache: TensorRT-RTX's file of compiled kernels, or None for one beside the engine.
         flavour: Which graph of a model directory the CPU backend runs, as `cpu-int8`; its best exact one if None.
         cpu_kernels: Whether the CPU backend uses the kernels of `mmvision build-plugins --cpu`, where there are any.
+        precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
 
     Raises:
         BackendError: A number is out of range.
@@ -63,6 +68,7 @@ class BackendOptions:
     runtime_cache: Path | None = None
     flavour: str | None = None
     cpu_kernels: bool = True
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams"):
@@ -157,6 +163,11 @@ def open_backend(name: str, path: Path, options: BackendOptions) -> Backend:
         )
     if options.flavour is not None and name != "onnxruntime-cpu":
         raise BackendError(f"{name} takes no flavour", hint="choose --backend onnxruntime-cpu")
+    if options.precision is not None and name != "openvino":
+        raise BackendError(
+            f"{name} computes in its graph's precision, not in one that is asked for",
+            hint="choose --backend openvino",
+        )
     if name == "auto":
         return _open_best(path, options)
     if name not in BACKENDS:
@@ -169,6 +180,10 @@ def open_backend(name: str, path: Path, options: BackendOptions) -> Backend:
         return open_engine(path, backend=name, options=options)
     if path.is_file():
         raise BackendError(f"{name} runs model directories, {path} is a file")
+    if name == "openvino":
+        from mmvision_export.runtime.backends.openvino import OpenVinoBackend
+
+        return OpenVinoBackend(path, options)
     from mmvision_export.runtime.backends.onnxruntime import CpuBackend
     from mmvision_export.runtime.backends.onnxruntime_gpu import (
         CudaBackend,
@@ -188,8 +203,8 @@ def _open_best(path: Path, options: BackendOptions) -> Backend:
             backend = open_backend(name, path, options)
         except (BackendError, ManifestError) as error:
             passed_over[name] = str(error)
-            if name == order[-1] and isinstance(error, ManifestError):
-                raise  # the last resort works on every machine: if its files are wrong, that is the error
+            if name == _WORKS_ANYWHERE and isinstance(error, ManifestError):
+                raise  # it works on every machine: if its files are wrong, that is the error
             continue
         backend.info["chosen"] = f"{name}: the first that works here of {', '.join(order)}"
         backend.info["passed_over"] = passed_over

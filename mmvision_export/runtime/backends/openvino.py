@@ -1,0 +1,185 @@
+"""OpenVINO on the CPU: the flavour of the graph that it can read, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmvision_export.artifacts.manifest import DATA, OPENVINO_GRAPH, Manifest
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.runtime.backends import BackendName, BackendOptions
+from mmvision_export.runtime.launch_planner import FLOOR_PATCHES, Costs, LaunchPlanner
+
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["PRECISIONS", "OpenVinoBackend", "cpu_capabilities", "import_openvino"]
+
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+"""What it can compute in: our name -> OpenVINO's."""
+
+_DEVICE = "CPU"
+_TELEMETRY = "openvino_telemetry"
+
+
+def import_openvino() -> Any:
+    """The module `openvino`, without its telemetry.
+
+    `import openvino` sends an event to Google Analytics, and writes a client id and a count of its uses into the home
+    folder (`openvino/tools/ovc/__init__.py`, `openvino_telemetry/main.py`). No variable turns that off but those of CI
+    services. Where the package `openvino_telemetry` is missing it takes a stub, so that is what it finds here.
+
+    Raises:
+        BackendError: OpenVINO is not installed, or its libraries cannot be loaded.
+    """
+    if (loaded := sys.modules.get("openvino")) is not None:
+        return loaded
+    hidden = {
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY
+    }
+    # None makes an import of that name fail: https://docs.python.org/3/reference/import.html#the-module-cache
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"OpenVINO cannot be imported: {error}", hint="pip install '.[openvino]'"
+        ) from error
+    finally:
+        del sys.modules[_TELEMETRY]
+        sys.modules.update(hidden)
+
+
+def cpu_capabilities(core: openvino.Core) -> tuple[str, ...]:
+    """The types that this CPU computes in, as OpenVINO names them: `FP32`, `BF16`, ..."""
+    return tuple(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
+
+
+class OpenVinoBackend:
+    """A model directory's `model.openvino.onnx` in OpenVINO, on the CPU. See `Backend`.
+
+    Its attention is masked and costs the square of a launch, so that the planner cuts a batch between images: work and
+    memory grow with the images, and with the square of the largest alone.
+
+    Calls of several threads take turns, launch by launch: each launch uses all threads of the pool.
+
+    Raises:
+        ManifestError: Files of the directory are missing or not those of its manifest.
+        BackendError: OpenVINO is not installed or cannot load the graph, or the CPU has not the precision.
+    """
+
+    name: BackendName = "openvino"
+    profiles: Sequence[Profile] = ()
+
+    def __init__(self, directory: Path, options: BackendOptions) -> None:
+        precision = options.precision or "fp32"
+        if precision not in PRECISIONS:
+            raise BackendError(
+                f"{self.name} computes in {' or '.join(PRECISIONS)}, got {precision!r}"
+            )
+        manifest = Manifest.read(directory)
+        _refuse_without_graph(directory, manifest)
+        openvino = import_openvino()
+        core = openvino.Core()
+        device = str(core.get_property(_DEVICE, "FULL_DEVICE_NAME"))
+        if precision == "bf16" and "BF16" not in (found := cpu_capabilities(core)):
+            raise BackendError(
+                f"bf16 needs a CPU with products of bfloat16, which this one ({device}) has not: OpenVINO "
+                f"finds {', '.join(found)}",
+                hint="leave the precision out: fp32 runs on every CPU",
+            )
+        # The graph is small and hashed in full; of the weights only the size is compared, as by the other backends.
+        manifest.verify(directory, [OPENVINO_GRAPH])
+        manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
+        settings: dict[str, Any] = {
+            # Where the CPU has bfloat16, that would be the default.
+            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if options.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
+        try:
+            # Weights are mapped from their file; what the CPU's kernels want in another order, they copy.
+            compiled = core.compile_model(str(directory / OPENVINO_GRAPH), _DEVICE, settings)
+        except Exception as error:  # OpenVINO's exceptions have no common base
+            raise BackendError(f"OpenVINO cannot load {OPENVINO_GRAPH}: {error}") from error
+        # What a CPU has not, it replaces by float32 without a word.
+        if (chosen := compiled.get_property("INFERENCE_PRECISION_HINT")) != getattr(
+            openvino.Type, PRECISIONS[precision]
+        ):
+            raise BackendError(f"OpenVINO computes in {chosen} here, not in {precision}")
+        self.config = manifest.config
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self._request: openvino.InferRequest | None = compiled.create_infer_request()
+        self._turn = threading.Lock()
+        self._plan = LaunchPlanner([_launches(self.config)], Costs(self.config, masked=True))
+        self.info: dict[str, Any] = {
+            "model": str(directory),
+            "graph": OPENVINO_GRAPH,
+            "precision": precision,
+            "weights_sha256": manifest.record_of(DATA).sha256,
+            "openvino": openvino.__version__,
+            "cpu": device,
+            "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        }
+
+    def run(
+        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        per_token = self.config.patches_per_token
+        image_embeds = np.empty(
+            (len(pixel_values) // per_token, self.config.text_hidden_size), self.dtype
+        )
+        for launch in self._plan(grid_thw):
+            tokens = slice(launch.patches.start // per_token, launch.patches.stop // per_token)
+            feeds = [pixel_values[launch.patches], grid_thw[launch.images]]
+            with self._turn:
+                if self._request is None:
+                    raise BackendError("the encoder is closed")
+                try:
+                    # Neither is copied: inputs are read where they are, and the output until the next launch.
+                    results = self._request.infer(feeds, share_inputs=True, share_outputs=True)
+                except Exception as error:  # OpenVINO's exceptions have no common base
+                    raise BackendError(f"OpenVINO failed: {error}") from error
+                image_embeds[tokens] = results[0]
+        return image_embeds
+
+    def close(self) -> None:
+        """See `Backend.close`. Waits for the launch that is running."""
+        with self._turn:
+            self._request = None
+
+
+def _refuse_without_graph(directory: Path, manifest: Manifest) -> None:
+    if manifest.precision != "fp32":
+        raise BackendError(
+            f"openvino runs float32 models, {directory} is {manifest.precision}",
+            hint="export with --fp32; bf16 is then a precision of the backend",
+        )
+    if OPENVINO_GRAPH not in manifest.files:
+        raise ManifestError(
+            f"{directory} has no {OPENVINO_GRAPH}: it was exported before there was one",
+            hint="export it again, or choose --backend onnxruntime-cpu",
+        )
+
+
+def _launches(config: EncoderConfig) -> Profile:
+    """Launches of any size, of as many images as are worth joining: beyond `FLOOR_PATCHES` a mask only costs."""
+    per_token = config.patches_per_token
+    return Profile(
+        min_patches=per_token,
+        opt_patches=FLOOR_PATCHES,
+        max_patches=sys.maxsize,
+        max_images=FLOOR_PATCHES // per_token,
+    )
