@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["VisionEncoder", "__version__"]
 
-# ONNX Runtime's wheel looks up a host of Microsoft's, and writes a device id and events into the user's cache. It reads
-# this once, when it is loaded, and no module of this package, nor a library that one loads, can do that before this
-# line. Telemetry that was asked for, with 0, is left on.
+# ONNX Runtime's wheel looks up a host of Microsoft's, and writes a device id and events into the
+# user's cache. It reads this variable once, when it is loaded: no module of this package, nor a
+# library that one imports, can load it before this line. Who sets 0 has asked for telemetry.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 

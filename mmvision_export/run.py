@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
-    model.add_argument("--precision", choices=("fp32", "bf16"), help="what openvino computes in (default: fp32; bf16 "
-                       "where the CPU has it)")  # fmt: skip
+    model.add_argument("--precision", choices=("fp32", "bf16"), help="what openvino computes in "
+                       "(default: fp32; bf16 where the CPU has it)")  # fmt: skip
     model.add_argument("--no-cpu-kernels", dest="cpu_kernels", action="store_false", help="leave onnxruntime-cpu to "
                        "its own operators, where mmvision build-plugins --cpu has built others")  # fmt: skip
     inputs = parser.add_argument_group("input")

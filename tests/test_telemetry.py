@@ -1,7 +1,7 @@
-"""No package that we load calls home: no socket, no host looked up, no file left in the user's home or cache.
+"""No package that we load calls home: no socket, no host looked up, no file in home or cache.
 
-ONNX Runtime's wheel does so from native code, hence the library that is preloaded into each process; OpenVINO's from
-Python, whenever it is imported.
+ONNX Runtime's wheel does so from native code, hence the library that is preloaded into each
+process; OpenVINO's from Python, whenever it is imported.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _RUN = """
 import sys, time
 from mmvision_export.run import main
 model, pixels, grid, backend, delay = sys.argv[1:]
-sys.argv[1:] = ["--model", model, "--pixel-values", pixels, "--grid-thw", grid, "--backend", backend]
+sys.argv[1:] = ["--model", model, "--pixel-values", pixels, "--grid-thw", grid]
+sys.argv += ["--backend", backend]
 main()
 time.sleep(float(delay))
 """

@@ -42,7 +42,7 @@ DATA = "model.onnx.data"
 CPU_GRAPH = "model.cpu.onnx"
 """The graph of a float32 directory laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
 OPENVINO_GRAPH = "model.openvino.onnx"
-"""The graph of a float32 directory without functions, as OpenVINO reads it; its weights are in `DATA` too."""
+"""The graph of a float32 directory as OpenVINO reads it; its weights are in `DATA` too."""
 MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1

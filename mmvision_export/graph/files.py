@@ -56,10 +56,10 @@ def save_cpu_graph(directory: Path, config: EncoderConfig) -> None:
 
 
 def save_openvino_graph(directory: Path) -> None:
-    """Write the OpenVINO flavour beside a float32 portable graph, whose weight file it shares, and check it.
+    """Write the OpenVINO flavour beside a float32 portable graph, and check it.
 
     Raises:
-        ExportError: See `openvino_graph_from_portable`; or the written file is not a valid ONNX model.
+        ExportError: See `openvino_graph_from_portable`; or the file is not a valid ONNX model.
     """
     model = openvino_graph_from_portable(directory / GRAPH)
     content = ir.serde.serialize_model(model).SerializeToString(deterministic=True)

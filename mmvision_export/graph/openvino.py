@@ -1,10 +1,10 @@
-"""The OpenVINO flavour of the graph, `model.openvino.onnx`: the portable graph with its definitions inlined.
+"""The OpenVINO flavour of the graph, `model.openvino.onnx`: the portable one, functions inlined.
 
-OpenVINO's ONNX reader knows no model-local functions, so that it cannot read the portable graph, whose operators carry
-their definition as such. Nor does it know sequences or `com.microsoft::RotaryEmbedding`, which the CPU flavour is made
-of. It fuses the inlined attention of every layer into one kernel by itself.
+OpenVINO's ONNX reader knows no model-local functions, by which the portable graph defines its
+operators. Nor does it know the sequences and `com.microsoft::RotaryEmbedding` of the CPU flavour.
+It fuses the inlined attention of each layer into one kernel by itself.
 
-Attention is masked, as in the portable graph: work and memory grow with the square of what is run at once.
+Attention is masked, as in the portable graph: its work grows with the square of what runs at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def openvino_graph_from_portable(path: Path) -> ir.Model:
         path: The portable graph, `model.onnx`; its weights are not read.
 
     Returns:
-        A model of ONNX's own operators, with the portable one's inputs and outputs. Save it in the same directory.
+        A model of ONNX's own operators, with the portable one's inputs and outputs. Save it in
+        the same directory.
 
     Raises:
         ExportError: The graph is not float32, or has no definition of an operator of ours.

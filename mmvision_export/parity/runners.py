@@ -56,7 +56,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 
 
 class BackendRunner(BaseRunner):  # type: ignore[misc]
-    """A model as it is deployed, through one of `VisionEncoder`'s backends, as a Polygraphy runner."""
+    """A model as it is deployed, through a backend of `VisionEncoder`, as a Polygraphy runner."""
 
     def __init__(self, name: str, path: Path, *, backend: str, config: EncoderConfig) -> None:
         super().__init__(name=name)

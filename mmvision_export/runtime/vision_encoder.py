@@ -85,7 +85,8 @@ class VisionEncoder:
                 engine, and a folder for `onnxruntime-rtx`.
             flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; the best exact one if None.
             cpu_kernels: Whether `onnxruntime-cpu` uses kernels of `mmvision build-plugins --cpu`, where there are any.
-            precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
+            precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU
+                has it.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.

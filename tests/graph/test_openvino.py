@@ -1,4 +1,4 @@
-"""The OpenVINO flavour: its structure, and its numbers in ONNX Runtime against the portable graph."""
+"""The OpenVINO flavour: its structure, and its numbers against the portable graph's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Python process whose every network call is noted and refused, and whose home and cache are empty folders."""
+"""A Python process whose network calls are noted and refused, its home and cache empty."""
 
 from __future__ import annotations
 

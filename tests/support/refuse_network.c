@@ -1,4 +1,4 @@
-// Preloaded into a process, notes every network call of it, native code's too, and refuses it: nothing leaves the machine.
+// Preloaded into a process, notes its network calls, native code's too, and refuses them.
 //
 // What is noted, one call a line, goes to the file that NETWORK_LOG names.
 #define _GNU_SOURCE

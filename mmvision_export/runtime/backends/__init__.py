@@ -35,8 +35,8 @@ BackendName = Literal[
 ]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 """Fastest first: engines built ahead, then what builds them when it opens the graph, then kernel by kernel, then the
-CPU. `auto` takes the first that works. On a CPU, ONNX Runtime and OpenVINO are equally fast in float32 (docs/cpu.md):
-ONNX Runtime comes first, which needs half the memory."""
+CPU. `auto` takes the first that works. On a CPU in float32, neither ONNX Runtime nor OpenVINO is
+faster at every size (docs/cpu.md): ONNX Runtime comes first, which needs nothing else."""
 _WORKS_ANYWHERE: BackendName = "onnxruntime-cpu"
 
 

@@ -34,9 +34,10 @@ _TELEMETRY = "openvino_telemetry"
 def import_openvino() -> Any:
     """The module `openvino`, without its telemetry.
 
-    `import openvino` sends an event to Google Analytics, and writes a client id and a count of its uses into the home
-    folder (`openvino/tools/ovc/__init__.py`, `openvino_telemetry/main.py`). No variable turns that off but those of CI
-    services. Where the package `openvino_telemetry` is missing it takes a stub, so that is what it finds here.
+    `import openvino` sends an event to Google Analytics, and writes a client id and a count of
+    uses under the home folder (`openvino/tools/ovc/__init__.py`, `openvino_telemetry/main.py`).
+    Only the variables of CI services turn that off. Where the package `openvino_telemetry` is
+    missing, OpenVINO takes its own stub: so the package is hidden while OpenVINO is imported.
 
     Raises:
         BackendError: OpenVINO is not installed, or its libraries cannot be loaded.
@@ -46,7 +47,7 @@ def import_openvino() -> Any:
     hidden = {
         name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY
     }
-    # None makes an import of that name fail: https://docs.python.org/3/reference/import.html#the-module-cache
+    # None makes an import of that name fail (docs.python.org/3/reference/import.html, 5.3.1).
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
     try:
         return importlib.import_module("openvino")
@@ -67,14 +68,15 @@ def cpu_capabilities(core: openvino.Core) -> tuple[str, ...]:
 class OpenVinoBackend:
     """A model directory's `model.openvino.onnx` in OpenVINO, on the CPU. See `Backend`.
 
-    Its attention is masked and costs the square of a launch, so that the planner cuts a batch between images: work and
-    memory grow with the images, and with the square of the largest alone.
+    Its attention is masked and costs the square of a launch, so the planner cuts a batch between
+    images: work grows linearly with the number of images.
 
-    Calls of several threads take turns, launch by launch: each launch uses all threads of the pool.
+    Calls of several threads take turns, launch by launch: each launch uses the whole thread pool.
 
     Raises:
         ManifestError: Files of the directory are missing or not those of its manifest.
-        BackendError: OpenVINO is not installed or cannot load the graph, or the CPU has not the precision.
+        BackendError: OpenVINO is not installed or cannot load the graph, or the CPU lacks the
+            precision.
     """
 
     name: BackendName = "openvino"
@@ -88,16 +90,16 @@ class OpenVinoBackend:
             )
         manifest = Manifest.read(directory)
         _refuse_without_graph(directory, manifest)
-        openvino = import_openvino()
+        openvino: Any = import_openvino()
         core = openvino.Core()
         device = str(core.get_property(_DEVICE, "FULL_DEVICE_NAME"))
         if precision == "bf16" and "BF16" not in (found := cpu_capabilities(core)):
             raise BackendError(
-                f"bf16 needs a CPU with products of bfloat16, which this one ({device}) has not: OpenVINO "
-                f"finds {', '.join(found)}",
+                f"bf16 needs a CPU with products of bfloat16, which this one ({device}) has not: "
+                f"OpenVINO finds {', '.join(found)}",
                 hint="leave the precision out: fp32 runs on every CPU",
             )
-        # The graph is small and hashed in full; of the weights only the size is compared, as by the other backends.
+        # The graph is small and hashed in full; of the weights only the size is compared.
         manifest.verify(directory, [OPENVINO_GRAPH])
         manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
         settings: dict[str, Any] = {
@@ -109,7 +111,7 @@ class OpenVinoBackend:
         if options.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
-            # Weights are mapped from their file; what the CPU's kernels want in another order, they copy.
+            # Weights are mapped from their file; kernels keep copies in the order they need.
             compiled = core.compile_model(str(directory / OPENVINO_GRAPH), _DEVICE, settings)
         except Exception as error:  # OpenVINO's exceptions have no common base
             raise BackendError(f"OpenVINO cannot load {OPENVINO_GRAPH}: {error}") from error
@@ -120,7 +122,7 @@ class OpenVinoBackend:
             raise BackendError(f"OpenVINO computes in {chosen} here, not in {precision}")
         self.config = manifest.config
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        self._request: openvino.InferRequest | None = compiled.create_infer_request()
+        self._request: Any = compiled.create_infer_request()
         self._turn = threading.Lock()
         self._plan = LaunchPlanner([_launches(self.config)], Costs(self.config, masked=True))
         self.info: dict[str, Any] = {
@@ -148,7 +150,7 @@ class OpenVinoBackend:
                 if self._request is None:
                     raise BackendError("the encoder is closed")
                 try:
-                    # Neither is copied: inputs are read where they are, and the output until the next launch.
+                    # Not copied: inputs are read in place, the output lasts until the next launch.
                     results = self._request.infer(feeds, share_inputs=True, share_outputs=True)
                 except Exception as error:  # OpenVINO's exceptions have no common base
                     raise BackendError(f"OpenVINO failed: {error}") from error
@@ -175,7 +177,7 @@ def _refuse_without_graph(directory: Path, manifest: Manifest) -> None:
 
 
 def _launches(config: EncoderConfig) -> Profile:
-    """Launches of any size, of as many images as are worth joining: beyond `FLOOR_PATCHES` a mask only costs."""
+    """Launches of any size, and of as many images as together can stay under `FLOOR_PATCHES`."""
     per_token = config.patches_per_token
     return Profile(
         min_patches=per_token,
