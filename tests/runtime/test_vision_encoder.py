@@ -156,8 +156,8 @@ def test_damaged_directories(exported: Path, tmp_path: Path, backend: str) -> No
 
 
 def test_unknown_backend_and_directory(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="no such backend: openvino"):
-        VisionEncoder.open(exported, backend="openvino")
+    with pytest.raises(BackendError, match="no such backend: coreml"):
+        VisionEncoder.open(exported, backend="coreml")
     with pytest.raises(ManifestError, match="no such model directory"):
         VisionEncoder.open(tmp_path / "nothing")
     with pytest.raises(BackendError, match="neither a model directory nor an .engine"):
