@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from mmvision_export.artifacts.manifest import find_model_directory
 from mmvision_export.core.errors import InputError, OutputError, message_and_hint, print_error
 from mmvision_export.core.files import array_from_file
-from mmvision_export.core.finite import refuse_embeddings_not_finite
 from mmvision_export.core.progress import Progress
-from mmvision_export.models.minimax_m3_vl.preprocess import image_from_file, patches_from_images
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
+from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images, image_from_file
 from mmvision_export.runtime.backends import BACKENDS
 from mmvision_export.runtime.embeds_file import (
     FORMATS,
@@ -34,7 +33,6 @@ from mmvision_export.runtime.embeds_file import (
     refuse_unknown_format,
 )
 from mmvision_export.runtime.folder import encode_folder, refuse_foreign_output, run_identity
-from mmvision_export.runtime.grid import tokens_per_image
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from mmvision_export.version import __version__
 
@@ -212,29 +210,26 @@ def _encode_batch(
     arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    inputs, pixel_values, grid_thw = _inputs(arguments, encoder)
+    inputs, batch = _inputs(arguments, encoder)
     prepared = time.perf_counter()
-    image_embeds = encoder(pixel_values, grid_thw)
+    image_embeds = encoder.encode(batch)
     encoded = time.perf_counter()
-    refuse_embeddings_not_finite(image_embeds)
-    tokens = tokens_per_image(grid_thw, encoder.config)
+    grid = batch.grid
     if file is not None:
         names = (
             inputs
-            if len(inputs) == len(tokens)
-            else [f"{inputs[0]}, row {row}" for row in range(len(tokens))]
+            if len(inputs) == len(grid)
+            else [f"{inputs[0]}, row {row}" for row in range(len(grid))]
         )
-        for name, row, embeds in zip(
-            names, grid_thw.tolist(), np.split(image_embeds, np.cumsum(tokens)[:-1]), strict=True
-        ):
-            file.add(name, tuple(row), embeds)
+        for name, row, embeds in zip(names, grid.tuples(), grid.split(image_embeds), strict=True):
+            file.add(name, row, embeds)
     return {
         "inputs": inputs,
-        "pixel_values": list(pixel_values.shape),
-        "grid_thw": grid_thw.tolist(),
+        "pixel_values": list(batch.pixel_values.shape),
+        "grid_thw": grid.rows.tolist(),
         "image_embeds": list(image_embeds.shape),
         "dtype": str(image_embeds.dtype),
-        "tokens_per_image": tokens.tolist(),
+        "tokens_per_image": grid.tokens_per_image,
         "milliseconds": {
             "preprocess": round((prepared - start) * 1e3, 3),
             "encode": round((encoded - prepared) * 1e3, 3),
@@ -252,7 +247,6 @@ def _encode_video(
     for segment in encoder.encode_video(
         arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=_ProgressLine()
     ):
-        refuse_embeddings_not_finite(segment.image_embeds)
         if file is not None:
             file.add(
                 str(arguments.video), segment.grid_thw, segment.image_embeds, segment.timestamps
@@ -301,19 +295,18 @@ class _ProgressLine(Progress):
             )
 
 
-def _inputs(
-    arguments: argparse.Namespace, encoder: VisionEncoder
-) -> tuple[list[str], npt.NDArray[np.floating], npt.NDArray[np.int64]]:
+def _inputs(arguments: argparse.Namespace, encoder: VisionEncoder) -> tuple[list[str], PackedBatch]:
     if arguments.pixel_values is not None:
         paths = (arguments.pixel_values, arguments.grid_thw)
         pixel_values, grid_thw = (array_from_file(path) for path in paths)
-        return [str(path) for path in paths], pixel_values, grid_thw
+        batch = checked_batch(pixel_values, grid_thw, encoder.config, encoder.dtype)
+        return [str(path) for path in paths], batch
     preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
     if arguments.image:
         images = [image_from_file(path) for path in arguments.image]
         names = [str(path) for path in arguments.image]
-        return names, *patches_from_images(images, preprocessor, names=names)
-    return [_TEST_PATTERN], *patches_from_images([_test_pattern()], preprocessor)
+        return names, batch_from_images(images, preprocessor, names=names)
+    return [_TEST_PATTERN], batch_from_images([_test_pattern()], preprocessor)
 
 
 def _test_pattern() -> Image.Image:

@@ -18,7 +18,7 @@ def main() -> None:
         for k in compile_kernels(list(ARCHITECTURES), list(map(int, sys.argv[1:])))
         if k.dtype == "fp16"
     ]
-    print(resource_table(sorted(kernels, key=lambda k: (-k.head_dim, k.sm))))
+    print(resource_table(sorted(kernels, key=lambda k: (-k.head_dim, k.compute_capability))))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,84 @@
-"""The `.json` beside every engine: what the engine is valid for, checked before a byte of it is deserialised.
+"""The `.json` beside every engine: what it is valid for, checked before it is deserialised.
 
-An engine is executable content: deserialising one runs code chosen by whoever made it. The sidecar's hash says that the
-file is the one that was built; it does not say that whoever built it can be trusted.
+An engine is executable content: deserialising one runs code chosen by whoever made it. The
+sidecar's hash says that the file is the one that was built; it does not say that whoever built it
+can be trusted.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
+from typing import Any, Literal, get_args
 
+from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
-from mmvision_export.core.errors import ConfigError, ManifestError
-from mmvision_export.core.files import FileRecord, read_json
+from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.files import FileRecord
+from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.core.records import json_from_record, json_text, read_record
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
-__all__ = ["EngineRecord", "PluginFile", "refuse_foreign_engine", "sidecar_path"]
+__all__ = [
+    "EngineAttention",
+    "EngineRecord",
+    "GraphRecord",
+    "NativeBody",
+    "PluginFile",
+    "refuse_foreign_engine",
+    "sidecar_path",
+]
+
+NativeBody = Literal["attention", "matmul"]
+"""Standard operators that attention is built from: ONNX's own, or two products and a softmax."""
 
 _FORMAT = 2
 _REBUILD = "build it again here with: mmvision build-engine"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineAttention:
+    """How an engine does attention.
+
+    Attributes:
+        way: Our plugins, TensorRT's packed attention, or standard operators.
+        body: The standard operators it was built from; None where it is not native.
+        fused: Whether every native attention is known to be one fused kernel.
+    """
+
+    way: Literal["plugin", "packed", "native"]
+    body: NativeBody | None = None
+    fused: bool = False
+
+    @property
+    def masked(self) -> bool:
+        """Whether it is one masked product over the whole batch, which costs its square."""
+        return self.way == "native"
+
+    def __str__(self) -> str:
+        if self.way == "plugin":
+            return "plugin"
+        if self.way == "packed":
+            return "packed, TensorRT's own"
+        return f"{self.body} body, {'fused' if self.fused else 'left to the builder'}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphRecord:
+    """The ONNX file an engine was built from.
+
+    Attributes:
+        name: Its file name in the model directory.
+        sha256: Of the file.
+        data_sha256: Of the weights beside it. The graphs of two checkpoints are the same file: it
+            is the weights that tell them apart.
+    """
+
+    name: str
+    sha256: str
+    data_sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +86,8 @@ class PluginFile:
     """The plugin library an engine needs, which lies beside it.
 
     Attributes:
-        name: File name; part of the hash is in it, so that engines of several libraries share a folder.
+        name: File name; part of the hash is in it, so that engines of several libraries share a
+            folder.
         record: Hash and size.
     """
 
@@ -48,7 +108,8 @@ class PluginFile:
         path = engine.parent / self.name
         if not path.is_file():
             raise ManifestError(
-                f"{engine} needs the plugin library {path}, which is missing (sha256 {self.record.sha256})",
+                f"{engine} needs the plugin library {path}, which is missing "
+                f"(sha256 {self.record.sha256})",
                 hint="copy it from where the engine was built, or build the engine again here",
             )
         self.record.verify(path, said_by=f"the sidecar of {engine.name}")
@@ -60,14 +121,14 @@ class EngineRecord:
     """Content of an engine's sidecar.
 
     Attributes:
-        backend: `tensorrt` or `tensorrt-rtx`.
-        tensorrt_version: Version that built it; an engine loads in that version only.
-        compute_capabilities: GPUs it runs on, as `8.9`.
+        backend: The TensorRT that built it.
+        tensorrt_version: Its version; an engine loads in that version only.
+        compute_capabilities: GPUs it runs on.
         platform: Operating system and machine it was built on, as `linux-x86_64`.
-        precision: fp32, fp16 or bf16.
+        precision: Of the engine.
         attention: How attention was lowered.
         profiles: Accepted sizes, one entry for each optimization profile, in the engine's order.
-        graph: Of the ONNX file it was built from: `name`, `sha256`, and `data_sha256` of the weights beside it.
+        graph: The ONNX file it was built from.
         engine: Hash and size of the engine file.
         config: The encoder's dimensions.
         versions: Packages that took part.
@@ -75,14 +136,14 @@ class EngineRecord:
         plugin_library: The library its plugins are in, or None if it has none.
     """
 
-    backend: str
-    tensorrt_version: str
-    compute_capabilities: list[str]
+    backend: TensorRTName
+    tensorrt_version: TensorRTVersion
+    compute_capabilities: tuple[ComputeCapability, ...]
     platform: str
     precision: str
-    attention: str
-    profiles: list[Profile]
-    graph: dict[str, str]
+    attention: EngineAttention
+    profiles: tuple[Profile, ...]
+    graph: GraphRecord
     engine: FileRecord
     config: EncoderConfig
     versions: dict[str, str]
@@ -90,27 +151,24 @@ class EngineRecord:
     plugin_library: PluginFile | None = None
 
     def __post_init__(self) -> None:
-        capabilities = self.compute_capabilities
-        if not isinstance(capabilities, list) or not all(
-            isinstance(item, str) for item in capabilities
-        ):
+        if self.precision not in PRECISIONS:
             raise ManifestError(
-                f"compute_capabilities must be a list of strings, got {capabilities!r}"
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
         if not self.profiles:
             raise ManifestError("profiles must have at least one entry")
-        if set(self.graph) != {"name", "sha256", "data_sha256"}:
-            raise ManifestError(f"graph must have name, sha256 and data_sha256, got {self.graph!r}")
 
-    @property
-    def masked(self) -> bool:
-        """Whether attention is one masked product over the whole batch, which costs its square."""
-        return not self.attention.startswith(("plugin", "packed"))
+    def to_json(self) -> dict[str, Any]:
+        """The sidecar's content: attention in words for people, and as `lowering` in fields."""
+        content = {
+            field.name: json_from_record(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
+        return {**content, "attention": str(self.attention), "lowering": content["attention"]}
 
     def write(self, path: Path) -> None:
-        """Write the sidecar to a path that is not yet public (see `output.new_files`)."""
-        content = {"format": _FORMAT, **dataclasses.asdict(self)}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        """Write the sidecar to a path that is not yet public (see `files.new_files`)."""
+        path.write_text(json_text(self, form=_FORMAT), encoding="utf-8")
 
     def verify(self, engine: Path) -> None:
         """Check that an engine file is the one this sidecar was written for.
@@ -119,6 +177,14 @@ class EngineRecord:
             ManifestError: It is missing, or has another length or content.
         """
         self.engine.verify(engine, said_by="its sidecar")
+
+    def verified_bytes(self, engine: Path) -> bytes:
+        """The engine file's content, read once: these are the bytes that were hashed.
+
+        Raises:
+            ManifestError: See `verify`.
+        """
+        return self.engine.verified_bytes(engine, said_by="its sidecar")
 
     @classmethod
     def read(cls, engine: Path) -> EngineRecord:
@@ -136,29 +202,27 @@ class EngineRecord:
             raise ManifestError(
                 f"{path} is missing: nothing says what {engine.name} is valid for", hint=_REBUILD
             )
-        content = read_json(path)
-        form = content.pop("format", None)
-        if form not in (1, _FORMAT):
-            raise ManifestError(
-                f"{path}: not a sidecar of format {_FORMAT} or earlier", hint=_REBUILD
-            )
-        try:
-            if form == 1:  # an engine had one profile
-                content["profiles"] = [content.pop("profile")]
-            profiles = [Profile(**profile) for profile in content.pop("profiles")]
-            record = FileRecord(**content.pop("engine"))
-            config = EncoderConfig.from_dict(content.pop("config"))
-            plugins = content.pop("plugin_library", None)
-            library = (
-                None
-                if plugins is None
-                else PluginFile(plugins["name"], FileRecord(**plugins["record"]))
-            )
-            return cls(
-                profiles=profiles, engine=record, config=config, plugin_library=library, **content
-            )
-        except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
-            raise ManifestError(f"{path}: malformed: {error}", hint=_REBUILD) from error
+        return read_record(
+            cls, path, what="a sidecar", formats=(1, _FORMAT), hint=_REBUILD, upgraded=_upgraded
+        )
+
+
+def _upgraded(form: int, content: dict[str, Any]) -> dict[str, Any]:
+    """Today's fields of any sidecar: format 1 had one profile, and the first ones no `lowering`."""
+    content = dict(content)
+    if form == 1 and "profile" in content:
+        content["profiles"] = [content.pop("profile")]
+    words = content.get("attention")
+    lowering = content.pop("lowering", None)
+    if lowering is None and isinstance(words, str):
+        way = next((way for way in ("plugin", "packed") if words.startswith(way)), "native")
+        body = words.partition(" body, ")[0]
+        lowering = {
+            "way": way,
+            "body": body if body in get_args(NativeBody) else None,
+            "fused": words.endswith(", fused"),
+        }
+    return {**content, "attention": lowering}
 
 
 def sidecar_path(engine: Path) -> Path:
@@ -170,52 +234,47 @@ def refuse_foreign_engine(
     engine: Path,
     record: EngineRecord,
     *,
-    backend: str,
-    tensorrt_version: str,
-    compute_capability: str,
-    platform: str,
+    here: Installation,
+    compute_capability: ComputeCapability,
     manifest: Manifest | None,
 ) -> None:
-    """Refuse an engine that was not built for this GPU, TensorRT, platform or graph, or is not the file that was built.
+    """Refuse an engine that was not built for this GPU, TensorRT, platform or graph.
 
     Args:
         engine: The engine file.
         record: Its sidecar.
-        backend: The installed TensorRT's kind.
-        tensorrt_version: The installed TensorRT's version.
-        compute_capability: This GPU's, as `8.9`.
-        platform: This machine's.
+        here: The TensorRT that shall load it.
+        compute_capability: This GPU's.
         manifest: Of the model directory the engine lies in, if it does.
 
     Raises:
         ManifestError: Names what differs, with both values.
     """
-    for what, built, here in (
-        ("TensorRT kind", record.backend, backend),
-        ("TensorRT version", record.tensorrt_version, tensorrt_version),
-        ("platform", record.platform, platform),
+    for what, built, installed in (
+        ("TensorRT kind", record.backend, here.backend),
+        ("TensorRT version", record.tensorrt_version, here.tensorrt_version),
+        ("platform", record.platform, here.platform),
     ):
-        if built != here:
+        if built != installed:
             raise ManifestError(
-                f"{engine}: built for {what} {built}, this machine has {here}", hint=_REBUILD
+                f"{engine}: built for {what} {built}, this machine has {installed}", hint=_REBUILD
             )
     if compute_capability not in record.compute_capabilities:
-        built = ", ".join(record.compute_capabilities)
+        capabilities = ", ".join(map(str, record.compute_capabilities))
         raise ManifestError(
-            f"{engine}: built for compute capability {built}, this GPU has {compute_capability}",
+            f"{engine}: built for compute capability {capabilities}, "
+            f"this GPU has {compute_capability}",
             hint=_REBUILD,
         )
     if manifest is not None:
-        name = record.graph["name"]
-        # The graph of two checkpoints is the same file: it is the weights that tell them apart.
-        for file, built in (
-            (name, record.graph["sha256"]),
-            (f"{name}.data", record.graph["data_sha256"]),
-        ):
-            here = manifest.files[file].sha256 if file in manifest.files else "none"
-            if built != here:
-                raise ManifestError(
-                    f"{engine}: built from {file} with sha256 {built}, the model directory has {here}",
-                    hint=_REBUILD,
-                )
-    record.verify(engine)
+        _refuse_other_graph(engine, record.graph, manifest)
+
+
+def _refuse_other_graph(engine: Path, graph: GraphRecord, manifest: Manifest) -> None:
+    for file, built in ((graph.name, graph.sha256), (f"{graph.name}.data", graph.data_sha256)):
+        here = manifest.files[file].sha256 if file in manifest.files else "none"
+        if built != here:
+            raise ManifestError(
+                f"{engine}: built from {file} with sha256 {built}, the model directory has {here}",
+                hint=_REBUILD,
+            )

@@ -1,4 +1,4 @@
-"""The record beside a compiled library: what it was made with, and the hash of the file that it speaks of.
+"""The record beside a compiled library: what it was made with, and its hash.
 
 A library is executable content: none is loaded that is not the file of its record.
 """
@@ -6,18 +6,30 @@ A library is executable content: none is loaded that is not the file of its reco
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Literal, TypeVar, get_args
 
 from mmvision_export.core.errors import ManifestError
-from mmvision_export.core.files import FileRecord, read_json
+from mmvision_export.core.files import FileRecord
+from mmvision_export.core.records import json_text, read_record
 
-__all__ = ["LIBRARIES", "LibraryRecord", "default_folder", "library_record_path"]
+__all__ = [
+    "LIBRARIES",
+    "MACHINES",
+    "LibraryRecord",
+    "Machine",
+    "default_folder",
+    "library_record_path",
+]
 
 LIBRARIES = "plugins"
-"""The folder of libraries, with one for each CPU: in `engines/`, beside the model directories, or in one of them."""
+"""The folder of libraries, with one for each CPU: in `engines/` or in a model directory."""
+
+Machine = Literal["x86_64", "aarch64"]
+"""CPU of a library."""
+
+MACHINES: tuple[Machine, ...] = get_args(Machine)
 
 _FORMAT = 1
 _Record = TypeVar("_Record", bound="LibraryRecord")
@@ -42,10 +54,7 @@ class LibraryRecord:
 
     def write(self, path: Path) -> None:
         """Write the record to a path that is not yet public (see `output.new_files`)."""
-        path.write_text(
-            json.dumps({"format": _FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n",
-            encoding="utf-8",
-        )
+        path.write_text(json_text(self, form=_FORMAT), encoding="utf-8")
 
     @classmethod
     def read(cls: type[_Record], library: Path) -> _Record:
@@ -59,15 +68,9 @@ class LibraryRecord:
         for file in (library, path):
             if not file.is_file():
                 raise ManifestError(f"{file}: no such {cls.KIND}", hint=build)
-        content = read_json(path)
-        if content.pop("format", None) != _FORMAT:
-            raise ManifestError(
-                f"{path}: not a {cls.KIND}'s record of format {_FORMAT}", hint=build
-            )
-        try:
-            record = cls(library=FileRecord(**content.pop("library")), **content)
-        except (KeyError, TypeError) as error:
-            raise ManifestError(f"{path}: malformed: {error}", hint=build) from error
+        record = read_record(
+            cls, path, what=f"the record of a {cls.KIND}", formats=(_FORMAT,), hint=build
+        )
         record.library.verify(library, said_by="its record")
         if record.machine != platform.machine():
             raise ManifestError(

@@ -1,4 +1,4 @@
-"""The model directory and its `manifest.json`: what the files are, where they came from, and what has been checked.
+"""The model directory and its `manifest.json`: its files, their source, what was checked.
 
 ```
 <name>/
@@ -13,13 +13,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmvision_export.core.errors import ConfigError, ManifestError
-from mmvision_export.core.files import FileRecord, new_files, read_json
+from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.files import FileRecord, new_files
+from mmvision_export.core.precision import FLOAT_PRECISIONS
+from mmvision_export.core.records import json_text, read_record
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = [
@@ -29,8 +30,6 @@ __all__ = [
     "MANIFEST",
     "OPENVINO_GRAPH",
     "PLANS",
-    "PRECISIONS",
-    "QUANTIZED_PRECISIONS",
     "Manifest",
     "find_model_directory",
     "flavour_graph",
@@ -40,18 +39,12 @@ __all__ = [
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 CPU_GRAPH = "model.cpu.onnx"
-"""The graph of a float32 directory laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
+"""The float32 graph laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
 OPENVINO_GRAPH = "model.openvino.onnx"
 """The graph of a float32 directory as OpenVINO reads it; its weights are in `DATA` too."""
 MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1
-
-PRECISIONS = ("fp32", "fp16", "bf16")
-"""Float types of a graph."""
-
-QUANTIZED_PRECISIONS = ("int8", "fp8")
-"""Flavours that engines are built from."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -60,11 +53,10 @@ class Manifest:
 
     Attributes:
         config: The encoder's dimensions.
-        precision: Float type of `model.onnx`: fp32, fp16 or bf16.
+        precision: Of `model.onnx`, one of `FLOAT_PRECISIONS`.
         opset: Version of the standard operators in `model.onnx`.
-        attention_body: Which standard ops define `VarlenAttention` in it.
-        source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed to load them again,
-            and `sha256` of the tensors.
+        source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed
+            to load them again, and `sha256` of the tensors.
         versions: Versions of the packages that made the directory.
         files: Every file of the directory that a runtime may open, by name relative to it.
         parity: Results of the last comparison, by graph file name.
@@ -76,7 +68,6 @@ class Manifest:
     config: EncoderConfig
     precision: str
     opset: int
-    attention_body: str
     source: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, FileRecord]
@@ -86,19 +77,9 @@ class Manifest:
     quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value, kind in (
-            ("opset", self.opset, int),
-            ("source", self.source, dict),
-            ("parity", self.parity, dict),
-            ("quantization", self.quantization, dict),
-            ("versions", self.versions, dict),
-            ("weights", self.weights, dict),
-        ):
-            if not isinstance(value, kind):
-                raise ManifestError(f"{name} must be {kind.__name__}, got {value!r}")
-        if self.precision not in PRECISIONS:
+        if self.precision not in FLOAT_PRECISIONS:
             raise ManifestError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+                f"precision must be one of {', '.join(FLOAT_PRECISIONS)}, got {self.precision!r}"
             )
         required = {"random": {"seed"}, "checkpoint": {"checkpoint"}}.get(
             str(self.source.get("kind"))
@@ -136,11 +117,8 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory, in one piece."""
-        content = {"format": _FORMAT, **dataclasses.asdict(self)}
         with new_files(directory, name=MANIFEST) as new:
-            (new / MANIFEST).write_text(
-                json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8"
-            )
+            (new / MANIFEST).write_text(json_text(self, form=_FORMAT), encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -149,26 +127,20 @@ class Manifest:
         Raises:
             ManifestError: There is none, it is malformed, or it is of a later format.
         """
-        path = directory / MANIFEST
         if not directory.is_dir():
             raise ManifestError(
                 f"{directory}: no such model directory",
                 hint="make one with: mmvision export --onnx",
+                reason="missing",
             )
-        content = read_json(path)
-        if content.pop("format", None) != _FORMAT:
-            raise ManifestError(
-                f"{path}: not a manifest of format {_FORMAT}", hint="export the model again"
-            )
-        try:
-            config = EncoderConfig.from_dict(content.pop("config"))
-            files = {name: FileRecord(**record) for name, record in content.pop("files").items()}
-            manifest = cls(config=config, files=files, **content)
-        except (KeyError, TypeError, AttributeError, ConfigError, ManifestError) as error:
-            raise ManifestError(
-                f"{path}: malformed: {error}", hint="export the model again"
-            ) from error
-        return manifest
+        return read_record(
+            cls,
+            directory / MANIFEST,
+            what="a manifest",
+            formats=(_FORMAT,),
+            hint="export the model again",
+            upgraded=_upgraded,
+        )
 
     def record_of(self, name: str) -> FileRecord:
         """The record of a file.
@@ -190,13 +162,18 @@ class Manifest:
             self.record_of(name).verify(directory / name, said_by="the manifest")
 
 
+def _upgraded(_: int, content: dict[str, Any]) -> dict[str, Any]:
+    """Early manifests also named the ops that define `VarlenAttention`, which nothing read."""
+    return {key: value for key, value in content.items() if key != "attention_body"}
+
+
 def flavour_graph(flavour: str) -> str:
     """File name of a flavour's graph in a model directory."""
     return f"model.{flavour}.onnx"
 
 
 def model_directory_of(path: Path) -> Path | None:
-    """The model directory that a path is, or that an engine file lies in; None for an engine on its own."""
+    """The model directory that a path is, or that an engine lies in; None for an engine alone."""
     if not path.is_file():
         return path
     folder = path.resolve().parent

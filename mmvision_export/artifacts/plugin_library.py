@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from mmvision_export.artifacts.library_record import LibraryRecord, default_folder
+from mmvision_export.core.compute_capability import ComputeCapability
 
 __all__ = ["LIBRARY", "PluginLibraryRecord", "default_library"]
 
@@ -22,7 +23,7 @@ class PluginLibraryRecord(LibraryRecord):
     """What is in a plugin library.
 
     Attributes:
-        sms: Compute capabilities without their dot that it has binaries for; later GPUs compile its PTX.
+        sms: GPUs it has binaries for, as 87; later ones compile its PTX.
         head_dims: Head sizes it has attention kernels for.
         dtypes: fp16 and bf16.
     """
@@ -33,6 +34,11 @@ class PluginLibraryRecord(LibraryRecord):
     sms: list[int]
     head_dims: list[int]
     dtypes: list[str]
+
+    @property
+    def compute_capabilities(self) -> list[ComputeCapability]:
+        """GPUs it has binaries for, ascending."""
+        return sorted(map(ComputeCapability.from_sm, self.sms))
 
 
 def default_library(machine: str | None = None) -> Path:

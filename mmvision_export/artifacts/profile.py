@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
-from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.errors import EngineError
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
-__all__ = ["Profile"]
+__all__ = ["Profile", "checked_profile", "profiles_from_buckets"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,8 @@ class Profile:
     """An optimization profile: the sizes an engine accepts in it and the one it is fastest at.
 
     A profile of one size only is a *bucket*: smaller batches are padded to it (see
-    `launch_planner.padding_rows`), so that every shape is static and one CUDA graph serves them all.
+    `launch_planner.padding_rows`), so that every shape is static and one CUDA graph serves them
+    all.
 
     Attributes:
         min_patches: Fewest patches of a batch.
@@ -23,6 +26,9 @@ class Profile:
         max_patches: Most patches of a batch, all images together.
         max_images: Most rows of `grid_thw`, in a bucket the padding's row among them.
         min_images: Fewest rows of `grid_thw`.
+
+    Raises:
+        EngineError: A size is no positive integer, or they do not ascend.
     """
 
     min_patches: int
@@ -32,10 +38,13 @@ class Profile:
     min_images: int = 1
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ManifestError(f"{field.name} must be an integer, got {value!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise EngineError(f"{name} must be a positive integer, got {value!r}")
+        for names in (("min_patches", "opt_patches", "max_patches"), ("min_images", "max_images")):
+            sizes = [getattr(self, name) for name in names]
+            if sizes != sorted(sizes):
+                raise EngineError(f"{', '.join(names)} must ascend, got {sizes}")
 
     @functools.cached_property
     def is_bucket(self) -> bool:
@@ -43,7 +52,7 @@ class Profile:
         return self.min_patches == self.max_patches and self.min_images == self.max_images
 
     def takes(self, num_patches: int, num_images: int) -> bool:
-        """Whether a batch fits, in a bucket after padding: the padding, if there is any, takes a row of its own."""
+        """Whether a batch fits, in a bucket after padding, which takes a row of its own."""
         if self.is_bucket:
             return (
                 num_patches <= self.max_patches
@@ -52,4 +61,67 @@ class Profile:
         return (
             self.min_patches <= num_patches <= self.max_patches
             and self.min_images <= num_images <= self.max_images
+        )
+
+
+def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
+    """A profile that fits an encoder.
+
+    Raises:
+        EngineError: A number of patches is no multiple of the merge block, or there are more images
+            than `max_patches` has room for.
+    """
+    per_token = config.patches_per_token
+    for name in ("min_patches", "opt_patches", "max_patches"):
+        _refuse_partial_blocks(name, getattr(profile, name), per_token)
+    if profile.max_images > (most := profile.max_patches // per_token):
+        raise EngineError(
+            f"max_images must be between 1 and {most} (every image has at least {per_token} "
+            f"patches), got {profile.max_images}"
+        )
+    return profile
+
+
+def profiles_from_buckets(
+    buckets: Sequence[int], max_images: int, config: EncoderConfig
+) -> list[Profile]:
+    """One profile of a single size for each bucket.
+
+    Args:
+        buckets: Patches, in any order.
+        max_images: Most images of a launch; a bucket too small for them has room for as many as it
+            has image tokens.
+        config: Gives the size of a merge block.
+
+    Raises:
+        EngineError: No buckets, one is given twice, or one is not a positive number of whole merge
+            blocks.
+    """
+    if not buckets or max_images < 1:
+        raise EngineError(
+            f"there must be at least one bucket and one image, got {list(buckets)} and {max_images}"
+        )
+    if len(set(buckets)) < len(buckets):
+        raise EngineError(f"every bucket must be given once, got {', '.join(map(str, buckets))}")
+    profiles = []
+    for size in sorted(buckets):
+        _refuse_partial_blocks("a bucket", size, config.patches_per_token)
+        # One row more, for the padding.
+        rows = min(max_images + 1, size // config.patches_per_token)
+        profiles.append(
+            Profile(
+                min_patches=size,
+                opt_patches=size,
+                max_patches=size,
+                min_images=rows,
+                max_images=rows,
+            )
+        )
+    return profiles
+
+
+def _refuse_partial_blocks(name: str, num_patches: int, per_token: int) -> None:
+    if num_patches < per_token or num_patches % per_token:
+        raise EngineError(
+            f"{name} must be a positive multiple of {per_token} patches, got {num_patches}"
         )

@@ -177,7 +177,7 @@ def measure(
                 "directory": directory.name,
                 "precision": manifest.precision,
                 "patches_per_token": config.patches_per_token,
-                "config": config.to_dict(),
+                "config": config.to_json(),
                 "source": manifest.source.get("kind"),
                 "flops": {
                     w.name: sum(x.flops for x in work_of(config, w.grid).values())

@@ -108,8 +108,7 @@ def _open_openvino(side: str, directory: Path, threads: int) -> tuple[Run, dict[
 
     backend, precision = without_precision(side)
     encoder = VisionEncoder.open(directory, backend=backend, threads=threads, precision=precision)
-    version = encoder.info["openvino"].partition("-")[0]
-    return encoder, {"version": version, "precision": encoder.info["precision"]}
+    return encoder, {"version": encoder.facts.version, "precision": encoder.facts.precision}
 
 
 def _open_backend(
@@ -136,15 +135,15 @@ def _open_backend(
     run: Run = encoder
     if not backend.endswith("-cpu"):
         run = _with_cuda_events(encoder)
-    info = encoder.info
+    facts = encoder.facts
     return run, {
-        "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
+        "version": facts.version,
         "precision": "int8"
-        if "int8" in info["precision"]
+        if "int8" in facts.precision
         else "fp32"
         if flavour
-        else info["precision"],
-        "kernels": info.get("cpu_kernels", ""),
+        else facts.precision,
+        "kernels": facts.cpu_kernels or "",
     }
 
 

@@ -5,7 +5,6 @@ Heavy packages are imported by the command that uses them, so that `mmvision --h
 
 from __future__ import annotations
 
-import enum
 import itertools
 import json
 import signal
@@ -25,6 +24,8 @@ from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import Verbose, one_precision, the_model
 from mmvision_export.cli.quantize import quantize
 from mmvision_export.core.errors import message_and_hint, print_error
+from mmvision_export.models.minimax_m3_vl.config import Preset
+from mmvision_export.models.random_kind import RandomKind
 from mmvision_export.version import __version__
 
 __all__ = ["app", "main"]
@@ -51,21 +52,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Take the MiniMax-M3-VL vision encoder from a PyTorch checkpoint to an engine that is the same function.",
 )
-
-
-class Preset(str, enum.Enum):
-    """Dimensions for random weights."""
-
-    tiny = "tiny"
-    shallow = "shallow"
-    full = "full"
-
-
-class RandomWeights(str, enum.Enum):
-    """Kinds of random weights."""
-
-    plain = "plain"
-    outliers = "outliers"
 
 
 def _version(value: bool) -> None:
@@ -120,7 +106,7 @@ def export(
         ),
     ] = None,
     random_weights: Annotated[
-        Optional[RandomWeights],
+        Optional[RandomKind],
         typer.Option(
             metavar="[plain|outliers]",
             help="Seeded random weights instead of a checkpoint: plain (also with no value), or with the outlier "
@@ -165,8 +151,8 @@ def export(
     from mmvision_export.models.weights import WeightSource
 
     if preset is not None and random_weights is not None:
-        source = WeightSource.random(preset.value, seed or 0, random_weights.value)
-        output = output or Path("engines") / preset.value
+        source = WeightSource.random(preset, seed or 0, random_weights)
+        output = output or Path("engines") / preset
     else:
         source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
         output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).resolve().name
@@ -237,24 +223,30 @@ def parity(
     if image and pixel_values:
         raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
 
+    from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.cli.parity_output import print_parity, samples_from_options
     from mmvision_export.models.weights import WeightSource
-    from mmvision_export.parity.check import check_parity, record_parity
+    from mmvision_export.parity.check import check_parity, directory_from_path
     from mmvision_export.parity.report.page import (
         checked_report_path,
         record_from_parity,
         write_report,
     )
+    from mmvision_export.parity.result import record_parity
 
     path = the_model(model)
     if report is not None:
         checked_report_path(report, force=force)
+    directory = directory_from_path(path)
+    manifest = Manifest.read(directory)
     samples = samples_from_options(
-        path, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
+        directory, manifest.config, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
     )
     source = WeightSource(checkpoint=checkpoint) if checkpoint else None
     with progress_display() as progress:
-        result = check_parity(path, source=source, samples=samples, progress=progress)
+        result = check_parity(
+            path, manifest=manifest, source=source, samples=samples, progress=progress
+        )
     if as_json:
         print(json.dumps(record_from_parity(result), indent=2))
     else:

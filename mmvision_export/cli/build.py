@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from mmvision_export.artifacts.library_record import Machine
 from mmvision_export.cli.console import console, progress_display
-from mmvision_export.cli.options import ModelOption, Verbose, one_precision, the_model
+from mmvision_export.cli.options import (
+    ModelOption,
+    Verbose,
+    compute_capability,
+    one_precision,
+    the_model,
+)
+from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
 
 __all__ = ["build_engine", "build_plugins"]
 
 
-class Backend(str, enum.Enum):
-    """TensorRT to build with."""
-
-    auto = "auto"
-    tensorrt = "tensorrt"
-    tensorrt_rtx = "tensorrt-rtx"
-
-
-class Attention(str, enum.Enum):
-    """How an engine does attention."""
-
-    auto = "auto"
-    plugin = "plugin"
-    native = "native"
-    packed = "packed"
-
-
-class Machine(str, enum.Enum):
-    """CPU of a plugin library."""
-
-    x86_64 = "x86_64"
-    aarch64 = "aarch64"
-
-
 def build_plugins(
     sm: Annotated[
-        Optional[list[int]],
+        Optional[list[ComputeCapability]],
         typer.Option(
             metavar="CC",
-            help="GPU to compile for, as 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
+            parser=compute_capability,
+            help="GPU to compile for, as 8.7 or 87 for Orin; may be repeated. Default: all from "
+            "8.0 (Ampere) to 12.0.",
         ),
     ] = None,
     head_dim: Annotated[
@@ -70,7 +56,8 @@ def build_plugins(
         typer.Option(
             metavar="DIR",
             envvar="TENSORRT_INCLUDE_DIR",
-            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
+            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where "
+            "TensorRT or JetPack puts it.",
         ),
     ] = None,
     cpu: Annotated[
@@ -85,14 +72,15 @@ def build_plugins(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build libmmvision_plugins.so, which makes TensorRT's attention cost what the images cost one by one.
+    """Build libmmvision_plugins.so, with which attention costs what the images cost one by one.
 
-    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels
-    for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels
-    take two minutes on two cores.
+    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every
+    GPU it has kernels for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers,
+    and Triton for the kernels. All kernels take two minutes on two cores.
 
-    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on AMX, where a CPU has it
-    (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds; model directories beside it use it.
+    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on
+    AMX, where a CPU has it (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds;
+    model directories beside it use it.
     """
     if cpu:
         if sm or head_dim or machine is not None or tensorrt_include is not None:
@@ -103,17 +91,18 @@ def build_plugins(
 
     with progress_display() as progress:
         library, record = build(
-            sms=sm or (),
+            compute_capabilities=sm or (),
             head_dims=head_dim or (),
-            machine=None if machine is None else machine.value,
+            machine=machine,
             output=output,
             tensorrt_include=tensorrt_include,
             force=force,
             progress=progress,
         )
     console.print(
-        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(str(sm / 10) for sm in record.sms)}, head_dim {', '.join(map(str, record.head_dims))}; "
+        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, "
+        f"compute capability {', '.join(map(str, record.compute_capabilities))}, "
+        f"head_dim {', '.join(map(str, record.head_dims))}; "
         f"what each kernel uses: {library.parent / 'kernels.md'}",
         markup=False,
     )
@@ -144,23 +133,27 @@ def build_engine(
         bool, typer.Option("--fp8", help="FP8 engine, from what mmvision quantize made.")
     ] = False,
     backend: Annotated[
-        Backend, typer.Option(help="TensorRT to build with; auto takes the one installed.")
-    ] = Backend.auto,
-    compute_capability: Annotated[
-        Optional[list[str]],
+        TensorRTChoice,
+        typer.Option(help="TensorRT to build with; auto takes the one installed."),
+    ] = "auto",
+    compute_capabilities: Annotated[
+        Optional[list[ComputeCapability]],
         typer.Option(
+            "--compute-capability",
             metavar="CC",
-            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
-            "without one all that TensorRT-RTX supports.",
+            parser=compute_capability,
+            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: "
+            "this machine's GPU, or without one all that TensorRT-RTX supports.",
         ),
     ] = None,
     attention: Annotated[
-        Attention,
+        AttentionWay,
         typer.Option(
-            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked product, which "
-            "costs the square of the whole batch. auto: plugin where it can be, else native."
+            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked "
+            "product, which costs the square of the whole batch. auto: plugin where "
+            "it can be, else native."
         ),
-    ] = Attention.auto,
+    ] = "auto",
     plugin_library: Annotated[
         Optional[Path],
         typer.Option(
@@ -203,14 +196,13 @@ def build_engine(
 ) -> None:
     """Build a TensorRT or TensorRT-RTX engine.
 
-    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The precision is the
-    graph's own unless --fp16 is given. With the released preprocessing a still image is at most 2304 patches; 4
-    patches make one image token.
+    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The
+    precision is the graph's own unless --fp16 is given. With the released preprocessing a still
+    image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
-    from mmvision_export.artifacts.profile import Profile
+    from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
     from mmvision_export.engine.build import build_engine as build
-    from mmvision_export.runtime.launch_planner import profiles_from_buckets
 
     sizes = [min_patches, opt_patches, max_patches]
     if buckets is not None and sizes != [None, None, None]:
@@ -218,11 +210,11 @@ def build_engine(
             "--buckets goes without --min-patches, --opt-patches and --max-patches"
         )
     precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
+    sizes_of_buckets = None if buckets is None else _integers("--buckets", buckets)
     directory = the_model(model)
-    if buckets is not None:
-        profiles = profiles_from_buckets(
-            _integers("--buckets", buckets), max_images, Manifest.read(directory).config
-        )
+    manifest = Manifest.read(directory)
+    if sizes_of_buckets is not None:
+        profiles = profiles_from_buckets(sizes_of_buckets, max_images, manifest.config)
     else:
         most = 4096 if max_patches is None else max_patches
         profiles = [
@@ -236,19 +228,21 @@ def build_engine(
     with progress_display() as progress:
         engine, record = build(
             directory,
+            manifest,
             profiles=profiles,
             precision=precision,
-            backend=backend.value,
-            compute_capabilities=compute_capability or (),
-            attention=attention.value,
+            backend=backend,
+            compute_capabilities=compute_capabilities or (),
+            attention=attention,
             plugin_library=plugin_library,
             check=check,
             force=force,
             progress=progress,
         )
     console.print(
-        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(record.compute_capabilities)}, attention: {record.attention}",
+        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, "
+        f"compute capability {', '.join(map(str, record.compute_capabilities))}, "
+        f"attention: {record.attention}",
         markup=False,
     )
 

@@ -1,4 +1,4 @@
-"""What works on this machine: packages, and for each backend whether it can build and run, or why it cannot."""
+"""What works on this machine: packages, and what each backend can build and run, or why not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmvision_export.artifacts.compute_capability import supported_by_rtx
 from mmvision_export.core.errors import MmvisionError
+from mmvision_export.engine.target import supported_by_rtx
 from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, has_amx
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
@@ -90,7 +90,8 @@ def _builds(backend: str) -> str:
         return "needs no engine"
     trt: Any = import_tensorrt(backend)
     if backend == "tensorrt-rtx":
-        return f"yes, {trt.__version__}, for compute capability {', '.join(supported_by_rtx(trt))}"
+        capabilities = ", ".join(map(str, supported_by_rtx(trt)))
+        return f"yes, {trt.__version__}, for compute capability {capabilities}"
     here = current_compute_capability()
     return (
         f"yes, {trt.__version__}, for this GPU ({here})"
@@ -131,15 +132,15 @@ def choice_for(model: Path) -> dict[str, str]:
     """What `backend="auto"` makes of a model directory on this machine, by opening it.
 
     Returns:
-        By backend, in the order of preference: why it was passed over, or that it was chosen. Those after the chosen
-        one are not tried.
+        By backend, in the order of preference: why it was passed over, or that it was chosen. Those
+        after the chosen one are not tried.
     """
     try:
-        backend = open_backend("auto", model, BackendOptions())
+        backend = open_backend(model, BackendOptions())
     except MmvisionError as error:
         return {"none": str(error)}
     reasons: dict[str, str] = {
-        **backend.info["passed_over"],
+        **(backend.info.passed_over or {}),
         backend.name: "chosen: the first that works",
     }
     backend.close()

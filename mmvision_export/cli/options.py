@@ -9,8 +9,10 @@ import typer
 
 from mmvision_export.artifacts.manifest import find_model_directory
 from mmvision_export.cli.console import messages
+from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.core.errors import EngineError
 
-__all__ = ["ModelOption", "Verbose", "one_precision", "the_model"]
+__all__ = ["ModelOption", "Verbose", "compute_capability", "one_precision", "the_model"]
 
 ModelOption = Annotated[
     Optional[Path],
@@ -19,6 +21,18 @@ ModelOption = Annotated[
     ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+
+
+def compute_capability(text: str) -> ComputeCapability:
+    """Parses the value of `--sm` and `--compute-capability`.
+
+    Raises:
+        typer.BadParameter: See `ComputeCapability.parse`.
+    """
+    try:
+        return ComputeCapability.parse(text)
+    except EngineError as error:
+        raise typer.BadParameter(f"{error}; {error.hint}") from None
 
 
 def one_precision(**given: bool) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -12,7 +11,10 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
+from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
+from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
 
 if TYPE_CHECKING:
     from mmvision_export.quantize.quantize import QuantizationReport
@@ -22,14 +24,6 @@ __all__ = ["quantize"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _HELD_OUT = 4  # every fourth image is
-
-
-class Method(str, enum.Enum):
-    """How ranges are chosen."""
-
-    entropy = "entropy"
-    percentile = "percentile"
-    minmax = "minmax"
 
 
 def quantize(
@@ -52,24 +46,23 @@ def quantize(
         Optional[Path], typer.Option(metavar="FOLDER", help="Folder of images to calibrate on.")
     ] = None,
     calibration_method: Annotated[
-        Method, typer.Option(help="How much of the largest values is cut off.")
-    ] = Method.minmax,
+        CalibrationMethod, typer.Option(help="How much of the largest values is cut off.")
+    ] = "minmax",
     min_cosine: Annotated[
         float,
         typer.Option(help="Gate: smallest cosine of a held-out token with the float32 graph's."),
-    ] = 0.999,
+    ] = PRECISIONS["int8"].gate.min_cosine,
     verbose: Verbose = False,
 ) -> None:
     """Make a quantised flavour of a float32 model directory.
 
-    Layers that cost the most accuracy stay in higher precision, as few as let every token of the images held out (a
-    quarter) pass the gate. With no images, calibrates on seeded random ones, which is good for a trial only.
+    Layers that cost the most accuracy stay in higher precision, as few as let every token of the
+    images held out (a quarter) pass the gate. With no images, calibrates on seeded random ones,
+    which is good for a trial only.
     """
-    from mmvision_export.quantize.quantize import Flavour
     from mmvision_export.quantize.quantize import quantize as make
 
-    names: tuple[Flavour, ...] = ("int8", "fp8", "cpu-int8")
-    chosen = [name for name, given in zip(names, (int8, fp8, cpu_int8), strict=True) if given]
+    chosen = [name for name, given in zip(FLAVOURS, (int8, fp8, cpu_int8), strict=True) if given]
     if len(chosen) != 1:
         raise typer.BadParameter("choose one of --int8, --fp8, --cpu-int8")
     if image and calibration:
@@ -83,29 +76,32 @@ def quantize(
             raise QuantizationError(
                 f"{calibration} holds no images ({', '.join(sorted(_SUFFIXES))})"
             )
-    measured, held_out = _batches(directory, image)
+    manifest = Manifest.read(directory)
+    measured, held_out = _batches(directory, manifest.config, image)
     with progress_display() as progress:
         report = make(
             directory,
+            manifest,
             chosen[0],
             calibration=measured,
             held_out=held_out,
-            method=calibration_method.value,
+            method=calibration_method,
             min_cosine=min_cosine,
             progress=progress,
         )
     _print(report)
 
 
-def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], list[Batch]]:
+def _batches(
+    directory: Path, config: EncoderConfig, images: list[Path] | None
+) -> tuple[list[Batch], list[Batch]]:
     from mmvision_export.models.minimax_m3_vl.preprocess import (
         PreprocessorConfig,
+        batch_from_images,
         image_from_file,
-        patches_from_images,
     )
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 
-    config = Manifest.read(directory).config
     if not images:
         messages.print(
             "note: calibrating on random images; name your own with --image or --calibration"
@@ -123,10 +119,11 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
             "at least 2 images are needed, to calibrate on and to check with, got 1"
         )
     preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, config)
-    batches = [
-        patches_from_images([image_from_file(path)], preprocessor, names=[str(path)])
+    packed = [
+        batch_from_images([image_from_file(path)], preprocessor, names=[str(path)])
         for path in images
     ]
+    batches = [(batch.pixel_values, batch.grid.rows) for batch in packed]
     held_out = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
     return (
         [batch for index, batch in enumerate(batches) if index not in held_out],
@@ -141,7 +138,8 @@ def _print(report: QuantizationReport) -> None:
         console.print(f"  {name:42}{cosine:.6f}", markup=False)
     total = len(report.kept) + len(report.quantized)
     console.print(
-        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, smallest cosine of a held-out token "
-        f"{report.reached:.6f} (gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
+        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, "
+        f"smallest cosine of a held-out token {report.reached:.6f} "
+        f"(gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
         markup=False,
     )

@@ -2,8 +2,8 @@
 
 | way | what TensorRT parses | cost of a batch |
 | --- | --- | --- |
-| plugin | the custom ops as they are, for `libmmvision_plugins.so` | the sum of the images' squares |
-| packed | `TRT_Attention`, TensorRT 11's own attention over packed sequences | the sum of the images' squares |
+| plugin | the custom ops, for `libmmvision_plugins.so` | the sum of the images' squares |
+| packed | `TRT_Attention`, TensorRT 11's own over packed sequences | the sum of their squares |
 | native | the ops' definitions: one masked product | the square of the batch |
 """
 
@@ -11,33 +11,34 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal, get_args
 
 import onnx_ir as ir
 
+from mmvision_export.artifacts.build_target import BuildTarget, TensorRTVersion
+from mmvision_export.artifacts.engine_record import EngineAttention, NativeBody
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
 from mmvision_export.core.errors import EngineError, ManifestError
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
+from mmvision_export.engine.choices import ATTENTION_WAYS, AttentionWay
 from mmvision_export.graph.passes import inline_functions
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.ops.domain import DOMAIN
-from mmvision_export.ops.onnx_functions import ATTENTION_OPSET, AttentionBody, attach_functions
+from mmvision_export.ops.registry import attach_functions
+from mmvision_export.ops.varlen_attention.onnx_op import (
+    ATTENTION_OPSET,
+    VARLEN_ATTENTION,
+    AttentionBody,
+)
 
 __all__ = [
-    "ATTENTION_WAYS",
-    "AttentionWay",
     "Lowering",
     "attention_body_for_tensorrt",
     "choose_lowering",
     "lowered_model",
 ]
 
-AttentionWay = Literal["auto", "plugin", "native", "packed"]
-ATTENTION_WAYS: tuple[AttentionWay, ...] = get_args(AttentionWay)
-
 _FIRST_PACKED = (11, 0)
-# Of a quantised graph too, attention is float16.
-_HALF = ("fp16", "bf16", "int8", "fp8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,55 +46,49 @@ class Lowering:
     """What was chosen.
 
     Attributes:
-        body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the plugins.
+        body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the
+            plugins.
         library: The plugin library, where the nodes stay.
     """
 
     body: AttentionBody | None
     library: tuple[Path, PluginLibraryRecord] | None = None
 
-    def describe(self, *, fused: bool) -> str:
-        """For the sidecar. What begins with `plugin` or `packed` costs no more than its images do one by one."""
+    def attention(self, *, fused: bool) -> EngineAttention:
+        """For the sidecar."""
         if self.library is not None:
-            return "plugin"
+            return EngineAttention(way="plugin")
         if self.body == "packed":
-            return "packed, TensorRT's own"
-        return f"{self.body} body, {'fused' if fused else 'left to the builder'}"
+            return EngineAttention(way="packed")
+        return EngineAttention(way="native", body=self.body, fused=fused)
 
 
-def attention_body_for_tensorrt(backend: str, version: str, opset: int) -> AttentionBody:
+def attention_body_for_tensorrt(target: BuildTarget) -> NativeBody:
     """How native attention is written for a TensorRT's ONNX parser.
 
-    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before, and in a graph of a
-    lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and fuses by itself.
+    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before,
+    and in a graph of a lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and
+    fuses by itself.
     """
-    knows_attention = backend == "tensorrt-rtx" or _parts(version) >= (10, 14)
-    return "attention" if knows_attention and opset >= ATTENTION_OPSET else "matmul"
+    is_known = target.backend == "tensorrt-rtx" or target.tensorrt_version.release >= (10, 14)
+    return "attention" if is_known and target.opset >= ATTENTION_OPSET else "matmul"
 
 
 def choose_lowering(
-    way: str,
+    way: AttentionWay,
+    target: BuildTarget,
     *,
-    backend: str,
-    version: str,
-    opset: int,
-    precision: str,
     config: EncoderConfig,
-    compute_capabilities: list[str],
     library: Path,
     progress: Progress,
 ) -> Lowering:
     """Decide how attention is done.
 
     Args:
-        way: Of `ATTENTION_WAYS`. `auto` is the plugin where it can be, with a note where it is only the library that is
+        way: `auto` is the plugin where it can be, with a note where it is only the library that is
             missing, and otherwise native.
-        backend: `tensorrt` or `tensorrt-rtx`.
-        version: Of that TensorRT.
-        opset: Of the graph.
-        precision: Of the graph.
+        target: What is built for.
         config: The encoder's dimensions.
-        compute_capabilities: GPUs to build for, as `8.9`.
         library: Where the plugin library is, if it has been built.
         progress: Told what `auto` passed over.
 
@@ -102,79 +97,82 @@ def choose_lowering(
         ManifestError: The plugin library that was asked for is missing or damaged.
     """
     if way not in ATTENTION_WAYS:
-        raise EngineError(f"--attention must be one of {', '.join(ATTENTION_WAYS)}, got {way!r}")
+        raise EngineError(f"attention must be one of {', '.join(ATTENTION_WAYS)}, got {way!r}")
+    native = Lowering(attention_body_for_tensorrt(target))
+    if way == "native":
+        return native
     if way == "packed":
-        if backend == "tensorrt" and _parts(version) < _FIRST_PACKED:
-            raise EngineError(
-                f"TensorRT has packed attention of its own from 11.0 on, this is {version}"
-            )
-        if precision not in _HALF:
-            raise EngineError(f"packed attention is for fp16 and bf16, not for {precision}")
+        _refuse_packed(target)
         return Lowering("packed")
-    if way in ("auto", "plugin"):
-        obstacle = _obstacle_to_plugins(backend, precision)
-        try:
-            if obstacle is None:
-                return Lowering(
-                    None, (library, _fitting(library, version, config, compute_capabilities))
-                )
-        except (EngineError, ManifestError) as error:
-            if way == "plugin":
-                raise
-            progress.note(f"attention costs the square of the whole batch without plugins: {error}")
+    obstacle = _obstacle_to_plugins(target)
+    if obstacle is not None:
         if way == "plugin":
             raise EngineError(f"no plugins: {obstacle}", hint="--attention native, or auto")
-    return Lowering(attention_body_for_tensorrt(backend, version, opset))
+        return native
+    try:
+        return Lowering(None, (library, _fitting(library, target, config)))
+    except (EngineError, ManifestError) as error:
+        if way == "plugin":
+            raise
+        progress.note(f"attention costs the square of the whole batch without plugins: {error}")
+        return native
 
 
-def _obstacle_to_plugins(backend: str, precision: str) -> str | None:
-    if backend == "tensorrt-rtx":
-        return "TensorRT-RTX takes none"
-    return (
-        None if precision in _HALF else f"their kernels are for fp16 and bf16, not for {precision}"
-    )
-
-
-def _fitting(
-    library: Path, version: str, config: EncoderConfig, compute_capabilities: list[str]
-) -> PluginLibraryRecord:
-    """The record of a library that is for this TensorRT and has kernels for this encoder and these GPUs."""
-    record = PluginLibraryRecord.read(library)
-    headers = record.versions["tensorrt headers"]
-    if _parts(headers)[0] != _parts(version)[0]:
+def _refuse_packed(target: BuildTarget) -> None:
+    if target.backend == "tensorrt" and target.tensorrt_version.release < _FIRST_PACKED:
         raise EngineError(
-            f"{library} was compiled for TensorRT {headers}, this is {version}",
+            "TensorRT has packed attention of its own from "
+            f"{'.'.join(map(str, _FIRST_PACKED))} on, this is {target.tensorrt_version}"
+        )
+    if not PRECISIONS[target.precision].has_half_attention:
+        raise EngineError(f"packed attention is for fp16 and bf16, not for {target.precision}")
+
+
+def _obstacle_to_plugins(target: BuildTarget) -> str | None:
+    if target.backend == "tensorrt-rtx":
+        return "TensorRT-RTX takes none"
+    if PRECISIONS[target.precision].has_half_attention:
+        return None
+    return f"their kernels are for fp16 and bf16, not for {target.precision}"
+
+
+def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> PluginLibraryRecord:
+    """The record of a library for this TensorRT, with kernels for this encoder and these GPUs."""
+    record = PluginLibraryRecord.read(library)
+    headers = TensorRTVersion(record.versions["tensorrt headers"])
+    if headers.release[0] != target.tensorrt_version.release[0]:
+        raise EngineError(
+            f"{library} was compiled for TensorRT {headers}, this is {target.tensorrt_version}",
             hint="mmvision build-plugins --force, with the headers of this TensorRT",
         )
     if config.head_dim not in record.head_dims:
         have = ", ".join(map(str, record.head_dims))
         raise EngineError(
-            f"{library} has attention kernels for head_dim {have}, this encoder's is {config.head_dim}",
+            f"{library} has attention kernels for head_dim {have}, "
+            f"this encoder's is {config.head_dim}",
             hint=f"mmvision build-plugins --head-dim {config.head_dim} --force",
         )
-    for capability in compute_capabilities:
-        if float(capability) < min(record.sms) / 10:
+    least = record.compute_capabilities[0]
+    for capability in target.compute_capabilities:
+        if capability < least:
             raise EngineError(
-                f"{library} has kernels from compute capability {min(record.sms) / 10} on, not {capability}"
+                f"{library} has kernels from compute capability {least} on, not {capability}"
             )
     return record
 
 
 def lowered_model(graph: Path, lowering: Lowering) -> ir.Model:
-    """The graph as the parser shall see it. Weights stay in their file: only the graph is in memory.
+    """The graph as the parser shall see it.
 
-    With plugins the nodes stay and their definitions go: TensorRT's parsers do not agree on which of the two comes
-    first. Otherwise the definitions take the nodes' place.
+    Weights stay in their file: only the graph is in memory. With plugins the nodes stay and their
+    definitions go: TensorRT's parsers do not agree on which of the two comes first. Otherwise the
+    definitions take the nodes' place.
     """
     model = ir.load(graph)
     if lowering.body is None:
         model.functions.clear()
         model.opset_imports.setdefault(DOMAIN, 1)
         return model
-    attach_functions(model, lowering.body)
+    attach_functions(model, bodies={VARLEN_ATTENTION.name: lowering.body})
     inline_functions(model)
     return model
-
-
-def _parts(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])

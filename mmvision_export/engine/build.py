@@ -1,7 +1,8 @@
-"""Engines from a model directory's graph, with TensorRT or TensorRT-RTX, on every version strongly typed.
+"""Engines from a model directory's graph, with TensorRT or TensorRT-RTX.
 
-The types are those of the ONNX graph; there is no builder flag that changes one. How attention is written down is
-chosen here, in memory, for the TensorRT that will parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
+Networks are strongly typed on every version. The types are those of the ONNX graph; no builder flag
+changes one. How attention is written down is chosen here, in memory, for the TensorRT that will
+parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
 """
 
 from __future__ import annotations
@@ -11,99 +12,51 @@ import importlib.metadata
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
-from mmvision_export.artifacts.compute_capability import parse_compute_capability, supported_by_rtx
-from mmvision_export.artifacts.engine_record import EngineRecord, PluginFile, sidecar_path
-from mmvision_export.artifacts.manifest import (
-    DATA,
-    GRAPH,
-    PLANS,
-    QUANTIZED_PRECISIONS,
-    Manifest,
-    flavour_graph,
+from mmvision_export.artifacts.build_target import BuildTarget
+from mmvision_export.artifacts.engine_record import (
+    EngineRecord,
+    GraphRecord,
+    PluginFile,
+    sidecar_path,
 )
+from mmvision_export.artifacts.manifest import DATA, GRAPH, PLANS, Manifest, flavour_graph
 from mmvision_export.artifacts.plugin_library import default_library
-from mmvision_export.artifacts.profile import Profile
-from mmvision_export.core.errors import BackendError, EngineError, OutputError
-from mmvision_export.core.files import file_record, new_files
+from mmvision_export.artifacts.profile import Profile, checked_profile
+from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.core.errors import EngineError, OutputError
+from mmvision_export.core.files import FileRecord, new_files
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
-from mmvision_export.engine.attention import choose_lowering, lowered_model
-from mmvision_export.engine.builder import PlanRequest, plan_from_model
-from mmvision_export.engine.float16 import derive_fp16
-from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
-from mmvision_export.runtime.backends.cuda import current_compute_capability
-from mmvision_export.runtime.backends.plugin_library import load_plugin_library
-from mmvision_export.runtime.backends.tensorrt import (
-    TENSORRT_MODULES,
-    current_platform,
-    import_tensorrt,
+from mmvision_export.engine.attention import (
+    Lowering,
+    choose_lowering,
+    lowered_model,
 )
+from mmvision_export.engine.builder import PlanRequest, plan_from_model
+from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
+from mmvision_export.engine.float16 import derive_fp16
+from mmvision_export.engine.target import resolve_target
+from mmvision_export.runtime.backends.plugin_library import load_plugin_library
+from mmvision_export.runtime.backends.tensorrt import import_tensorrt
 from mmvision_export.version import __version__
 
-__all__ = ["build_engine", "checked_profile", "choose_tensorrt"]
+__all__ = ["build_engine"]
 
 _NO_FUSED_KERNEL = "not supported by a dedicated kernel"
 
 
-def choose_tensorrt(backend: str) -> str:
-    """The TensorRT to build with: the one named, or for `auto` the one that is installed, TensorRT first.
-
-    Raises:
-        BackendError: It is not installed, or neither is.
-    """
-    if backend != "auto":
-        import_tensorrt(backend)
-        return backend
-    for candidate in TENSORRT_MODULES:
-        try:
-            import_tensorrt(candidate)
-        except BackendError:
-            continue
-        return candidate
-    raise BackendError(
-        "neither tensorrt nor tensorrt_rtx is installed",
-        hint="pip install '.[rtx]', or [tensorrt] for a data-centre GPU; JetPack brings its own",
-    )
-
-
-def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
-    """Validate an optimization profile.
-
-    Raises:
-        EngineError: A size is not a multiple of the merge block, or they are not in order.
-    """
-    per_token = config.patches_per_token
-    for name in ("min_patches", "max_patches", "opt_patches"):
-        value = getattr(profile, name)
-        if value < per_token or value % per_token:
-            raise EngineError(
-                f"--{name.replace('_', '-')} must be a positive multiple of {per_token}, got {value}"
-            )
-    if not profile.min_patches <= profile.opt_patches <= profile.max_patches:
-        raise EngineError(
-            "--min-patches, --opt-patches and --max-patches must ascend, got "
-            f"{profile.min_patches}, {profile.opt_patches}, {profile.max_patches}"
-        )
-    most = profile.max_patches // per_token
-    if not 1 <= profile.max_images <= most:
-        raise EngineError(
-            f"--max-images must be between 1 and {most} (every image has at least {per_token} patches), got "
-            f"{profile.max_images}"
-        )
-    return profile
-
-
 def build_engine(
     directory: Path,
+    manifest: Manifest,
     *,
     profiles: Sequence[Profile],
     precision: str | None = None,
-    backend: str = "auto",
-    compute_capabilities: Sequence[str] = (),
-    attention: str = "auto",
+    backend: TensorRTChoice = "auto",
+    compute_capabilities: Sequence[ComputeCapability] = (),
+    attention: AttentionWay = "auto",
     plugin_library: Path | None = None,
     check: bool = True,
     force: bool = False,
@@ -113,17 +66,19 @@ def build_engine(
 
     Args:
         directory: The model directory.
+        manifest: Its manifest; it then lists a newly derived graph, in memory and on disk.
         profiles: Accepted sizes, one optimization profile for each entry.
-        precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the float16-typed graph
-            first; int8 and fp8 come from the graphs that `mmvision quantize` makes.
-        backend: `auto`, `tensorrt` or `tensorrt-rtx`.
-        compute_capabilities: GPUs to build for, as `8.9` or `89`, with TensorRT-RTX. This machine's if empty; on a
+        precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the
+            float16-typed graph first; int8 and fp8 come from the graphs that `mmvision quantize`
+            makes.
+        backend: TensorRT to build with.
+        compute_capabilities: GPUs to build for with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
-        attention: How attention is done, of `lowering.ATTENTION_WAYS`.
-        plugin_library: Where the plugin library is; where `build-plugins` puts it if None. The engine's folder gets a
-            copy.
-        check: Compare a newly derived float16 graph with the float32 one in ONNX Runtime before building from it, and
-            refuse a graph that failed its comparison with PyTorch.
+        attention: How attention is done.
+        plugin_library: Where the plugin library is; where `build-plugins` puts it if None. The
+            engine's folder gets a copy.
+        check: Compare a newly derived float16 graph with the float32 one in ONNX Runtime before
+            building from it, and refuse a graph that failed its comparison with PyTorch.
         force: Replace an engine of the same name.
         progress: Told about each step.
 
@@ -131,38 +86,61 @@ def build_engine(
         The engine's path and its sidecar's content.
 
     Raises:
-        ManifestError: The model directory is not one, or damaged.
+        ManifestError: Files of the model directory are missing or damaged.
         BackendError: TensorRT is not installed.
-        EngineError: The request cannot be met, the graph was not parsed, or the engine was not built.
+        EngineError: The request cannot be met, the graph was not parsed, or the engine was not
+            built.
         OutputError: The engine exists, or cannot be written.
     """
     progress = progress or Progress()
-    manifest = Manifest.read(directory)
     profiles = [checked_profile(profile, manifest.config) for profile in profiles]
-    backend = choose_tensorrt(backend)
-    trt = import_tensorrt(backend)
-    version = str(trt.__version__)
-    precision = precision or manifest.precision
-    if precision in QUANTIZED_PRECISIONS:
-        if flavour_graph(precision) not in manifest.files:
-            raise EngineError(
-                f"{directory} has no {flavour_graph(precision)}, which an {precision} engine is built from",
-                hint=f"make it with: mmvision quantize --{precision} --model {directory}",
-            )
-    elif precision not in (manifest.precision, "fp16") or (
-        precision == "fp16" and manifest.precision == "bf16"
-    ):
-        raise EngineError(
-            f"{directory} is a {manifest.precision} model, from which no {precision} engine can be built",
-            hint=f"export it again with --{precision}",
-        )
-    capabilities = _capabilities(trt, backend, compute_capabilities, precision, progress)
-    targets = "-".join(capability.replace(".", "") for capability in capabilities)
-    engine = directory / PLANS / f"{backend}-{version}-sm{targets}-{precision}.engine"
+    target = resolve_target(
+        directory,
+        manifest,
+        precision=precision,
+        backend=backend,
+        compute_capabilities=compute_capabilities,
+        progress=progress,
+    )
+    engine = directory / PLANS / target.engine_name
     if engine.exists() and not force:
         raise OutputError(f"{engine} already exists", hint="replace it with --force")
+    graph = _graph_for(target, directory, manifest, check=check, progress=progress)
+    _refuse_failed_parity(graph, directory, manifest, check=check, progress=progress)
+    library = plugin_library or default_library()
+    lowering = choose_lowering(
+        attention, target, config=manifest.config, library=library, progress=progress
+    )
+    with new_files(engine.parent, name=engine.name) as new:
+        plan, fused = _built(target, directory / graph, lowering, manifest, profiles, progress)
+        progress.step("writing the engine")
+        record = _record(target, graph, lowering, manifest, profiles, plan=plan, fused=fused)
+        _write(new, engine, plan, record, lowering)
+    # What was measured on an engine of this name was measured on another one.
+    if f"{PLANS}/{engine.name}" in manifest.parity:
+        manifest.update(directory, without_parity=f"{PLANS}/{engine.name}")
+    return engine, record
 
-    graph = _graph_for(directory, manifest, precision, check=check, progress=progress)
+
+def _graph_for(
+    target: BuildTarget, directory: Path, manifest: Manifest, *, check: bool, progress: Progress
+) -> str:
+    """Name of the graph to build from, its files verified, or derived now."""
+    progress.step("verifying the graph's files")
+    if PRECISIONS[target.precision].is_quantized:
+        graph = flavour_graph(target.precision)
+        manifest.verify(directory, (graph, f"{graph}.data"))
+        return graph
+    if target.precision != manifest.precision:
+        return derive_fp16(directory, manifest, check=check, progress=progress)
+    manifest.verify(directory, (GRAPH, DATA))
+    return GRAPH
+
+
+def _refuse_failed_parity(
+    graph: str, directory: Path, manifest: Manifest, *, check: bool, progress: Progress
+) -> None:
+    """Refuse a graph that failed, or was derived from one that did; note one not compared."""
     if graph not in manifest.parity:
         progress.note(
             f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}"
@@ -171,87 +149,42 @@ def build_engine(
         if check and not manifest.parity.get(name, {"passed": True}).get("passed"):
             raise EngineError(
                 f"{name} did not pass its comparison with PyTorch",
-                hint=f"see: mmvision parity --model {directory}; build it all the same with --no-check",
+                hint=f"see: mmvision parity --model {directory}; "
+                "build it all the same with --no-check",
             )
-    lowering = choose_lowering(
-        attention,
-        backend=backend,
-        version=version,
-        opset=manifest.opset,
-        precision=precision,
-        config=manifest.config,
-        compute_capabilities=capabilities,
-        library=plugin_library or default_library(),
-        progress=progress,
-    )
+
+
+def _built(
+    target: BuildTarget,
+    graph: Path,
+    lowering: Lowering,
+    manifest: Manifest,
+    profiles: Sequence[Profile],
+    progress: Progress,
+) -> tuple[bytes, bool]:
+    """The plan, and whether every attention layer is known to be one fused kernel."""
     if lowering.library is not None:
-        load_plugin_library(trt, lowering.library[0], lowering.library[1].library.sha256)
+        path, library = lowering.library
+        load_plugin_library(import_tensorrt(target.backend), path, library.library.sha256)
     progress.step("lowering the graph")
-    model = lowered_model(directory / graph, lowering)
-    with new_files(directory / PLANS, name=engine.name) as new:
-        plan, fused = _plan(
-            PlanRequest(
-                model=ir.serde.serialize_model(model).SerializeToString(),
-                location=directory / graph,
-                backend=backend,
-                compute_capabilities=capabilities,
-                profiles=profiles,
-                patch_dim=manifest.config.patch_dim,
-                timing_cache=_timing_cache(directory, backend, version),
-            ),
-            # No TensorRT has a fused attention kernel in float32.
-            may_fuse=lowering.body == "attention" and precision != "fp32",
-            progress=progress,
-        )
-        progress.step("writing the engine")
-        (new / engine.name).write_bytes(plan)
-        plugins = None
-        if lowering.library is not None:
-            # Beside the engine, so that its folder is all there is to copy.
-            plugins = PluginFile.of(lowering.library[1].library)
-            shutil.copyfile(lowering.library[0], new / plugins.name)
-        record = EngineRecord(
-            backend=backend,
-            tensorrt_version=version,
-            compute_capabilities=capabilities,
-            platform=current_platform(),
-            precision=precision,
-            attention=lowering.describe(fused=fused),
-            profiles=profiles,
-            graph={
-                "name": graph,
-                "sha256": manifest.files[graph].sha256,
-                "data_sha256": manifest.files[f"{graph}.data"].sha256,
-            },
-            engine=file_record(new / engine.name),
-            plugin_library=plugins,
-            config=manifest.config,
-            versions={
-                "mmvision-export": __version__,
-                "polygraphy": importlib.metadata.version("polygraphy"),
-                "onnx": importlib.metadata.version("onnx"),
-            },
-            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        )
-        record.write(new / sidecar_path(engine).name)
-    # What was measured on an engine of this name was measured on another one.
-    if f"{PLANS}/{engine.name}" in manifest.parity:
-        manifest.update(directory, without_parity=f"{PLANS}/{engine.name}")
-    return engine, record
-
-
-def _timing_cache(directory: Path, backend: str, version: str) -> Path | None:
-    if backend == "tensorrt-rtx":
-        return None
-    folder = directory / PLANS / ".timing"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{backend}-{version}"
+    model = ir.serde.serialize_model(lowered_model(graph, lowering)).SerializeToString()
+    request = PlanRequest(
+        model=model,
+        location=graph,
+        target=target,
+        profiles=profiles,
+        patch_dim=manifest.config.patch_dim,
+        timing_cache=_timing_cache(graph.parent, target),
+    )
+    # No TensorRT has a fused attention kernel in float32.
+    may_fuse = lowering.body == "attention" and PRECISIONS[target.precision].has_half_attention
+    return _plan(request, may_fuse=may_fuse, progress=progress)
 
 
 def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[bytes, bool]:
-    """The plan, and whether every attention layer is known to be one fused kernel."""
     if may_fuse:
-        # Without permission to decompose, the builder fails rather than fall back to unfused kernels in silence.
+        # Without permission to decompose, the builder fails rather than fall back to unfused
+        # kernels in silence.
         try:
             return plan_from_model(request, decomposable=False, progress=progress), True
         except EngineError as error:
@@ -263,51 +196,54 @@ def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[
     return plan_from_model(request, decomposable=True, progress=progress), False
 
 
-def _graph_for(
-    directory: Path, manifest: Manifest, precision: str, *, check: bool, progress: Progress
-) -> str:
-    progress.step("verifying the graph's files")
-    if precision in QUANTIZED_PRECISIONS:
-        graph = flavour_graph(precision)
-        manifest.verify(directory, (graph, f"{graph}.data"))
-        return graph
-    if precision != manifest.precision:
-        return derive_fp16(directory, manifest, check=check, progress=progress)
-    manifest.verify(directory, (GRAPH, DATA))
-    return GRAPH
+def _timing_cache(directory: Path, target: BuildTarget) -> Path | None:
+    """The file of a TensorRT's timings; TensorRT-RTX times nothing when it builds."""
+    if target.backend == "tensorrt-rtx":
+        return None
+    folder = directory / PLANS / ".timing"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{target.backend}-{target.tensorrt_version}"
 
 
-def _capabilities(
-    trt: Any, backend: str, requested: Sequence[str], precision: str, progress: Progress
-) -> list[str]:
-    here = current_compute_capability()
-    wanted = [parse_compute_capability(text) for text in requested]
-    if backend == "tensorrt":
-        if here is None:
-            raise EngineError(
-                "TensorRT builds for the GPU it runs on, and there is none here",
-                hint="build with --backend tensorrt-rtx --compute-capability ..., or on the target machine",
-            )
-        if wanted not in ([], [here]):
-            raise EngineError(
-                f"TensorRT builds for the GPU it runs on, {here}; it cannot build for {', '.join(wanted)}",
-                hint="build with --backend tensorrt-rtx, or on the target machine",
-            )
-        return [here]
-    supported = supported_by_rtx(trt)
-    lowest = {"bf16": 8.0, "fp8": 8.9}.get(precision, 0.0)  # whose tensor cores have the type
-    supported = [capability for capability in supported if float(capability) >= lowest]
-    for capability in wanted:
-        if capability not in supported:
-            raise EngineError(
-                f"TensorRT-RTX {trt.__version__} does not build {precision} engines for {capability}, only for "
-                f"{', '.join(supported)}"
-            )
-    if wanted:
-        return sorted(set(wanted), key=float)
-    if here is not None:
-        return [here]
-    progress.note(
-        f"no GPU here: building for all that TensorRT-RTX supports, {', '.join(supported)}"
+def _record(
+    target: BuildTarget,
+    graph: str,
+    lowering: Lowering,
+    manifest: Manifest,
+    profiles: Sequence[Profile],
+    *,
+    plan: bytes,
+    fused: bool,
+) -> EngineRecord:
+    library = lowering.library
+    return EngineRecord(
+        backend=target.backend,
+        tensorrt_version=target.tensorrt_version,
+        compute_capabilities=target.compute_capabilities,
+        platform=target.platform,
+        precision=target.precision,
+        attention=lowering.attention(fused=fused),
+        profiles=tuple(profiles),
+        graph=GraphRecord(
+            name=graph,
+            sha256=manifest.files[graph].sha256,
+            data_sha256=manifest.files[f"{graph}.data"].sha256,
+        ),
+        engine=FileRecord.of(plan),
+        plugin_library=None if library is None else PluginFile.of(library[1].library),
+        config=manifest.config,
+        versions={
+            "mmvision-export": __version__,
+            "polygraphy": importlib.metadata.version("polygraphy"),
+            "onnx": importlib.metadata.version("onnx"),
+        },
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
-    return supported
+
+
+def _write(new: Path, engine: Path, plan: bytes, record: EngineRecord, lowering: Lowering) -> None:
+    (new / engine.name).write_bytes(plan)
+    record.write(new / sidecar_path(engine).name)
+    if record.plugin_library is not None and lowering.library is not None:
+        # Beside the engine, so that its folder is all there is to copy.
+        shutil.copyfile(lowering.library[0], new / record.plugin_library.name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mmvision_export.artifacts.build_target import BuildTarget
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import EngineError
 from mmvision_export.core.progress import Progress
@@ -27,17 +28,16 @@ class PlanRequest:
     Attributes:
         model: A serialised ONNX model without its weights.
         location: The file it comes from, beside which the parser finds the weights.
-        backend: `tensorrt` or `tensorrt-rtx`.
-        compute_capabilities: Targets, as `8.9`; used by TensorRT-RTX.
+        target: What to build with and for.
         profiles: Accepted sizes, one optimization profile for each entry.
         patch_dim: Values in one patch row.
-        timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times nothing when it builds.
+        timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times
+            nothing when it builds.
     """
 
     model: bytes
     location: Path
-    backend: str
-    compute_capabilities: list[str]
+    target: BuildTarget
     profiles: Sequence[Profile]
     patch_dim: int
     timing_cache: Path | None
@@ -54,8 +54,8 @@ def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progr
     Raises:
         EngineError: With everything that the parser or the builder reported.
     """
-    use_tensorrt(request.backend)
-    trt = import_tensorrt(request.backend)
+    use_tensorrt(request.target.backend)
+    trt = import_tensorrt(request.target.backend)
     from polygraphy.backend.trt import EngineBytesFromNetwork, SetDecomposableAttentions
     from polygraphy.exception import PolygraphyException
 
@@ -101,7 +101,8 @@ def _parser_error(error: Any) -> str:
         if error.local_function_stack_size()
         else ""
     )
-    return f"{error.node_name() or 'model'} ({error.node_operator() or 'no operator'}){stack}: {error.desc()}"
+    node = f"{error.node_name() or 'model'} ({error.node_operator() or 'no operator'})"
+    return f"{node}{stack}: {error.desc()}"
 
 
 def _config(request: PlanRequest, monitor: Any) -> Any:
@@ -113,11 +114,11 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
     }
     if request.timing_cache is not None and request.timing_cache.is_file():
         options["load_timing_cache"] = str(request.timing_cache)
-    if request.backend == "tensorrt":
+    if request.target.backend == "tensorrt":
         return CreateConfig(**options)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-    pairs = [tuple(int(part) for part in text.split(".")) for text in request.compute_capabilities]
+    pairs = [(gpu.major, gpu.minor) for gpu in request.target.compute_capabilities]
     return CreateConfigRTX(compute_capabilities=pairs, **options)
 
 
@@ -138,10 +139,10 @@ def _tensor_profile(profile: Profile, patch_dim: int) -> Any:
 
 @contextlib.contextmanager
 def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
-    """A progress monitor that reports the outermost phases, and stops the build on Ctrl-C or when it is killed.
+    """A progress monitor that reports the outermost phases, and stops the build on a signal.
 
-    The builder runs in native code, where Python's KeyboardInterrupt cannot be raised: the signal only sets a flag, and
-    the monitor's next answer tells the builder to stop.
+    The builder runs in native code, where Python's KeyboardInterrupt cannot be raised. SIGINT and
+    SIGTERM only set a flag, and the monitor's next answer tells the builder to stop.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

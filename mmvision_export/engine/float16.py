@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from mmvision_export.artifacts.manifest import DATA, GRAPH, Manifest
+from mmvision_export.artifacts.manifest import DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.core.errors import BackendError, ExportError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.metrics import metrics
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.files import save_graph
 from mmvision_export.graph.passes import retype
@@ -23,11 +24,8 @@ from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_sessi
 
 __all__ = ["FP16_GRAPH", "check_against", "derive_fp16"]
 
-FP16_GRAPH = "model.fp16.onnx"
-"""The float16 graph that `derive_fp16` adds to a float32 model directory, with weights of its own."""
-
-FP16_MIN_COSINE = 0.999
-"""Gate for every token of a float16 graph, against a more precise one."""
+FP16_GRAPH = flavour_graph("fp16")
+"""The graph that `derive_fp16` adds to a float32 model directory, with weights of its own."""
 
 _CPU = PROVIDERS["onnxruntime-cpu"]
 
@@ -87,16 +85,18 @@ def _require_onnxruntime() -> None:
 def check_against(
     derived: Path, *, reference: Path, config: EncoderConfig, progress: Progress | None = None
 ) -> None:
-    """Compare a derived float16 graph with the one it was derived from, on small batches in ONNX Runtime.
+    """Compare a derived float16 graph with the one it was derived from.
 
-    Finds what a wrong derivation or an overflow does; the full comparison, with PyTorch, is `mmvision parity`.
+    On small batches, in ONNX Runtime. Finds what a wrong derivation or an overflow does; the full
+    comparison, with PyTorch, is `mmvision parity`.
 
     Raises:
         BackendError: ONNX Runtime is not installed, or cannot run a graph.
-        ExportError: An output is not finite, or a token's cosine similarity is below 0.999.
+        ExportError: An output is not finite, or a token's cosine similarity is below the gate.
     """
     progress = progress or Progress()
     progress.step(f"comparing {derived.name} with {reference.name}")
+    gate = PRECISIONS["fp16"].gate.min_cosine
     batches = [sample_batch(grid, config, seed=0) for grid in CHECK_GRIDS.values()]
 
     def results(graph: Path, dtype: type[np.floating]) -> list[np.ndarray]:
@@ -112,9 +112,10 @@ def check_against(
     )
     for grid, got, wanted in compared:
         distance = metrics(got, wanted)
-        if distance.non_finite or not distance.min_cosine >= FP16_MIN_COSINE:
+        if distance.non_finite or not distance.min_cosine >= gate:
             raise ExportError(
-                f"{derived.name} does not match {reference.name} for {grid}: {distance.non_finite} values not finite, "
-                f"minimum cosine {distance.min_cosine:.6f} (gate {FP16_MIN_COSINE})",
+                f"{derived.name} does not match {reference.name} for {grid}: "
+                f"{distance.non_finite} values not finite, "
+                f"minimum cosine {distance.min_cosine:.6f} (gate {gate})",
                 hint="export with --bf16, or build without --fp16",
             )

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from mmvision_export.artifacts.manifest import CPU_GRAPH, GRAPH, OPENVINO_GRAPH
 from mmvision_export.core.errors import ExportError
 from mmvision_export.core.progress import Progress
-from mmvision_export.graph.cpu import cpu_graph_from_portable
+from mmvision_export.graph.cpu.flavour import cpu_graph_from_portable
 from mmvision_export.graph.openvino import openvino_graph_from_portable
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
@@ -51,7 +51,8 @@ def save_cpu_graph(directory: Path, config: EncoderConfig) -> None:
         ExportError: See `cpu_graph_from_portable`; or the written file is not a valid ONNX model.
     """
     model = cpu_graph_from_portable(directory / GRAPH, config)
-    (directory / CPU_GRAPH).write_bytes(model.SerializeToString(deterministic=True))
+    content = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    (directory / CPU_GRAPH).write_bytes(content)
     _check(directory / CPU_GRAPH)
 
 

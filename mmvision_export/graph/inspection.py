@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.manifest import PLANS, Manifest
 from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.records import json_from_record
 
 __all__ = ["inspect"]
 
@@ -37,7 +37,7 @@ def _directory(path: Path) -> dict[str, Any]:
     graphs = [name for name in manifest.files if name.endswith(".onnx")]
     return {
         "kind": "model directory",
-        **dataclasses.asdict(manifest),
+        **json_from_record(manifest),
         "parity": {
             name: manifest.parity.get(name, "not checked")
             for name in [*graphs, *(n for n in manifest.parity if n not in graphs)]
@@ -50,7 +50,7 @@ def _directory(path: Path) -> dict[str, Any]:
 def _engine(path: Path) -> dict[str, Any]:
     record = EngineRecord.read(path)
     record.verify(path)
-    return {"kind": "engine", "file": path.name, **dataclasses.asdict(record)}
+    return {"kind": "engine", "file": path.name, **json_from_record(record)}
 
 
 def _graph(path: Path) -> dict[str, Any]:

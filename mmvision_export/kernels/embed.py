@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmvision_export.kernels.kernels import PORTABLE_PTX_SM
+from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.kernels.kernels import PORTABLE_PTX
 from mmvision_export.kernels.resources import CompiledKernel
 
 __all__ = ["write_embedded_kernels"]
-
-_DTYPES = {"fp16": "kHALF", "bf16": "kBF16"}
 
 # .incbin takes the bytes as they are, for every CPU; a C array of them would take the compiler minutes.
 _ASSEMBLY = """\
@@ -53,14 +52,14 @@ def write_embedded_kernels(kernels: Sequence[CompiledKernel], folder: Path) -> N
     """Write `embedded_kernels.S`, `embedded_kernels.cpp` and the images they include.
 
     Args:
-        kernels: Each becomes a cubin; those for `PORTABLE_PTX_SM` become PTX too, for GPUs that have no cubin.
+        kernels: Each becomes a cubin; those for `PORTABLE_PTX` become PTX too, for GPUs that have no cubin.
         folder: An existing folder.
     """
     images: list[tuple[str, bytes, str]] = []
     for kernel in kernels:
         reach = "kEXACT" if kernel.target.endswith("a") else "kSAME_MAJOR"
         images.append((_name(kernel, "cubin"), kernel.cubin, _row(kernel, "cubin", reach)))
-        if kernel.sm == PORTABLE_PTX_SM:
+        if kernel.compute_capability == PORTABLE_PTX:
             images.append(
                 (_name(kernel, "ptx"), kernel.ptx.encode(), _row(kernel, "ptx", "kLATER"))
             )
@@ -81,13 +80,14 @@ def write_embedded_kernels(kernels: Sequence[CompiledKernel], folder: Path) -> N
 
 
 def _name(kernel: CompiledKernel, kind: str) -> str:
-    return f"{kernel.op}_{kernel.sm}_{kernel.dtype}_{kernel.head_dim}_{kind}"
+    return f"{kernel.op}_{kernel.compute_capability.sm}_{kernel.dtype}_{kernel.head_dim}_{kind}"
 
 
 def _row(kernel: CompiledKernel, kind: str, reach: str) -> str:
     name = f"mmvision_{_name(kernel, kind)}"
     return (
-        f'    {{"{kernel.op}", {kernel.sm}, Reach::{reach}, nvinfer1::DataType::{_DTYPES[kernel.dtype]}, '
+        f'    {{"{kernel.op}", {kernel.compute_capability.sm}, Reach::{reach}, '
+        f"nvinfer1::DataType::k{PRECISIONS[kernel.dtype].tensorrt_type}, "
         f'{kernel.head_dim}, "{kernel.function}", {kernel.rows}, {kernel.num_warps}, {kernel.shared_bytes}, '
         f"{name}, {name}_end}},"
     )

@@ -22,13 +22,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import PluginError
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, Tile
 
 __all__ = [
     "DTYPES",
     "HEAD_DIMS",
-    "PORTABLE_PTX_SM",
+    "PORTABLE_PTX",
     "compile_kernels",
     "compile_qk_rotary_embedding",
     "compile_varlen_attention",
@@ -36,11 +38,13 @@ __all__ = [
     "plugins_root",
 ]
 
-DTYPES = ("fp16", "bf16")
+DTYPES = tuple(
+    row.name for row in PRECISIONS.values() if row.has_half_attention and not row.is_quantized
+)
 HEAD_DIMS = tuple(range(16, 129, 16))
 """Head sizes the attention kernel is written for."""
 
-PORTABLE_PTX_SM = 80
+PORTABLE_PTX = ComputeCapability(8, 0)
 """Architecture whose PTX serves later GPUs: from 90 on Triton emits features of one architecture (`sm_90a`), whose PTX
 runs on no other."""
 
@@ -88,12 +92,15 @@ def kernel_module(op: str) -> ModuleType:
 
 
 def compile_kernels(
-    sms: Sequence[int], head_dims: Sequence[int], *, processes: int | None = None
+    compute_capabilities: Sequence[ComputeCapability],
+    head_dims: Sequence[int],
+    *,
+    processes: int | None = None,
 ) -> Iterator[CompiledKernel]:
     """Compile every kernel for some architectures, several at a time.
 
     Args:
-        sms: Compute capabilities without their dot, of `ARCHITECTURES`.
+        compute_capabilities: Of `ARCHITECTURES`.
         head_dims: Of the attention kernel, of `HEAD_DIMS`.
         processes: How many to compile at once; as many as there are cores if None.
 
@@ -103,7 +110,12 @@ def compile_kernels(
     Raises:
         PluginError: A kernel cannot be compiled.
     """
-    jobs = [(sm, dtype, head_dim) for sm in sms for dtype in DTYPES for head_dim in (*head_dims, 0)]
+    jobs = [
+        (capability, dtype, head_dim)
+        for capability in compute_capabilities
+        for dtype in DTYPES
+        for head_dim in (*head_dims, 0)
+    ]
     # Triton keeps the assembler's paths and versions in the process, and forking after its threads have started hangs.
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=_compile_only
@@ -119,23 +131,25 @@ def _compile_only() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _compiled(job: tuple[int, str, int]) -> CompiledKernel:
-    sm, dtype, head_dim = job
+def _compiled(job: tuple[ComputeCapability, str, int]) -> CompiledKernel:
+    capability, dtype, head_dim = job
     return (
-        compile_varlen_attention(sm, dtype, head_dim)
+        compile_varlen_attention(capability, dtype, head_dim)
         if head_dim
-        else compile_qk_rotary_embedding(sm, dtype)
+        else compile_qk_rotary_embedding(capability, dtype)
     )
 
 
-def compile_varlen_attention(sm: int, dtype: str, head_dim: int) -> CompiledKernel:
+def compile_varlen_attention(
+    compute_capability: ComputeCapability, dtype: str, head_dim: int
+) -> CompiledKernel:
     """Compile the attention kernel in the largest tile that spills no register and fits shared memory.
 
     Raises:
         PluginError: No tile does, or Triton cannot compile for this machine's settings.
     """
     module = kernel_module("varlen_attention")
-    architecture = ARCHITECTURES[sm]
+    architecture = ARCHITECTURES[compute_capability]
     tiles = _TILES_TCGEN05 if architecture.tensor_core == "UTCHMMA" else _TILES
     tried = []
     for tile in tiles:
@@ -143,7 +157,7 @@ def compile_varlen_attention(sm: int, dtype: str, head_dim: int) -> CompiledKern
         compiled = _compile(
             module.varlen_attention_kernel,
             op="varlen_attention",
-            sm=sm,
+            compute_capability=compute_capability,
             dtype=dtype,
             head_dim=head_dim,
             tile=tile,
@@ -167,11 +181,14 @@ def compile_varlen_attention(sm: int, dtype: str, head_dim: int) -> CompiledKern
             f"{tile}: {compiled.spills} spills, {compiled.shared_bytes} bytes of shared memory"
         )
     raise PluginError(
-        f"no tile of varlen_attention suits sm_{sm}, {dtype}, head_dim {head_dim}: {'; '.join(tried)}"
+        f"no tile of varlen_attention suits sm_{compute_capability.sm}, {dtype}, "
+        f"head_dim {head_dim}: {'; '.join(tried)}"
     )
 
 
-def compile_qk_rotary_embedding(sm: int, dtype: str) -> CompiledKernel:
+def compile_qk_rotary_embedding(
+    compute_capability: ComputeCapability, dtype: str
+) -> CompiledKernel:
     """Compile the rotary kernel, which serves every head_dim.
 
     Raises:
@@ -182,7 +199,7 @@ def compile_qk_rotary_embedding(sm: int, dtype: str) -> CompiledKernel:
     return _compile(
         module.qk_rotary_embedding_kernel,
         op="qk_rotary_embedding",
-        sm=sm,
+        compute_capability=compute_capability,
         dtype=dtype,
         head_dim=0,
         tile=None,
@@ -203,7 +220,7 @@ def _compile(
     kernel: Any,
     *,
     op: str,
-    sm: int,
+    compute_capability: ComputeCapability,
     dtype: str,
     head_dim: int,
     tile: Tile | None,
@@ -235,25 +252,27 @@ def _compile(
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope():
         # Line tables are three quarters of a binary, and name folders of the machine it was made on.
         triton.knobs.compilation.disable_line_info = True
-        if ARCHITECTURES[sm].cuda == 12:
+        if ARCHITECTURES[compute_capability].cuda == 12:
             # Triton brings two assemblers. Binaries of its newer one need a driver of CUDA 13, and so would shut out
             # most machines with TensorRT 10.
             triton.knobs.nvidia.ptxas_blackwell = triton.knobs.nvidia.ptxas.path
         try:
-            compiled = triton.compile(source, target=GPUTarget("cuda", sm, _WARP), options=options)
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", compute_capability.sm, _WARP), options=options
+            )
         except Exception as error:  # Triton's passes raise bare RuntimeErrors
             raise PluginError(
-                f"{op} cannot be compiled for sm_{sm}, {dtype}, head_dim {head_dim}: {error}"
+                f"{op} cannot be compiled for sm_{compute_capability.sm}, {dtype}, head_dim {head_dim}: {error}"
             ) from error
     if compiled.metadata.global_scratch_size:
         raise PluginError(
-            f"{op} for sm_{sm} needs scratch memory, which its plugin does not provide"
+            f"{op} for sm_{compute_capability.sm} needs scratch memory, which its plugin does not provide"
         )
     cubin = compiled.asm["cubin"]
     registers, instructions = _disassembled(cubin)
     return CompiledKernel(
         op=op,
-        sm=sm,
+        compute_capability=compute_capability,
         dtype=dtype,
         head_dim=head_dim,
         tile=tile,

@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmvision_export.artifacts.library_record import library_record_path
+from mmvision_export.artifacts.library_record import MACHINES, library_record_path
 from mmvision_export.artifacts.plugin_library import LIBRARY, PluginLibraryRecord, default_library
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import OutputError, PluginError
 from mmvision_export.core.files import file_record, new_files
 from mmvision_export.core.progress import Progress
@@ -23,22 +24,19 @@ from mmvision_export.kernels.headers import cuda_headers, tensorrt_header_versio
 from mmvision_export.kernels.kernels import (
     DTYPES,
     HEAD_DIMS,
-    PORTABLE_PTX_SM,
+    PORTABLE_PTX,
     compile_kernels,
     plugins_root,
 )
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, resource_table
 from mmvision_export.version import __version__
 
-__all__ = ["MACHINES", "build_plugins", "cmake_build", "toolchain"]
-
-MACHINES = ("x86_64", "aarch64")
-"""CPUs a library can be built for."""
+__all__ = ["build_plugins", "cmake_build", "toolchain"]
 
 
 def build_plugins(
     *,
-    sms: Sequence[int] = (),
+    compute_capabilities: Sequence[ComputeCapability] = (),
     head_dims: Sequence[int] = (),
     machine: str | None = None,
     output: Path | None = None,
@@ -49,7 +47,8 @@ def build_plugins(
     """Build the plugin library, with a record and the resource table beside it.
 
     Args:
-        sms: Compute capabilities without their dot; all of `ARCHITECTURES` if empty. PTX for later GPUs is always in.
+        compute_capabilities: GPUs to compile for; all of `ARCHITECTURES` if empty. PTX for later
+            GPUs is always in.
         head_dims: Head sizes of the attention kernel; all of `HEAD_DIMS` if empty.
         machine: CPU it will run on, of `MACHINES`; this machine's if None, else cross-compiled.
         output: Folder to put it in; `engines/plugins/<machine>` if None.
@@ -65,10 +64,9 @@ def build_plugins(
         OutputError: The library exists, or cannot be written.
     """
     progress = progress or Progress()
-    sms, head_dims = (
-        _checked("--sm", sms, tuple(ARCHITECTURES)),
-        _checked("--head-dim", head_dims, HEAD_DIMS),
-    )
+    known = [capability.sm for capability in ARCHITECTURES]
+    sms = _checked("--sm", [capability.sm for capability in compute_capabilities], known)
+    head_dims = _checked("--head-dim", head_dims, HEAD_DIMS)
     machine = machine or platform.machine()
     if machine not in MACHINES:
         raise PluginError(f"plugins can be built for {' and '.join(MACHINES)}, not for {machine}")
@@ -83,13 +81,13 @@ def build_plugins(
     cuda = cuda_headers()
     compiler = toolchain(machine)
 
-    all_sms = sorted({*sms, PORTABLE_PTX_SM})
+    targets = sorted({*map(ComputeCapability.from_sm, sms), PORTABLE_PTX})
     progress.step(
-        f"compiling kernels for {', '.join(map(str, all_sms))}",
-        len(all_sms) * 2 * (len(head_dims) + 1),
+        f"compiling kernels for {', '.join(str(target.sm) for target in targets)}",
+        len(targets) * 2 * (len(head_dims) + 1),
     )
     kernels: list[CompiledKernel] = []
-    for kernel in compile_kernels(all_sms, head_dims):
+    for kernel in compile_kernels(targets, head_dims):
         kernels.append(kernel)
         progress.advance()
     with (
@@ -110,7 +108,7 @@ def build_plugins(
         record = PluginLibraryRecord(
             library=file_record(new / LIBRARY),
             machine=machine,
-            sms=all_sms,
+            sms=[target.sm for target in targets],
             head_dims=list(head_dims),
             dtypes=list(DTYPES),
             versions={

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import PluginError
 
 __all__ = ["ARCHITECTURES", "Architecture", "CompiledKernel", "Tile", "resource_table"]
@@ -20,7 +21,7 @@ class Architecture:
     """One GPU architecture's limits.
 
     Attributes:
-        sm: Compute capability without its dot, 89 for 8.9.
+        compute_capability: Its generation.
         gpus: Where it is found.
         shared_per_block_bytes: Most shared memory one block can have.
         shared_per_sm_bytes: Shared memory of one multiprocessor; each block on it takes 1 KB more than it asks for.
@@ -32,7 +33,7 @@ class Architecture:
         CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
     """
 
-    sm: int
+    compute_capability: ComputeCapability
     gpus: str
     shared_per_block_bytes: int
     shared_per_sm_bytes: int
@@ -41,20 +42,22 @@ class Architecture:
     cuda: int = 12
 
 
-ARCHITECTURES: dict[int, Architecture] = {
-    a.sm: a
+ARCHITECTURES: dict[ComputeCapability, Architecture] = {
+    a.compute_capability: a
     for a in (
-        Architecture(80, "A100", 163 * _KB, 164 * _KB, 64, "HMMA"),
-        Architecture(86, "RTX 30, A10, A40", 99 * _KB, 100 * _KB, 48, "HMMA"),
-        Architecture(87, "Jetson Orin", 163 * _KB, 164 * _KB, 48, "HMMA"),
-        Architecture(89, "RTX 40, L4, L40", 99 * _KB, 100 * _KB, 48, "HMMA"),
-        Architecture(90, "H100, H200", 227 * _KB, 228 * _KB, 64, "HGMMA"),
-        Architecture(100, "B200", 227 * _KB, 228 * _KB, 64, "UTCHMMA"),
-        Architecture(110, "Jetson Thor", 227 * _KB, 228 * _KB, 48, "UTCHMMA", cuda=13),
-        Architecture(120, "RTX 50", 99 * _KB, 100 * _KB, 48, "HMMA"),
+        Architecture(ComputeCapability(8, 0), "A100", 163 * _KB, 164 * _KB, 64, "HMMA"),
+        Architecture(ComputeCapability(8, 6), "RTX 30, A10, A40", 99 * _KB, 100 * _KB, 48, "HMMA"),
+        Architecture(ComputeCapability(8, 7), "Jetson Orin", 163 * _KB, 164 * _KB, 48, "HMMA"),
+        Architecture(ComputeCapability(8, 9), "RTX 40, L4, L40", 99 * _KB, 100 * _KB, 48, "HMMA"),
+        Architecture(ComputeCapability(9, 0), "H100, H200", 227 * _KB, 228 * _KB, 64, "HGMMA"),
+        Architecture(ComputeCapability(10, 0), "B200", 227 * _KB, 228 * _KB, 64, "UTCHMMA"),
+        Architecture(
+            ComputeCapability(11, 0), "Jetson Thor", 227 * _KB, 228 * _KB, 48, "UTCHMMA", cuda=13
+        ),
+        Architecture(ComputeCapability(12, 0), "RTX 50", 99 * _KB, 100 * _KB, 48, "HMMA"),
     )
 }
-"""By compute capability without its dot. HMMA is `mma.sync`, HGMMA `wgmma`, UTCHMMA `tcgen05.mma`."""
+"""By compute capability. HMMA is `mma.sync`, HGMMA `wgmma`, UTCHMMA `tcgen05.mma`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +83,7 @@ class CompiledKernel:
 
     Attributes:
         op: Folder of the kernel.
-        sm: Architecture.
+        compute_capability: Architecture.
         dtype: fp16 or bf16.
         head_dim: Of the attention kernel; 0 for a kernel that serves all.
         tile: Of the attention kernel.
@@ -96,7 +99,7 @@ class CompiledKernel:
     """
 
     op: str
-    sm: int
+    compute_capability: ComputeCapability
     dtype: str
     head_dim: int
     tile: Tile | None
@@ -118,13 +121,15 @@ class CompiledKernel:
         """
         target = re.search(r"^\.target (\w+)", self.ptx, re.MULTILINE)
         if target is None:
-            raise PluginError(f"{self.op} for sm_{self.sm} has no .target in its PTX")
+            raise PluginError(
+                f"{self.op} for sm_{self.compute_capability.sm} has no .target in its PTX"
+            )
         return target[1]
 
     @property
     def blocks_per_sm(self) -> int:
         """Blocks that fit one multiprocessor at once, by registers, shared memory and warps."""
-        architecture = ARCHITECTURES[self.sm]
+        architecture = ARCHITECTURES[self.compute_capability]
         # Registers are handed out in units of 256 per warp.
         per_warp = -(-self.registers * _WARP // 256) * 256
         return min(
@@ -136,7 +141,11 @@ class CompiledKernel:
     @property
     def occupancy(self) -> float:
         """Resident warps as a share of the most there can be."""
-        return self.blocks_per_sm * self.num_warps / ARCHITECTURES[self.sm].warps_per_sm
+        return (
+            self.blocks_per_sm
+            * self.num_warps
+            / ARCHITECTURES[self.compute_capability].warps_per_sm
+        )
 
     @property
     def flops_per_step(self) -> int:
@@ -156,6 +165,7 @@ def resource_table(kernels: Iterable[CompiledKernel]) -> str:
         "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for k in kernels:
+        architecture = ARCHITECTURES[k.compute_capability]
         tile = (
             f"{k.tile.block_m} x {k.tile.block_n}, {k.num_warps} warps"
             if k.tile
@@ -164,7 +174,7 @@ def resource_table(kernels: Iterable[CompiledKernel]) -> str:
         products = ", ".join(f"{count} {name}" for name, count in k.tensor_core.items()) or "-"
         intensity = f"{k.flops_per_step / k.bytes_per_step:.0f}" if k.tile else "-"
         rows.append(
-            f"| {k.op} | {k.sm} ({ARCHITECTURES[k.sm].gpus}) | {k.dtype} | {k.head_dim or 'any'} | {tile} "
+            f"| {k.op} | {k.compute_capability.sm} ({architecture.gpus}) | {k.dtype} | {k.head_dim or 'any'} | {tile} "
             f"| {k.registers} | {k.spills} | {k.shared_bytes / _KB:.1f} | {k.occupancy:.0%} "
             f"| {products} | {intensity} |"
         )

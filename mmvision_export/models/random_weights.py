@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +20,9 @@ from torch import Tensor
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.outlier_weights import plant_outliers
+from mmvision_export.models.random_kind import RandomKind
 
-__all__ = ["RandomKind", "random_state_dict", "random_tensors"]
-
-RandomKind = Literal["plain", "outliers"]
+__all__ = ["random_state_dict", "random_tensors"]
 
 _RESIDUAL_BRANCH_ENDS = ("self_attn.out_proj.weight", "mlp.fc2.weight")
 

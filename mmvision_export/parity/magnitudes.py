@@ -11,11 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.models.minimax_m3_vl.encoder import SelfAttention, VisionEncoderModule
-from mmvision_export.parity.gates import FLOAT16_MAX, NEAR_OVERFLOW
 from mmvision_export.parity.stages import stage_modules
 
-__all__ = ["Magnitude", "observed_magnitudes", "overflow_warnings"]
+__all__ = [
+    "FLOAT16_MAX",
+    "NEAR_OVERFLOW",
+    "Magnitude",
+    "observed_magnitudes",
+    "overflow_warnings",
+]
+
+FLOAT16_MAX = PRECISIONS["fp16"].largest
+
+NEAR_OVERFLOW = 4.0
+"""Activations within this factor of a type's largest value are reported: another image may exceed
+what these did."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,15 @@ import onnx
 import onnx_ir as ir
 
 from mmvision_export.core.errors import ParityError
+from mmvision_export.core.precision import FLOAT_PRECISIONS, PRECISIONS
 from mmvision_export.graph.passes import inline_functions
 
 __all__ = ["rounded_model"]
 
 _FLOAT = ir.DataType.FLOAT
-_NARROW = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_NARROW = {
+    name: ir.DataType[PRECISIONS[name].onnx_type] for name in FLOAT_PRECISIONS if name != "fp32"
+}
 # What these give is among what they take, which has been rounded.
 _MOVEMENT = frozenset(
     [

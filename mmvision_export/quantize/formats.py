@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from mmvision_export.core.precision import PRECISIONS, Precision
+
 __all__ = ["FP8", "INT8", "EightBitFormat", "scale_from_magnitude"]
 
 Floats = npt.NDArray[np.floating]
@@ -47,15 +49,19 @@ class EightBitFormat:
         ).astype(np.float32)
         return result
 
+    @classmethod
+    def of(cls, precision: Precision) -> EightBitFormat:
+        """The format of a quantised precision's products."""
+        return cls(precision.name, ir.DataType[precision.onnx_type], precision.largest)
 
-# -128 is left unused, so that the range is symmetric.
-INT8 = EightBitFormat("int8", ir.DataType.INT8, 127.0)
-FP8 = EightBitFormat("fp8", ir.DataType.FLOAT8E4M3FN, 448.0)
-"""E4M3 without infinities (Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433)."""
+
+INT8, FP8 = (EightBitFormat.of(PRECISIONS[name]) for name in ("int8", "fp8"))
 
 
 def scale_from_magnitude(magnitude: npt.ArrayLike, maximum: float) -> npt.NDArray[np.float32]:
-    """The scale at which `magnitude` is the largest value stored, as exact in float16 as the graph holds it.
+    """The scale at which `magnitude` is the largest value stored, rounded to float16.
+
+    It is float16 in the graph.
 
     Args:
         magnitude: Largest magnitude, per tensor or per channel; not negative.

@@ -36,6 +36,7 @@ from mmvision_export.core.errors import BenchmarkError, InputError
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.runtime.backends import BACKENDS
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
+from tests.support.errors import refused
 
 TINY = Workload("two", ("patches", "images"), ((1, 4, 4), (1, 2, 6)))
 
@@ -66,7 +67,7 @@ def test_workloads_are_valid_and_named_once() -> None:
             assert t <= 4
             assert h % 2 == w % 2 == 0
     assert max(w.patches for w in STANDARD) == 16384
-    with pytest.raises(InputError, match="no such set of workloads: huge"):
+    with refused(InputError, "workloads", "huge"):
         workloads_for("huge")
 
 
@@ -201,9 +202,7 @@ def test_another_function_is_refused(exported: Path, monkeypatch: pytest.MonkeyP
     """The control: no two float32 implementations agree to the last bit."""
     monkeypatch.setattr(measuring, "_MAX_RELATIVE_L2", 0.0)
     kept: list[dict[str, Any]] = []
-    with pytest.raises(
-        BenchmarkError, match="torch-eager computes something else than onnxruntime-cpu on two"
-    ):
+    with refused(BenchmarkError, "torch-eager", "onnxruntime-cpu", "two"):
         run(exported, ["onnxruntime-cpu", "torch-eager"], kept)
     assert not kept
 
@@ -218,11 +217,9 @@ def test_a_dense_side_is_left_out_where_it_would_not_fit(
 
 
 def test_a_side_that_fails_is_named(exported: Path) -> None:
-    with pytest.raises(
-        BenchmarkError, match="onnxruntime-cuda: this ONNX Runtime has no CUDAExecutionProvider"
-    ):
+    with refused(BenchmarkError, "onnxruntime-cuda", "CUDAExecutionProvider"):
         run(exported, ["onnxruntime-cuda"], [])
-    with pytest.raises(BenchmarkError, match="each side must be named once"):
+    with refused(BenchmarkError, "side", "torch-eager, torch-eager"):
         run(exported, ["torch-eager", "torch-eager"], [])
 
 
@@ -245,23 +242,18 @@ def test_sides(exported: Path) -> None:
 
     assert sides("onnxruntime-cpu:model.onnx") == ["onnxruntime-cpu:model.onnx", "nemo"]
     assert sides("openvino") == ["openvino", "nemo"]
-    assert sides("openvino-bf16", peer="torch-compile-bf16") == [
-        "openvino-bf16",
-        "torch-compile-bf16",
-    ]
+    in_bf16 = ["openvino-bf16", "torch-compile-bf16"]
+    assert sides(in_bf16[0], peer=in_bf16[1]) == in_bf16
     for wrong in ("coreml", "onnxruntime-cpu-bf16", "openvino-bf16:model.onnx"):
-        with pytest.raises(BenchmarkError) as refused:
+        with refused(BenchmarkError, "backend", wrong.partition(":")[0]):
             sides(wrong)
-        assert wrong.partition(":")[0] in str(refused.value)
-    with pytest.raises(BenchmarkError, match="no such peer: vllm"):
+    with refused(BenchmarkError, "peer", "vllm"):
         sides("onnxruntime-cpu", peer="vllm")
-    with pytest.raises(
-        BenchmarkError, match=r"only onnxruntime-cpu takes a graph, one of model\.onnx"
-    ):
+    with refused(BenchmarkError, "onnxruntime-cpu", "graph", "model.onnx"):
         sides("onnxruntime-cpu:other.onnx")
-    with pytest.raises(BenchmarkError, match=r"has no model\.cpu-int8\.onnx"):
+    with refused(BenchmarkError, "model.cpu-int8.onnx"):
         sides("onnxruntime-cpu", precision="int8")
-    with pytest.raises(BenchmarkError, match="the model is fp32, not fp16"):
+    with refused(BenchmarkError, "fp32", "fp16"):
         sides("onnxruntime-cpu", precision="fp16")
 
 

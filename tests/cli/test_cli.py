@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import mmvision_export
+from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import ExportError
 from mmvision_export.models.weights import WeightSource
 from tests.support.checkpoints import LAYOUTS, STATE, write_checkpoint
@@ -123,6 +124,41 @@ def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["build-engine", "--buckets", "64,256"],
+        ["build-engine", "--max-patches", "256"],
+        ["quantize", "--int8"],
+    ],
+    ids=" ".join,
+)
+def test_the_manifest_is_read_once(
+    mmvision: Command,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    """Up to where the files that it lists are verified."""
+    if arguments[0] == "build-engine":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    copy_of(exported, tmp_path / "engines" / "m")
+    read, reads = Manifest.read, []
+
+    def counted(directory: Path) -> Manifest:
+        reads.append(directory)
+        return read(directory)
+
+    def stop(*_: object, **__: object) -> None:
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(Manifest, "read", counted)
+    monkeypatch.setattr(Manifest, "verify", stop)
+    assert mmvision(*arguments).errors[0] == "error: far enough"
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--buckets", "256,x"], 2, "--buckets must be integers with commas between, got '256,x'"),
@@ -214,6 +250,8 @@ def test_errors_are_one_line(
             "give either --image or --calibration",
         ),
         (["build-engine", "--int8", "--fp8"], "choose one of --int8, --fp8"),
+        (["build-engine", "--compute-capability", "ada"], "'ada'"),
+        (["build-plugins", "--sm", "8"], "'8'"),
     ],
 )
 def test_wrong_usage_exits_with_2(mmvision: Command, arguments: list[str], message: str) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from mmvision_export.artifacts.build_target import BuildTarget, TensorRTVersion
+from mmvision_export.artifacts.engine_record import EngineAttention
 from mmvision_export.artifacts.library_record import library_record_path
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
@@ -21,6 +24,7 @@ from mmvision_export.engine.attention import (
     lowered_model,
 )
 from tests.support.configs import HEAD_DIM_48, HEAD_DIM_80
+from tests.support.errors import refused
 
 
 class Notes(Progress):
@@ -49,13 +53,26 @@ def library(tmp_path: Path) -> Path:
     return path
 
 
+def target_for(version: str = "10.3.0.30", **changes: Any) -> BuildTarget:
+    fields: dict[str, Any] = {
+        "backend": "tensorrt",
+        "tensorrt_version": TensorRTVersion(version),
+        "platform": "linux-aarch64",
+        "compute_capabilities": (ComputeCapability(8, 7),),
+        "precision": "fp16",
+        "opset": 23,
+    }
+    return BuildTarget(**{**fields, **changes})
+
+
 def choose(way: str, library: Path, notes: Progress | None = None, **changes: Any) -> Lowering:
-    request: dict[str, Any] = {
-        "backend": "tensorrt", "version": "10.3.0.30", "opset": 23, "precision": "fp16", "config": HEAD_DIM_80,
-        "compute_capabilities": ["8.7"],
-    }  # fmt: skip
+    config = changes.pop("config", HEAD_DIM_80)
     return choose_lowering(
-        way, library=library, progress=notes or Progress(), **{**request, **changes}
+        way,  # type: ignore[arg-type]
+        target_for(**changes),
+        config=config,
+        library=library,
+        progress=notes or Progress(),
     )
 
 
@@ -73,7 +90,7 @@ def choose(way: str, library: Path, notes: Progress | None = None, **changes: An
     ],
 )
 def test_body_for_each_tensorrt(backend: str, version: str, opset: int, body: str) -> None:
-    assert attention_body_for_tensorrt(backend, version, opset) == body
+    assert attention_body_for_tensorrt(target_for(version, backend=backend, opset=opset)) == body
 
 
 @pytest.mark.parametrize("way", ["auto", "plugin"])
@@ -82,31 +99,30 @@ def test_plugins_where_they_can_be(way: str, library: Path) -> None:
     assert chosen.body is None
     assert chosen.library is not None
     assert chosen.library[0] == library
-    assert chosen.describe(fused=False) == "plugin"
+    assert chosen.attention(fused=False) == EngineAttention(way="plugin")
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("changes", "facts"),
     [
         (
             {"backend": "tensorrt-rtx", "version": "1.7.1.116"},
-            EngineError,
-            "TensorRT-RTX takes none",
+            ["TensorRT-RTX"],
         ),
-        ({"precision": "fp32"}, EngineError, "for fp16 and bf16, not for fp32"),
-        ({"config": HEAD_DIM_48}, EngineError, "kernels for head_dim 64, 80, this encoder's is 48"),
+        ({"precision": "fp32"}, ["fp16", "bf16", "fp32"]),
+        ({"config": HEAD_DIM_48}, ["head_dim", "64, 80", 48]),
         (
-            {"compute_capabilities": ["7.5"]},
+            {"compute_capabilities": (ComputeCapability(7, 5),)},
             EngineError,
             r"from compute capability 8\.0 on, not 7\.5",
         ),
-        ({"version": "11.0.0.1"}, EngineError, r"compiled for TensorRT 10\.3, this is 11\.0\.0\.1"),
+        ({"version": "11.0.0.1"}, ["TensorRT", "10.3", "11.0.0.1"]),
     ],
 )
 def test_where_they_cannot_plugin_says_why_and_auto_goes_native(
-    changes: dict[str, Any], error: type[Exception], message: str, library: Path
+    changes: dict[str, Any], facts: list[object], library: Path
 ) -> None:
-    with pytest.raises(error, match=message):
+    with refused(EngineError, *facts):
         choose("plugin", library, **changes)
     notes = Notes()
     chosen = choose("auto", library, notes, **changes)
@@ -117,7 +133,7 @@ def test_where_they_cannot_plugin_says_why_and_auto_goes_native(
 
 
 def test_without_a_library_plugin_says_how_to_get_one_and_auto_goes_native() -> None:
-    with pytest.raises(ManifestError, match=r"none\.so: no such plugin library") as caught:
+    with refused(ManifestError, "none.so") as caught:
         choose("plugin", Path("none.so"))
     assert "mmvision build-plugins" in str(caught.value.hint)
     notes = Notes()
@@ -127,20 +143,30 @@ def test_without_a_library_plugin_says_how_to_get_one_and_auto_goes_native() -> 
 
 def test_native_and_packed(library: Path) -> None:
     assert choose("native", library).body == "matmul"
-    assert (
-        choose("packed", library, version="11.0.0.114").describe(fused=False)
-        == "packed, TensorRT's own"
-    )
-    with pytest.raises(
-        EngineError, match=r"packed attention of its own from 11\.0 on, this is 10\.3"
+    packed = choose("packed", library, version="11.0.0.114").attention(fused=False)
+    assert packed == EngineAttention(way="packed")
+    for way, changes, facts in (
+        ("packed", {}, ("11.0", "10.3.0.30")),
+        ("packed", {"version": "11.0.0.114", "precision": "fp32"}, ("fp16", "bf16", "fp32")),
+        ("flash", {}, ("auto, plugin, native, packed", "'flash'")),
     ):
-        choose("packed", library)
-    with pytest.raises(EngineError, match="packed attention is for fp16 and bf16, not for fp32"):
-        choose("packed", library, version="11.0.0.114", precision="fp32")
-    with pytest.raises(
-        EngineError, match="--attention must be one of auto, plugin, native, packed"
-    ):
-        choose("flash", library)
+        with pytest.raises(EngineError) as caught:
+            choose(way, library, None, **changes)
+        assert all(fact in str(caught.value) for fact in facts)
+
+
+@pytest.mark.parametrize(
+    ("body", "fused", "attention"),
+    [
+        ("attention", True, EngineAttention(way="native", body="attention", fused=True)),
+        ("matmul", False, EngineAttention(way="native", body="matmul")),
+    ],
+)
+def test_native_attention_of_a_record(body: Any, fused: bool, attention: EngineAttention) -> None:
+    assert Lowering(body).attention(fused=fused) == attention
+    assert attention.masked
+    assert not EngineAttention(way="plugin").masked
+    assert not EngineAttention(way="packed").masked
 
 
 def operators(graph: Path, lowering: Lowering) -> dict[str, int]:
@@ -203,7 +229,10 @@ def test_tensorrt_rtx_parses_the_packed_graph(exported: Path) -> None:
 
 def test_request_is_not_changed_by_another_gpu(library: Path) -> None:
     """A later GPU than the library's binaries compiles its PTX."""
-    assert choose("plugin", library, compute_capabilities=["12.0"]).library is not None
+    assert (
+        choose("plugin", library, compute_capabilities=(ComputeCapability(12, 0),)).library
+        is not None
+    )
     assert dataclasses.astuple(choose("plugin", library)) == dataclasses.astuple(
         choose("auto", library)
     )

@@ -33,6 +33,7 @@ from mmvision_export.parity.check import check_parity
 from mmvision_export.runtime.backends.cpu_kernels import CPU_LIBRARY, find_cpu_kernels, has_amx
 from mmvision_export.runtime.backends.onnxruntime import create_session
 from tests.support.configs import HEAD_DIM_80, arrays, batch, grids, relative_l2
+from tests.support.errors import refused
 from tests.support.tools import once, tool
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the CPU kernels are for x86-64")
@@ -153,9 +154,9 @@ def test_linear_of_several_blocks(
 @AMX
 def test_linear_refuses_shapes_that_do_not_match(run_op: Callable[..., np.ndarray]) -> None:
     x, w, b = np.ones((4, 8), np.float32), np.ones((6, 9), np.float32), np.ones(5, np.float32)
-    with pytest.raises(Exception, match=r"Linear: x must be \[m, k\] and weight \[n, k\]"):
+    with pytest.raises(Exception, match=r"Linear: x .*\[m, k\].* weight .*\[n, k\]"):
         run_op(LINEAR.format(bias="").replace("float[n, k] w", "float[n, j] w"), x, w, b)
-    with pytest.raises(Exception, match=r"Linear: bias must be \[n\]"):
+    with pytest.raises(Exception, match=r"Linear: bias .*\[n\]"):
         run_op(LINEAR.format(bias=", b").replace("float[n] b", "float[i] b"), x, w[:, :8].copy(), b)
 
 
@@ -246,7 +247,7 @@ def test_attention_refuses_bounds_that_are_none(
     run_op: Callable[..., np.ndarray], bounds: list[int]
 ) -> None:
     q = np.ones((4, 1, 8), np.float32)
-    with pytest.raises(Exception, match=r"VarlenAttention: cu_seqlens must"):
+    with pytest.raises(Exception, match="VarlenAttention: cu_seqlens "):
         run_op(ATTENTION.format(scale=1.0), q, q, q, np.array(bounds, np.int32))
 
 
@@ -336,10 +337,10 @@ def test_a_damaged_library_is_not_loaded(beside: Path) -> None:
     content = bytearray(library.read_bytes())
     content[1000] ^= 1
     library.write_bytes(bytes(content))
-    with pytest.raises(ManifestError, match=f"{CPU_LIBRARY}.*record"):
+    with refused(ManifestError, library, "sha256"):
         VisionEncoder.open(beside, backend="onnxruntime-cpu")
     library.with_suffix(".json").unlink()
-    with pytest.raises(ManifestError, match="no such CPU kernel library"):
+    with refused(ManifestError, library.with_suffix(".json")):
         VisionEncoder.open(beside, backend="onnxruntime-cpu")
 
 
@@ -353,7 +354,7 @@ def test_something_else_of_that_name_is_refused(beside: Path) -> None:
     LibraryRecord(library=file_record(library), machine="x86_64", versions={}).write(
         library.with_suffix(".json")
     )
-    with pytest.raises(BackendError, match="cannot be loaded"):
+    with refused(BackendError, library):
         VisionEncoder.open(beside, backend="onnxruntime-cpu")
 
 
@@ -362,12 +363,10 @@ def test_building(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     record = json.loads(library.with_suffix(".json").read_text())
     assert record["machine"] == "x86_64"
     assert record["versions"]["compiler"]
-    with pytest.raises(OutputError, match="already exists"):
+    with refused(OutputError, library):
         build_cpu_kernels(output=library.parent)
     monkeypatch.setattr("mmvision_export.kernels.cpu._MACHINE", "riscv64")
-    with pytest.raises(
-        PluginError, match="the CPU kernels are for riscv64, this machine is x86_64"
-    ):
+    with refused(PluginError, "riscv64", "x86_64"):
         build_cpu_kernels(output=tmp_path)
     assert not list(tmp_path.iterdir())
 

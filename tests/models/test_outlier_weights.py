@@ -16,7 +16,8 @@ from mmvision_export.models.minimax_m3_vl.checkpoint import encoder_from_state_d
 from mmvision_export.models.minimax_m3_vl.config import PRESETS, EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import EncoderLayer
 from mmvision_export.models.outlier_weights import Outliers
-from mmvision_export.models.random_weights import RandomKind, random_state_dict
+from mmvision_export.models.random_kind import RandomKind
+from mmvision_export.models.random_weights import random_state_dict
 from mmvision_export.models.sample_batches import CHECK_GRIDS, sample_batch
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.parity.check import check_parity

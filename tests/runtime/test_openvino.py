@@ -18,6 +18,7 @@ from mmvision_export.artifacts.manifest import OPENVINO_GRAPH, Manifest
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedGrid
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends import openvino as module
@@ -74,11 +75,11 @@ def test_the_comparison_can_fail(runtime: VisionEncoder) -> None:
 
 def test_a_batch_is_cut_between_images(runtime: VisionEncoder, exported: Path) -> None:
     """Masked attention would cost the square of the batch: only what is small is joined."""
-    backend = OpenVinoBackend(exported, BackendOptions())
+    backend = OpenVinoBackend.open(exported, BackendOptions())
     sizes = [(1, 20, 20), (1, 2, 2), (1, 2, 2), (1, 16, 16), (1, 40, 40), (1, 8, 8)]
     rows = np.array(sizes)
-    launches = backend._plan(rows)
-    assert len(backend._plan(np.array([(1, 16, 16)] * 16))) == 16
+    launches = backend._plan(PackedGrid(rows, 4))
+    assert len(backend._plan(PackedGrid(np.array([(1, 16, 16)] * 16), 4))) == 16
     backend.close()
     patches = rows.prod(axis=1)
     for launch in launches:

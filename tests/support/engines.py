@@ -6,11 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.artifacts.build_target import TensorRTVersion
 from mmvision_export.artifacts.engine_record import (
+    EngineAttention,
     EngineRecord,
+    GraphRecord,
     sidecar_path,
 )
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.files import file_record
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
@@ -24,13 +28,13 @@ def write_engine(folder: Path, **changes: Any) -> Path:
     engine.write_bytes(b"executable content")
     record = EngineRecord(
         backend="tensorrt-rtx",
-        tensorrt_version="1.7.1.116",
-        compute_capabilities=["8.6", "8.9"],
+        tensorrt_version=TensorRTVersion("1.7.1.116"),
+        compute_capabilities=(ComputeCapability(8, 6), ComputeCapability(8, 9)),
         platform="linux-x86_64",
         precision="fp16",
-        attention="attention body, fused",
-        profiles=[Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)],
-        graph={"name": "model.onnx", "sha256": "0" * 64, "data_sha256": "1" * 64},
+        attention=EngineAttention(way="native", body="attention", fused=True),
+        profiles=(Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8),),
+        graph=GraphRecord(name="model.onnx", sha256="0" * 64, data_sha256="1" * 64),
         engine=file_record(engine),
         config=EncoderConfig(),
         versions={},

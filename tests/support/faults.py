@@ -30,8 +30,8 @@ def rewrite(directory: Path, change: Callable[[ir.Model], None]) -> None:
     manifest.write(directory)
 
 
-def scale_weights(model: ir.Model) -> None:
-    value = model.graph.initializers["layers.1.mlp.fc1.weight"]
+def scale_weights(model: ir.Model, layer: int = 1) -> None:
+    value = model.graph.initializers[f"layers.{layer}.mlp.fc1.weight"]
     assert value.const_value is not None
     value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.001), name=value.name)
 

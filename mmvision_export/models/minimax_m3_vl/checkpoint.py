@@ -100,13 +100,18 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         well_formed = all(isinstance(file, str) for file in weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors index: {error!r}") from error
+        raise CheckpointError(
+            f"{path}: not a safetensors index: {error!r}", reason="malformed"
+        ) from error
     if not well_formed:
-        raise CheckpointError(f"{path}: not a safetensors index: a file name is not a string")
+        raise CheckpointError(
+            f"{path}: not a safetensors index: a file name is not a string", reason="malformed"
+        )
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: a shard must be a .safetensors file beside the index, got {file!r}"
+                f"{path}: a shard must be a .safetensors file beside the index, got {file!r}",
+                reason="unsafe",
             )
     return dict(weight_map)
 
@@ -130,6 +135,7 @@ def checkpoint_from_folder(
         raise CheckpointError(
             f"{folder}: no such checkpoint folder",
             hint="name a folder or a hub id with --checkpoint",
+            reason="missing",
         )
     config = config_from_file(folder / CONFIG)
     shards = _shards_of(folder)
@@ -177,11 +183,13 @@ def checkpoint_from_folder(
                     progress.advance()
         except FileNotFoundError:
             raise CheckpointError(
-                f"{folder / shard} is missing", hint="it holds vision tensors: download it"
+                f"{folder / shard} is missing",
+                hint="it holds vision tensors: download it",
+                reason="missing",
             ) from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{folder / shard}: not a readable safetensors file: {error}"
+                f"{folder / shard}: not a readable safetensors file: {error}", reason="unreadable"
             ) from error
 
     _refuse(
@@ -226,8 +234,9 @@ def _shards_of(folder: Path) -> list[str]:
             f"{folder} has no safetensors, only {', '.join(pickles)}: pickled files are refused, since loading "
             "one runs code from it",
             hint="convert the checkpoint with save_pretrained(..., safe_serialization=True)",
+            reason="unsafe",
         )
-    raise CheckpointError(f"{folder} holds neither {INDEX} nor {SINGLE}")
+    raise CheckpointError(f"{folder} holds neither {INDEX} nor {SINGLE}", reason="missing")
 
 
 def _expected_shapes(config: EncoderConfig) -> dict[str, torch.Size]:

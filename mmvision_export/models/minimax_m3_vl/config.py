@@ -11,11 +11,11 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmvision_export.core.errors import ConfigError
 
-__all__ = ["PRESETS", "EncoderConfig", "config_from_dict", "config_from_file"]
+__all__ = ["PRESETS", "EncoderConfig", "Preset", "config_from_dict", "config_from_file"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,20 +105,24 @@ class EncoderConfig:
         """Patches merged into one image token."""
         return self.spatial_merge_size**2
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values, in the order of the class."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> EncoderConfig:
-        """The inverse of `to_dict`; use `config_from_dict` for a checkpoint's `config.json`."""
+    def from_json(cls, fields: Any) -> EncoderConfig:
+        """The inverse of `to_json`; use `config_from_dict` for a checkpoint's `config.json`."""
+        if not isinstance(fields, dict):
+            raise ConfigError(f"the encoder config must be an object, got {fields!r}")
         names = {field.name for field in dataclasses.fields(cls)}
         if differing := sorted(set(fields) ^ names):
             raise ConfigError(f"unknown or missing encoder config field(s): {', '.join(differing)}")
         return cls(**fields)
 
 
-PRESETS: dict[str, EncoderConfig] = {
+Preset = Literal["tiny", "shallow", "full"]
+
+PRESETS: dict[Preset, EncoderConfig] = {
     # Small enough for a laptop in seconds, with the released head_dim of 80 (78 rotated channels, 2 that pass through).
     "tiny": EncoderConfig(
         hidden_size=320,
@@ -145,10 +149,10 @@ def config_from_file(path: Path) -> EncoderConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such file", hint="a checkpoint folder holds config.json"
+            f"{path}: no such file", hint="a checkpoint folder holds config.json", reason="missing"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+        raise ConfigError(f"{path}: not readable as JSON: {error}", reason="unreadable") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
     try:

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from mmvision_export.parity.gates import FLOAT16_MAX, NEAR_OVERFLOW
 from mmvision_export.parity.layers import LayerComparison
+from mmvision_export.parity.magnitudes import FLOAT16_MAX, NEAR_OVERFLOW
 from mmvision_export.parity.samples import Sample
 
 __all__ = ["error_figure", "heat_map_figure", "magnitude_figure", "worst_images"]

@@ -11,9 +11,10 @@ from typing import Any
 
 from mmvision_export.core.errors import OutputError, ParityError
 from mmvision_export.core.files import new_files
-from mmvision_export.parity.check import ParityResult, ParityRow
-from mmvision_export.parity.gates import FLOAT16_MAX, GATES, NEAR_OVERFLOW
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.parity.jump import EXCESS
+from mmvision_export.parity.magnitudes import FLOAT16_MAX, NEAR_OVERFLOW
+from mmvision_export.parity.result import ParityResult, ParityRow
 from mmvision_export.version import __version__
 
 __all__ = ["checked_report_path", "record_from_parity", "write_report"]
@@ -73,7 +74,7 @@ def record_from_parity(result: ParityResult) -> dict[str, Any]:
         "passed": result.passed,
         "warnings": result.warnings,
         "gates": {
-            precision: GATES[precision].describe()
+            precision: PRECISIONS[precision].gate.describe()
             for precision in {row.precision for row in result.rows}
         },
         "samples": {
@@ -91,7 +92,7 @@ def record_from_parity(result: ParityResult) -> dict[str, Any]:
             "magnitudes": [vars(magnitude) for magnitude in layers.magnitudes],
         },
         "source": result.manifest.source,
-        "config": result.manifest.config.to_dict(),
+        "config": result.manifest.config.to_json(),
         "files": {name: file.sha256 for name, file in result.manifest.files.items()},
         "versions": {
             "exported with": result.manifest.versions,

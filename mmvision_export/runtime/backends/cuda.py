@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError
 
 __all__ = ["Cuda", "current_compute_capability"]
@@ -44,8 +45,8 @@ class Cuda:
         """Make this the calling thread's device."""
         self._call("cudaSetDevice", self.device)
 
-    def compute_capability(self) -> str:
-        """The device's, as `8.9`."""
+    def compute_capability(self) -> ComputeCapability:
+        """The device's."""
         attribute = self._runtime.cudaDeviceAttr
         major = self._call(
             "cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, self.device
@@ -53,7 +54,7 @@ class Cuda:
         minor = self._call(
             "cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, self.device
         )
-        return f"{int(major)}.{int(minor)}"
+        return ComputeCapability(int(major), int(minor))
 
     def new_stream(self) -> int:
         """A new stream's handle; free it with `free_stream`."""
@@ -166,8 +167,8 @@ class Cuda:
         return results[0] if results else None
 
 
-def current_compute_capability(device: int = 0) -> str | None:
-    """This machine's, as `8.9`, or None where there is no usable GPU."""
+def current_compute_capability(device: int = 0) -> ComputeCapability | None:
+    """This machine's, or None where there is no usable GPU."""
     try:
         return Cuda(device).compute_capability()
     except BackendError:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.launch_planner import Launch, padding_rows
@@ -109,8 +110,7 @@ class Lane:
     def run(
         self,
         plan: Sequence[Launch],
-        pixel_values: npt.NDArray[np.floating] | DeviceArray,
-        grid_thw: npt.NDArray[np.int64],
+        batch: PackedBatch,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
         *,
         stream: int | None,
@@ -119,8 +119,7 @@ class Lane:
 
         Args:
             plan: From `plan_launches`.
-            pixel_values: `[num_patches, patch_dim]`.
-            grid_thw: `[num_images, 3]`.
+            batch: In host memory, or with a `DeviceArray` for its patches.
             image_embeds: `[num_image_tokens, text_hidden_size]`, filled.
             stream: A stream of the caller's. If embeddings are for the device, this returns before they are there.
         """
@@ -130,7 +129,7 @@ class Lane:
         )  # the lane's last call may still be running, on another stream
         try:
             for launch in plan:
-                self._launch(launch, pixel_values, grid_thw[launch.images], image_embeds, on)
+                self._launch(launch, batch, image_embeds, on)
             self._cuda.record(self._done, on)
             if stream is None or not isinstance(image_embeds, DeviceArray):
                 self._cuda.synchronize(on)
@@ -143,13 +142,13 @@ class Lane:
     def _launch(
         self,
         launch: Launch,
-        pixel_values: npt.NDArray[np.floating] | DeviceArray,
-        rows: npt.NDArray[np.int64],
+        batch: PackedBatch,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
         stream: int,
     ) -> None:
         profile = self._profiles[launch.profile]
         first, num_patches = launch.patches.start, launch.patches.stop - launch.patches.start
+        pixel_values, rows = batch.pixel_values, batch.grid.rows[launch.images]
         rows = np.concatenate([rows, padding_rows(num_patches, len(rows), profile, self._config)])
         padded = profile.max_patches if profile.is_bucket else num_patches
         target = self._addresses["pixel_values"]

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from mmvision_export.artifacts.manifest import DATA, OPENVINO_GRAPH, Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
-from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
-from mmvision_export.runtime.backends import BackendName, BackendOptions
-from mmvision_export.runtime.launch_planner import FLOOR_PATCHES, Costs, LaunchPlanner
+from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
+from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 if TYPE_CHECKING:
     import openvino
@@ -79,7 +80,7 @@ class OpenVinoBackend:
             precision.
     """
 
-    name: BackendName = "openvino"
+    name = "openvino"
     profiles: Sequence[Profile] = ()
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
@@ -124,38 +125,41 @@ class OpenVinoBackend:
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self._request: Any = compiled.create_infer_request()
         self._turn = threading.Lock()
-        self._plan = LaunchPlanner([_launches(self.config)], Costs(self.config, masked=True))
-        self.info: dict[str, Any] = {
-            "model": str(directory),
-            "graph": OPENVINO_GRAPH,
-            "precision": precision,
-            "weights_sha256": manifest.record_of(DATA).sha256,
-            "openvino": openvino.__version__,
-            "cpu": device,
-            "threads": int(compiled.get_property("INFERENCE_NUM_THREADS")),
-        }
-
-    def run(
-        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.floating]:
-        """See `Backend.run`."""
-        per_token = self.config.patches_per_token
-        image_embeds = np.empty(
-            (len(pixel_values) // per_token, self.config.text_hidden_size), self.dtype
+        self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+        self.info = BackendInfo(
+            runtime="openvino",
+            version=openvino.__version__.partition("-")[0],
+            precision=precision,
+            weights_sha256=manifest.record_of(DATA).sha256,
+            model=str(directory),
+            graph=OPENVINO_GRAPH,
+            cpu=device,
+            threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
         )
-        for launch in self._plan(grid_thw):
-            tokens = slice(launch.patches.start // per_token, launch.patches.stop // per_token)
-            feeds = [pixel_values[launch.patches], grid_thw[launch.images]]
-            with self._turn:
-                if self._request is None:
-                    raise BackendError("the encoder is closed")
-                try:
-                    # Not copied: inputs are read in place, the output lasts until the next launch.
-                    results = self._request.infer(feeds, share_inputs=True, share_outputs=True)
-                except Exception as error:  # OpenVINO's exceptions have no common base
-                    raise BackendError(f"OpenVINO failed: {error}") from error
-                image_embeds[tokens] = results[0]
-        return image_embeds
+
+    @classmethod
+    def open(cls, path: Path, options: BackendOptions) -> OpenVinoBackend:
+        """See `Backend.open`."""
+        return cls(path, options)
+
+    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        pieces = [self._launch(batch.images(launch.images)) for launch in self._plan(batch.grid)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _launch(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+        with self._turn:
+            if self._request is None:
+                raise BackendError("the encoder is closed")
+            try:
+                # The inputs are read in place.
+                results = self._request.infer(
+                    [batch.pixel_values, batch.grid.rows], share_inputs=True
+                )
+            except Exception as error:  # OpenVINO's exceptions have no common base
+                raise BackendError(f"OpenVINO failed: {error}") from error
+            image_embeds: npt.NDArray[np.floating] = results[0]
+            return image_embeds
 
     def close(self) -> None:
         """See `Backend.close`. Waits for the launch that is running."""
@@ -174,14 +178,3 @@ def _refuse_without_graph(directory: Path, manifest: Manifest) -> None:
             f"{directory} has no {OPENVINO_GRAPH}: it was exported before there was one",
             hint="export it again, or choose --backend onnxruntime-cpu",
         )
-
-
-def _launches(config: EncoderConfig) -> Profile:
-    """Launches of any size, and of as many images as together can stay under `FLOOR_PATCHES`."""
-    per_token = config.patches_per_token
-    return Profile(
-        min_patches=per_token,
-        opt_patches=FLOOR_PATCHES,
-        max_patches=sys.maxsize,
-        max_images=FLOOR_PATCHES // per_token,
-    )

@@ -12,21 +12,26 @@ import platform as host
 import queue
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
 from mmvision_export.artifacts.engine_record import EngineRecord, refuse_foreign_engine
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
-from mmvision_export.runtime.backends import BackendName
+from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
+from mmvision_export.runtime.backends.engines import open_fitting
 from mmvision_export.runtime.backends.launch_lane import Lane
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
-from mmvision_export.runtime.launch_planner import Costs, LaunchPlanner
+from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -68,89 +73,99 @@ class TensorRTBackend:
 
     Args:
         engine: The engine file.
+        options: How.
         module: `tensorrt`, or what has its API.
         cuda: The device.
         manifest: Of the model directory the engine lies in, if it does.
-        streams: Lanes, that is calls that can run at once. The weights are shared, activations are not.
-        cuda_graphs: Whether launches in a bucket are captured once and replayed.
 
     Raises:
         ManifestError: The engine is not for this machine or graph.
         BackendError: TensorRT or CUDA refused a step.
     """
 
-    name: BackendName = "tensorrt"
+    name = "tensorrt"
+    kind: ClassVar[TensorRTName] = "tensorrt"
+
+    @classmethod
+    def open(cls, path: Path, options: BackendOptions) -> TensorRTBackend:
+        """See `Backend.open`."""
+        module, cuda = import_tensorrt(cls.kind), Cuda(options.device)
+        return open_fitting(
+            path,
+            lambda engine, manifest: cls(
+                engine, options, module=module, cuda=cuda, manifest=manifest
+            ),
+        )
 
     def __init__(
         self,
         engine: Path,
+        options: BackendOptions,
         *,
         module: Any,
         cuda: Cuda,
         manifest: Manifest | None,
-        streams: int = 1,
-        cuda_graphs: bool = True,
     ) -> None:
         record = EngineRecord.read(engine)
         compute_capability = cuda.compute_capability()
         refuse_foreign_engine(
             engine,
             record,
-            backend=self.name,
-            tensorrt_version=str(module.__version__),
+            here=Installation(
+                backend=self.kind,
+                tensorrt_version=TensorRTVersion(str(module.__version__)),
+                platform=current_platform(),
+            ),
             compute_capability=compute_capability,
-            platform=current_platform(),
             manifest=manifest,
         )
         self.config = record.config
         self.profiles: Sequence[Profile] = record.profiles
-        # NumPy has no bfloat16: a bf16 graph takes and gives float32. Quantised graphs take and give float16.
-        self.dtype: np.dtype[Any] = np.dtype(
-            np.float32 if record.precision in ("fp32", "bf16") else np.float16
+        self.dtype: np.dtype[Any] = np.dtype(PRECISIONS[record.precision].io_dtype)
+        self._plan = LaunchPlanner(
+            self.profiles, Costs(record.config, masked=record.attention.masked)
         )
-        self._plan = LaunchPlanner(self.profiles, Costs(record.config, masked=record.masked))
-        self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
-        self.info: dict[str, Any] = {
-            "engine": str(engine),
-            "precision": record.precision,
-            "weights_sha256": record.graph["data_sha256"],
-            "attention": record.attention,
-            "splitting": "batches are cut between images where counted operations say that is cheaper: attention is "
+        self._cuda_graphs = options.cuda_graphs and any(p.is_bucket for p in record.profiles)
+        self.info = BackendInfo(
+            runtime="tensorrt",
+            version=str(record.tensorrt_version),
+            precision=record.precision,
+            weights_sha256=record.graph.data_sha256,
+            engine=str(engine),
+            attention=str(record.attention),
+            splitting="batches are cut between images where counted operations say that is cheaper: attention is "
             + (
                 "masked and costs the square of a launch"
-                if record.masked
+                if record.attention.masked
                 else "packed and costs the square of an image"
             ),
-            "tensorrt": record.tensorrt_version,
-            "compute_capability": compute_capability,
-            "cuda_graphs": self._cuda_graphs,
-            "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
-            "streams": streams,
-        }
+            compute_capability=str(compute_capability),
+            cuda_graphs=self._cuda_graphs,
+            profiles=[f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
+            streams=options.streams,
+        )
         self.device = cuda.device
         self._cuda = cuda
         self._engine: trt.ICudaEngine | None = None
         self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
         self._num_lanes = 0
         self._cleanup = contextlib.ExitStack()
-        if record.plugin_library is not None:
-            load_plugin_library(
-                module, record.plugin_library.verify(engine), record.plugin_library.record.sha256
-            )
-            self.info["plugin_library"] = record.plugin_library.name
         try:
-            self._open(engine, module, streams)
+            self._open(engine, record, module, options.streams)
         except BaseException:
             with contextlib.suppress(BackendError):  # the first error is the one to report
                 self.close()
             raise
 
-    def _open(self, path: Path, module: Any, streams: int) -> None:
+    def _open(self, path: Path, record: EngineRecord, module: Any, streams: int) -> None:
+        plan = record.verified_bytes(path)
+        if (plugins := record.plugin_library) is not None:
+            load_plugin_library(module, plugins.verify(path), plugins.record.sha256)
+            self.info.plugin_library = plugins.name
         self._logger = _logger(module)
         runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
-        self._engine = self._checked(
-            runtime.deserialize_cuda_engine(path.read_bytes()), f"deserialise {path}"
-        )
+        self._engine = self._checked(runtime.deserialize_cuda_engine(plan), f"deserialise {path}")
+        del plan  # as large as the engine, whose contexts need the room
         built = self._engine.num_optimization_profiles
         if built != len(self.profiles):
             raise BackendError(
@@ -183,28 +198,25 @@ class TensorRTBackend:
         )
         return context
 
-    def run(
-        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.floating]:
+    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        tokens = len(pixel_values) // self.config.patches_per_token
-        image_embeds = np.empty((tokens, self.config.text_hidden_size), dtype=self.dtype)
-        self.run_into(image_embeds, pixel_values, grid_thw, stream=None)
+        shape = (batch.grid.num_tokens, self.config.text_hidden_size)
+        image_embeds = np.empty(shape, dtype=self.dtype)
+        self.run_into(image_embeds, batch, stream=None)
         return image_embeds
 
     def run_into(
         self,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
-        pixel_values: npt.NDArray[np.floating] | DeviceArray,
-        grid_thw: npt.NDArray[np.int64],
+        batch: PackedBatch,
         *,
         stream: int | None,
     ) -> None:
         """See `DeviceBackend.run_into`."""
-        plan = self._plan(grid_thw)
+        plan = self._plan(batch.grid)
         with self._lane() as lane:
             self._cuda.use()
-            lane.run(plan, pixel_values, grid_thw, image_embeds, stream=stream)
+            lane.run(plan, batch, image_embeds, stream=stream)
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[Lane]:

@@ -1,22 +1,12 @@
-"""What each precision must reach, in one table."""
+"""What a result must reach to pass a comparison."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from mmvision_export.core.metrics import Metrics
-from mmvision_export.engine.float16 import FP16_MIN_COSINE
 
-__all__ = ["FLOAT16_MAX", "GATES", "LARGEST_FINITE", "NEAR_OVERFLOW", "Gate"]
-
-FLOAT16_MAX = 65504.0
-"""Largest finite float16."""
-
-LARGEST_FINITE = {"fp32": 3.4028234663852886e38, "fp16": FLOAT16_MAX, "bf16": 3.3895313892515355e38}
-"""Largest finite value of each float type (IEEE 754 binary32 and binary16; bfloat16 has binary32's exponent)."""
-
-NEAR_OVERFLOW = 4.0
-"""Activations within this factor of a type's largest value are reported: another image may exceed what these did."""
+__all__ = ["Gate"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +16,8 @@ class Gate:
     Attributes:
         max_relative_l2: Largest relative L2 difference, or None.
         min_cosine: Smallest cosine similarity of any token.
-        times_eager: Largest relative L2 difference as a multiple of eager PyTorch's in the same precision, or None.
+        times_eager: Largest relative L2 difference as a multiple of eager PyTorch's in the same
+            precision, or None.
     """
 
     max_relative_l2: float | None
@@ -45,7 +36,7 @@ class Gate:
         return ", ".join(parts)
 
     def limit(self, eager: Metrics | None) -> float | None:
-        """Largest relative L2 difference allowed beside what eager PyTorch shows, or None if there is no limit."""
+        """Largest relative L2 difference allowed beside eager PyTorch's, or None if any is."""
         limits = [] if self.max_relative_l2 is None else [self.max_relative_l2]
         # Where PyTorch itself is not finite, its error says nothing about a graph's.
         if self.times_eager is not None and eager is not None and not eager.non_finite:
@@ -69,18 +60,9 @@ class Gate:
         if not result.min_cosine >= self.min_cosine:
             why = ""
             if eager is not None and not eager.min_cosine >= self.min_cosine:
-                why = f"; PyTorch itself has {eager.min_cosine:.6f} in this precision, which does not suffice here"
+                why = (
+                    f"; PyTorch itself has {eager.min_cosine:.6f} in this precision, "
+                    "which does not suffice here"
+                )
             found.append(f"minimum cosine {result.min_cosine:.6f} < {self.min_cosine}{why}")
         return found
-
-
-GATES: dict[str, Gate] = {
-    # Rounding of float32 (6e-8) accumulated over the depth measures about 1e-6; a wrong formula measures above 1e-3.
-    "fp32": Gate(max_relative_l2=1e-5, min_cosine=0.999999, times_eager=None),
-    "fp16": Gate(max_relative_l2=None, min_cosine=FP16_MIN_COSINE, times_eager=2.0),
-    "bf16": Gate(max_relative_l2=None, min_cosine=0.99, times_eager=2.0),
-    # PyTorch has no counterpart that quantises the same way: the tokens' direction is what a language model reads.
-    "int8": Gate(max_relative_l2=None, min_cosine=0.999, times_eager=None),
-    "fp8": Gate(max_relative_l2=None, min_cosine=0.999, times_eager=None),
-}
-"""By precision."""

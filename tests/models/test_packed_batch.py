@@ -1,7 +1,8 @@
-"""Validation of `grid_thw` and `pixel_values`."""
+"""Packed batches: what is refused, and what follows from a grid."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -10,37 +11,42 @@ from hypothesis import given
 
 from mmvision_export.core.errors import InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
-from mmvision_export.runtime.grid import (
+from mmvision_export.models.minimax_m3_vl.packed_batch import (
+    PackedBatch,
+    checked_batch,
     checked_grid,
-    checked_pixel_values,
-    groups_of_images,
-    tokens_per_image,
 )
 from tests.support.configs import grids
 
 CONFIG = EncoderConfig()
+GRID = [(1, 2, 2)]
 
 
 @given(grids())
 def test_valid_grids_pass_unchanged(grid: list[tuple[int, int, int]]) -> None:
     rows = np.array(grid, dtype=np.int32)
     checked = checked_grid(rows, CONFIG, num_patches=int(rows.prod(axis=1).sum()))
-    assert checked.dtype == np.int64
-    np.testing.assert_array_equal(checked, rows)
-    assert tokens_per_image(checked, CONFIG).sum() * 4 == rows.prod(axis=1).sum()
+    assert checked.rows.dtype == np.int64
+    np.testing.assert_array_equal(checked.rows, rows)
+    assert checked.tuples() == grid
 
 
-@given(grids(max_images=20))
-def test_groups_keep_every_image_whole_and_in_order(grid: list[tuple[int, int, int]]) -> None:
-    rows = np.array(grid, dtype=np.int64)
-    groups = groups_of_images(rows, 64)
-    np.testing.assert_array_equal(np.concatenate([rows[group] for group in groups]), rows)
-    sizes = [int(rows[group].prod(axis=1).sum()) for group in groups]
-    for group, size in zip(groups, sizes, strict=True):
-        assert size <= 64 or group.stop - group.start == 1
-    # None that could have joined the one before it stands alone.
-    first = [int(rows[group.start].prod()) for group in groups]
-    assert all(size + joining > 64 for size, joining in zip(sizes, first[1:], strict=False))
+@given(grids())
+def test_what_follows_from_a_grid(grid: list[tuple[int, int, int]]) -> None:
+    rows = np.array(grid)
+    checked = checked_grid(rows, CONFIG)
+    # One place of its own for every patch and every token, by a plain count.
+    owners = [image for image, (t, h, w) in enumerate(grid) for _ in range(t * h * w)]
+    assert checked.patches_per_image == [owners.count(image) for image in range(len(grid))]
+    assert checked.num_patches == len(owners)
+    assert checked.num_tokens * 4 == len(owners)
+    for image, pieces in enumerate(checked.split(np.array(owners)[::4])):
+        assert (pieces == image).all()
+        assert len(pieces) == checked.tokens_per_image[image]
+    for first, last in itertools.combinations(range(len(grid) + 1), 2):
+        part = PackedBatch(np.array(owners), checked).images(slice(first, last))
+        assert part.grid.tuples() == grid[first:last]
+        assert set(part.pixel_values.tolist()) == set(range(first, last))
 
 
 @pytest.mark.parametrize(
@@ -87,20 +93,29 @@ def test_bad_grids(grid: Any, patches: int | None, message: str) -> None:
 )
 def test_bad_pixels(pixels: Any, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        checked_pixel_values(pixels, CONFIG, np.float32)
+        checked_batch(pixels, GRID, CONFIG, np.float32)
     assert message in str(caught.value)
 
 
 def test_float32_is_converted_for_a_float16_graph_unless_it_overflows() -> None:
     pixels = np.ones((4, 1176), np.float32)
-    assert checked_pixel_values(pixels, CONFIG, np.float16).dtype == np.float16
+    assert checked_batch(pixels, GRID, CONFIG, np.float16).pixel_values.dtype == np.float16
     pixels[3, 7] = 1e6
     with pytest.raises(InputError, match="row 3 holds values that are not finite in float16"):
-        checked_pixel_values(pixels, CONFIG, np.float16)
+        checked_batch(pixels, GRID, CONFIG, np.float16)
 
 
 def test_opposite_infinities_do_not_cancel() -> None:
     pixels = np.zeros((4, 1176), np.float32)
     pixels[1, 0], pixels[2, 0] = np.inf, -np.inf
     with pytest.raises(InputError, match="row 1"):
-        checked_pixel_values(pixels, CONFIG, np.float32)
+        checked_batch(pixels, GRID, CONFIG, np.float32)
+
+
+def test_a_batch_of_another_type_is_converted_once_and_checked() -> None:
+    batch = checked_batch(np.ones((4, 1176), np.float32), GRID, CONFIG, np.float32)
+    assert batch.of_type(np.float32) is batch
+    assert batch.of_type(np.float16).pixel_values.dtype == np.float16
+    batch.pixel_values[1] = 1e6
+    with pytest.raises(InputError, match="row 1 .* float16"):
+        batch.of_type(np.float16)

@@ -1,0 +1,158 @@
+"""Records: dataclasses that are JSON files, read and checked by the annotations of their fields.
+
+A field's annotation is what its value must be: `str`, `int`, `float`, `bool`, `Any`, a `Literal`, a
+list, tuple or dict of these, an optional one, or a dataclass. A class with a JSON form of its own
+has `from_json` and `to_json`. A field with a default may be missing, any other must be there, and
+what is no field is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mmvision_export.core.errors import ManifestError, MmvisionError
+from mmvision_export.core.files import read_json
+
+__all__ = ["json_from_record", "json_text", "read_record", "record_from_json"]
+
+_Record = TypeVar("_Record")
+
+
+def read_record(
+    cls: type[_Record],
+    path: Path,
+    *,
+    what: str,
+    formats: Sequence[int],
+    hint: str,
+    upgraded: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _, content: content,
+) -> _Record:
+    """Read a record's file.
+
+    Args:
+        cls: Class of the record.
+        path: The file.
+        what: What an error calls it, as "a manifest".
+        formats: Format numbers that can be read, ascending.
+        hint: How to get a file that can be read.
+        upgraded: Makes the last format of the content of an earlier one, given the format number.
+
+    Raises:
+        ManifestError: The file is missing, no JSON, of another format, or a field is wrong.
+    """
+    content = read_json(path)
+    form = content.pop("format", None)
+    # True is 1 to Python.
+    if isinstance(form, bool) or form not in formats:
+        known = " or ".join(map(str, formats))
+        raise ManifestError(f"{path}: {what} must be of format {known}, got {form!r}", hint=hint)
+    try:
+        return record_from_json(cls, upgraded(form, content))
+    except MmvisionError as error:
+        raise ManifestError(f"{path}: malformed: {error}", hint=hint, reason="malformed") from error
+
+
+def record_from_json(cls: type[_Record], content: Any, *, name: str = "the record") -> _Record:
+    """A dataclass from the JSON value of all its fields.
+
+    Args:
+        cls: A dataclass.
+        content: As `json.loads` gives it.
+        name: What an error calls the value.
+
+    Raises:
+        ManifestError: A field is missing, unknown or of another type; names it.
+        MmvisionError: Whatever the class raises for a value that it refuses.
+    """
+    if not isinstance(content, dict):
+        raise ManifestError(f"{name} must be an object, got {content!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    required = {
+        key
+        for key, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(content)):
+        raise ManifestError(f"{name} lacks {', '.join(missing)}")
+    if unknown := sorted(set(content) - set(fields)):
+        raise ManifestError(f"{name} has unknown field(s) {', '.join(unknown)}")
+    hints = get_type_hints(cls)
+    return cls(**{key: _checked(hints[key], value, key) for key, value in content.items()})
+
+
+def json_from_record(value: Any) -> Any:
+    """The JSON value that `record_from_json` reads back."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: json_from_record(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, (list, tuple)):
+        return [json_from_record(item) for item in value]
+    if isinstance(value, dict):
+        return {key: json_from_record(item) for key, item in value.items()}
+    return value
+
+
+def json_text(record: Any, *, form: int) -> str:
+    """A record's file."""
+    content = {"format": form, **json_from_record(record)}
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _checked(kind: Any, value: Any, name: str) -> Any:
+    """A value of the annotated type, made from its JSON form."""
+    origin, parameters = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in parameters:
+            return None
+        (kind,) = (option for option in parameters if option is not type(None))
+        return _checked(kind, value, name)
+    if origin is Literal:
+        return _literal(parameters, value, name)
+    if origin in (list, tuple):
+        items = _plain(list, value, name)
+        return origin(_checked(parameters[0], item, f"{name}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        entries = _plain(dict, value, name)
+        return {
+            key: _checked(parameters[1], item, f"{name}[{key!r}]") for key, item in entries.items()
+        }
+    if hasattr(kind, "from_json"):
+        return kind.from_json(value)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return record_from_json(kind, value, name=name)
+    return _plain(kind, value, name)
+
+
+def _literal(choices: tuple[Any, ...], value: Any, name: str) -> Any:
+    if value not in choices:
+        raise ManifestError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    return value
+
+
+_TITLES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def _plain(kind: type, value: Any, name: str) -> Any:
+    accepted = (int, float) if kind is float else kind
+    # True is an int to Python, and no number in JSON.
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise ManifestError(f"{name} must be {_TITLES[kind]}, got {value!r}")
+    return value

@@ -1,0 +1,154 @@
+"""The build target: which TensorRT, GPUs and precision, settled before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmvision_export.artifacts.build_target import (
+    TENSORRT_NAMES,
+    BuildTarget,
+    TensorRTName,
+    TensorRTVersion,
+)
+from mmvision_export.artifacts.manifest import Manifest, flavour_graph
+from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.core.errors import BackendError, EngineError
+from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.core.progress import Progress
+from mmvision_export.engine.choices import TensorRTChoice
+from mmvision_export.runtime.backends.cuda import current_compute_capability
+from mmvision_export.runtime.backends.tensorrt import (
+    current_platform,
+    import_tensorrt,
+)
+
+__all__ = ["choose_tensorrt", "resolve_target", "supported_by_rtx"]
+
+
+def choose_tensorrt(choice: TensorRTChoice) -> TensorRTName:
+    """The TensorRT to build with: the one named, or for `auto` the first that is installed.
+
+    Raises:
+        BackendError: It is not installed, or neither is.
+    """
+    if choice != "auto":
+        import_tensorrt(choice)
+        return choice
+    for candidate in TENSORRT_NAMES:
+        try:
+            import_tensorrt(candidate)
+        except BackendError:
+            continue
+        return candidate
+    raise BackendError(
+        "neither tensorrt nor tensorrt_rtx is installed",
+        hint="pip install '.[rtx]', or [tensorrt] for a data-centre GPU; JetPack brings its own",
+    )
+
+
+def supported_by_rtx(trt: Any) -> list[ComputeCapability]:
+    """What a TensorRT-RTX module can build for, ascending."""
+    names = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    return sorted(map(ComputeCapability.parse, names))
+
+
+def resolve_target(
+    directory: Path,
+    manifest: Manifest,
+    *,
+    precision: str | None,
+    backend: TensorRTChoice,
+    compute_capabilities: Sequence[ComputeCapability],
+    progress: Progress,
+) -> BuildTarget:
+    """What an engine of a model directory is built with and for.
+
+    Args:
+        directory: The model directory.
+        manifest: Its manifest.
+        precision: Of the engine, that of `model.onnx` if None.
+        backend: TensorRT to build with.
+        compute_capabilities: See `build_engine`.
+        progress: Told if no GPU was named and none is here.
+
+    Raises:
+        BackendError: TensorRT is not installed.
+        EngineError: It cannot build that, or no graph of that precision can be had.
+    """
+    backend = choose_tensorrt(backend)
+    trt = import_tensorrt(backend)
+    version = TensorRTVersion(str(trt.__version__))
+    precision = precision or manifest.precision
+    _refuse_precision(directory, manifest, precision)
+    if backend == "tensorrt":
+        capabilities = _gpu_of_this_machine(compute_capabilities)
+    else:
+        supported = list(filter(PRECISIONS[precision].runs_on, supported_by_rtx(trt)))
+        for capability in compute_capabilities:
+            if capability not in supported:
+                raise EngineError(
+                    f"TensorRT-RTX {version} does not build {precision} engines for {capability}, "
+                    f"only for {', '.join(map(str, supported))}"
+                )
+        capabilities = _gpus_for_rtx(compute_capabilities, supported, progress)
+    return BuildTarget(
+        backend=backend,
+        tensorrt_version=version,
+        platform=current_platform(),
+        compute_capabilities=tuple(capabilities),
+        precision=precision,
+        opset=manifest.opset,
+    )
+
+
+def _refuse_precision(directory: Path, manifest: Manifest, precision: str) -> None:
+    if precision == manifest.precision:
+        return
+    row = PRECISIONS.get(precision)
+    if row is not None and row.is_quantized:
+        if flavour_graph(precision) not in manifest.files:
+            raise EngineError(
+                f"{directory} has no {flavour_graph(precision)}, "
+                f"which an {precision} engine is built from",
+                hint=f"make it with: mmvision quantize --{precision} --model {directory}",
+            )
+    elif row is None or manifest.precision not in row.derived_from:
+        raise EngineError(
+            f"{directory} is a {manifest.precision} model, "
+            f"from which no {precision} engine can be built",
+            hint=f"export it again with --{precision}",
+        )
+
+
+def _gpu_of_this_machine(wanted: Sequence[ComputeCapability]) -> list[ComputeCapability]:
+    here = current_compute_capability()
+    if here is None:
+        raise EngineError(
+            "TensorRT builds for the GPU it runs on, and there is none here",
+            hint="build with --backend tensorrt-rtx --compute-capability ..., "
+            "or on the target machine",
+        )
+    if not set(wanted) <= {here}:
+        raise EngineError(
+            f"TensorRT builds for the GPU it runs on, {here}; "
+            f"it cannot build for {', '.join(map(str, wanted))}",
+            hint="build with --backend tensorrt-rtx, or on the target machine",
+        )
+    return [here]
+
+
+def _gpus_for_rtx(
+    wanted: Sequence[ComputeCapability], supported: list[ComputeCapability], progress: Progress
+) -> list[ComputeCapability]:
+    if wanted:
+        return sorted(set(wanted))
+    here = current_compute_capability()
+    if here is not None:
+        return [here]
+    progress.note(
+        "no GPU here: building for all that TensorRT-RTX supports, "
+        f"{', '.join(map(str, supported))}"
+    )
+    return supported
