@@ -49,7 +49,8 @@ bench: setup
 	$(BIN)/mmvision export --onnx --preset shallow --random-weights --seed 0 --output engines/bench --force
 	$(BIN)/mmvision quantize --cpu-int8 --model engines/bench
 	$(BIN)/mmvision benchmark --model engines/bench --backend onnxruntime-cpu \
-		--precision fp32,int8 --against transformers-eager,transformers-sdpa,nemo,torch-compile \
+		--backend openvino `grep -qwE "avx512_bf16|amx_bf16|bf16" /proc/cpuinfo && echo --backend openvino-bf16` --precision fp32,int8 \
+		--against transformers-eager,transformers-sdpa,transformers-sdpa-bf16,nemo,torch-eager,torch-eager-bf16,torch-compile,torch-compile-bf16 \
 		--output .bench --page docs/benchmarks.md
 
 test: setup

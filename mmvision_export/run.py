@@ -68,6 +68,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
+    model.add_argument("--precision", choices=("fp32", "bf16"), help="what openvino computes in "
+                       "(default: fp32; bf16 where the CPU has it)")  # fmt: skip
     model.add_argument(
         "--kernel-library",
         type=Path,
@@ -166,6 +168,7 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         threads=arguments.threads,
         flavour=arguments.flavour,
         kernel_library=arguments.kernel_library,
+        precision=arguments.precision,
     )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "DATA",
     "GRAPH",
     "MANIFEST",
+    "OPENVINO_GRAPH",
     "PLANS",
     "Manifest",
     "find_model_directory",
@@ -39,6 +40,8 @@ GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 CPU_GRAPH = "model.cpu.onnx"
 """The float32 graph laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
+OPENVINO_GRAPH = "model.openvino.onnx"
+"""The graph of a float32 directory as OpenVINO reads it; its weights are in `DATA` too."""
 MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1

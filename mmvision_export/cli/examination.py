@@ -23,6 +23,7 @@ _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "cuda-bindings",
@@ -109,6 +110,11 @@ def _runs(backend: str) -> str:
         from mmvision_export.runtime.backends.onnxruntime_gpu import rtx_devices
 
         return f"yes, on {len(rtx_devices())} device(s)"
+    if backend == "openvino":
+        from mmvision_export.runtime.backends.openvino import cpu_capabilities, import_openvino
+
+        bf16 = "BF16" in cpu_capabilities(import_openvino().Core())
+        return f"yes, in fp32{' and bf16' if bf16 else '; this CPU has no bf16'}"
     from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, require_provider
 
     require_provider(PROVIDERS[backend])

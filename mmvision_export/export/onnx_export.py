@@ -16,11 +16,18 @@ import onnx_ir as ir
 import torch
 from onnxscript.onnx_opset import opset18
 
-from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, MANIFEST, Manifest
+from mmvision_export.artifacts.manifest import (
+    CPU_GRAPH,
+    DATA,
+    GRAPH,
+    MANIFEST,
+    OPENVINO_GRAPH,
+    Manifest,
+)
 from mmvision_export.core.errors import ExportError
 from mmvision_export.core.files import file_record, new_directory
 from mmvision_export.core.progress import Progress
-from mmvision_export.graph.files import save_cpu_graph, save_graph
+from mmvision_export.graph.files import save_cpu_graph, save_graph, save_openvino_graph
 from mmvision_export.graph.passes import name_after_modules, name_dimensions
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
@@ -150,9 +157,10 @@ def export_model_directory(
         save_graph(model, directory, GRAPH, progress)
         names = [GRAPH, DATA, PREPROCESSOR]
         if precision == "fp32":
-            progress.step(f"writing {CPU_GRAPH}")
+            progress.step(f"writing {CPU_GRAPH} and {OPENVINO_GRAPH}")
             save_cpu_graph(directory, config)
-            names.append(CPU_GRAPH)
+            save_openvino_graph(directory)
+            names += [CPU_GRAPH, OPENVINO_GRAPH]
         content = json.dumps(preprocessor.to_dict(), indent=2) + "\n"
         (directory / PREPROCESSOR).write_text(content, encoding="utf-8")
         progress.step("hashing")

@@ -12,20 +12,23 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import CPU_GRAPH, PLANS
-from mmvision_export.core.errors import ManifestError
+from mmvision_export.artifacts.manifest import CPU_GRAPH, OPENVINO_GRAPH, PLANS
+from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.progress import Progress
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.parity.encoders import Encoders
 from mmvision_export.parity.graphs import LoadedGraph
-from mmvision_export.parity.runners import EngineRunner, TorchRunner
+from mmvision_export.parity.runners import BackendRunner, EngineRunner, TorchRunner
 from mmvision_export.parity.sessions import session_from_model
 from mmvision_export.runtime.backends.cuda import current_compute_capability
 from mmvision_export.runtime.backends.onnxruntime import create_session
+from mmvision_export.runtime.backends.openvino import import_openvino
 
 __all__ = [
     "Candidate",
     "candidate_from_engine",
     "candidates_from_graphs",
+    "candidates_from_openvino",
     "candidates_from_plans",
     "candidates_from_pytorch",
     "eager_name",
@@ -100,6 +103,26 @@ def candidates_from_graphs(
             )
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
     return candidates
+
+
+def candidates_from_openvino(
+    graphs: Mapping[str, LoadedGraph],
+    directory: Path,
+    config: EncoderConfig,
+    *,
+    progress: Progress,
+) -> list[Candidate]:
+    """OpenVINO's graph in OpenVINO, if the directory has the one and this machine the other."""
+    if OPENVINO_GRAPH not in graphs:
+        return []
+    try:
+        import_openvino()
+    except BackendError as error:
+        progress.note(f"{OPENVINO_GRAPH} is compared in ONNX Runtime alone: {error}")
+        return []
+    name, facts = f"{OPENVINO_GRAPH} (OpenVINO)", graphs[OPENVINO_GRAPH].facts
+    runner = BackendRunner(name, directory, backend="openvino", config=config)
+    return [Candidate(OPENVINO_GRAPH, facts.precision, facts.float_type, runner)]
 
 
 def _session_loader(graph: Path, operators: Path | None = None) -> Callable[[], Any]:

@@ -22,6 +22,7 @@ from mmvision_export.parity.candidates import (
     Candidate,
     candidate_from_engine,
     candidates_from_graphs,
+    candidates_from_openvino,
     candidates_from_plans,
     candidates_from_pytorch,
     eager_name,
@@ -102,13 +103,16 @@ def check_parity(
         # An engine does not show its layers; the graph it was built from has the same types.
         record = EngineRecord.read(path)
         graphs = graphs_from_directory(directory, manifest, [record.graph.name])
-        in_onnxruntime, engines = [], [candidate_from_engine(path, record, graphs=graphs)]
+        on_cpu, engines = [], [candidate_from_engine(path, record, graphs=graphs)]
     else:
         names = [name for name in manifest.files if name.endswith(".onnx")]
         graphs = graphs_from_directory(directory, manifest, names)
-        in_onnxruntime = candidates_from_graphs(
-            graphs, directory, kernel_library=kernel_library, progress=progress
-        )
+        on_cpu = [
+            *candidates_from_graphs(
+                graphs, directory, kernel_library=kernel_library, progress=progress
+            ),
+            *candidates_from_openvino(graphs, directory, manifest.config, progress=progress),
+        ]
         engines = candidates_from_plans(directory, graphs=graphs, progress=progress)
 
     with runner_errors():
@@ -116,13 +120,13 @@ def check_parity(
         embeds = _embeds_from_engines(engines, samples, asked_for=path, progress=progress)
         engines = [engine for engine in engines if engine.runner.name in embeds]
         float_types = sorted(
-            {candidate.float_type for candidate in (*in_onnxruntime, *engines)}, reverse=True
+            {candidate.float_type for candidate in (*on_cpu, *engines)}, reverse=True
         )
         in_pytorch = candidates_from_pytorch(encoders, float_types)
         with TorchRunner(REFERENCE, encoders.load_reference, manifest.config) as runner:
             expected = embeds_from_runner(runner, samples, progress=progress)
         distances = distances_from_runners(
-            [candidate.runner for candidate in (*in_pytorch, *in_onnxruntime)],
+            [candidate.runner for candidate in (*in_pytorch, *on_cpu)],
             samples,
             reference=expected,
             progress=progress,
@@ -132,7 +136,7 @@ def check_parity(
             sample: distance_from_embeds(given, reference=expected[sample])
             for sample, given in found.items()
         }
-    rows = _rows([*in_pytorch, *in_onnxruntime, *engines], samples, distances)
+    rows = _rows([*in_pytorch, *on_cpu, *engines], samples, distances)
     if not any(row.subject for row in rows):
         raise ParityError(
             "every sample is beyond the engine's profile",

@@ -96,11 +96,20 @@ def record_parity(result: ParityResult) -> None:
             "date": now,
             "passed": not any(row.failures for row in rows),
             "grids": _summary([row for row in rows if row.runner == subject]),
-            "rounded": _summary([row for row in rows if row.runner != subject]),
+            "rounded": _summary([row for row in rows if row.runner == f"{subject} (rounded)"]),
+            **_other_runtimes(rows, subject),
             "layers": result.layers.summary(subject),
         }
     # A copy: the result keeps the manifest of what was compared.
     dataclasses.replace(result.manifest).update(result.directory, parity=parity)
+
+
+def _other_runtimes(rows: Sequence[ParityRow], subject: str) -> dict[str, Any]:
+    """Of runtimes that a graph was run in besides ONNX Runtime, by name, where there are any."""
+    said = (subject, f"{subject} (rounded)")
+    names = dict.fromkeys(row.runner for row in rows if row.runner not in said)
+    found = {name: _summary([row for row in rows if row.runner == name]) for name in names}
+    return {"other_runtimes": found} if found else {}
 
 
 def _summary(rows: Sequence[ParityRow]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     assert exported.code == 0, exported.err
     assert "engines/tiny: fp32 graph, opset 23" in exported.out
     assert sorted(p.name for p in (tmp_path / "engines" / "tiny").iterdir()) == [
-        "manifest.json", "model.cpu.onnx", "model.onnx", "model.onnx.data", "preprocessor_config.json",
+        "manifest.json", "model.cpu.onnx", "model.onnx", "model.onnx.data", "model.openvino.onnx",
+        "preprocessor_config.json",
     ]  # fmt: skip
 
     again = mmvision(*TINY)
@@ -54,7 +55,10 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     )  # and the rotary frequencies
 
     rows = json.loads(mmvision("parity", "--json").out)["rows"]
-    assert {row["runner"] for row in rows} == {"pytorch-fp32", "model.onnx", "model.cpu.onnx"}
+    assert {row["runner"] for row in rows} == {
+        "pytorch-fp32", "model.onnx", "model.cpu.onnx",
+        "model.openvino.onnx", "model.openvino.onnx (OpenVINO)",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

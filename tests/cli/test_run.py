@@ -162,7 +162,7 @@ def test_errors(
         ["--pixel-values", "x.npy"],
         ["--image", "a.jpg", "--pixel-values", "x.npy", "--grid-thw", "g.npy"],
         ["--threads", "0"],
-        ["--backend", "openvino"],
+        ["--backend", "coreml"],
         ["--nonsense"],
         ["--video", "v.mp4", "--image", "a.jpg"],
         ["--fps", "2"],

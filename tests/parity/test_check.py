@@ -40,7 +40,7 @@ from tests.support.faults import leak_between_images, rewrite, scale_weights, sw
 from tests.support.notes import Notes
 
 CHECK_SAMPLES = samples_from_grids(HEAD_DIM_80, CHECK_GRIDS)
-GRAPHS = {"model.onnx", "model.cpu.onnx", "model.fp16.onnx"}
+GRAPHS = {"model.onnx", "model.cpu.onnx", "model.openvino.onnx", "model.fp16.onnx"}
 
 
 def check(directory: Path, **options: Any) -> ParityResult:
@@ -56,6 +56,7 @@ def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -
     assert result.passed
     assert {row.runner for row in result.rows} == {
         "pytorch-fp32", "pytorch-fp16", *GRAPHS, "model.fp16.onnx (rounded)",
+        "model.openvino.onnx (OpenVINO)",
     }  # fmt: skip
     assert {row.sample for row in result.rows} == set(PARITY_GRIDS)
     for row in result.rows:

@@ -139,4 +139,4 @@ def test_options_out_of_range() -> None:
 
 
 def test_the_cpu_is_the_last_resort() -> None:
-    assert AUTO_BACKENDS[-1] == "onnxruntime-cpu"
+    assert AUTO_BACKENDS[-2:] == ("onnxruntime-cpu", "openvino")

@@ -118,7 +118,8 @@ def test_auto_says_what_was_passed_over(exported: Path) -> None:
     with VisionEncoder.open(exported) as encoder:
         assert encoder.info["backend"].startswith(("onnxruntime", "tensorrt"))
         if encoder.info["backend"] == "onnxruntime-cpu":
-            assert set(encoder.info["passed_over"]) == set(AUTO_BACKENDS) - {"onnxruntime-cpu"}
+            before = AUTO_BACKENDS[: AUTO_BACKENDS.index("onnxruntime-cpu")]
+            assert set(encoder.info["passed_over"]) == set(before)
 
 
 def test_float16_directory(tmp_path: Path) -> None:
@@ -155,8 +156,8 @@ def test_damaged_directories(exported: Path, tmp_path: Path, backend: str) -> No
 
 
 def test_unknown_backend_and_directory(exported: Path, tmp_path: Path) -> None:
-    with refused(BackendError, "backend", "openvino"):
-        VisionEncoder.open(exported, backend="openvino")
+    with refused(BackendError, "backend", "coreml"):
+        VisionEncoder.open(exported, backend="coreml")
     with refused(ManifestError, tmp_path / "nothing", reason="missing"):
         VisionEncoder.open(tmp_path / "nothing")
     with refused(BackendError, ".engine"):

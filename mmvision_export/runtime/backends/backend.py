@@ -37,6 +37,7 @@ class BackendOptions:
         flavour: Which graph of the directory a CPU backend runs, as `cpu-int8`; the best exact one if None.
         kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default the one
             in the model directory's own `plugins/`. Executable content, as an engine is.
+        precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
 
     Raises:
         BackendError: A number is out of range.
@@ -51,6 +52,7 @@ class BackendOptions:
     runtime_cache: str | Path | None = None
     flavour: str | None = None
     kernel_library: str | Path | None = None
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams"):
@@ -66,7 +68,7 @@ class BackendInfo:
     Attributes:
         runtime: Package that runs the model, as `onnxruntime` or `tensorrt`.
         version: Its version.
-        precision: Of the graph or engine.
+        precision: Of the graph or engine; of OpenVINO, what it computes in.
         weights_sha256: Of the file of weights, or of the one an engine was built from.
         model: The model directory.
         graph: File name of the graph.
@@ -81,6 +83,8 @@ class BackendInfo:
         kernels: TensorRT-RTX's kernel strategy.
         runtime_cache: TensorRT-RTX's file, and whether it was read.
         kernel_library: The library of operators for ONNX Runtime.
+        cpu: Which CPU, in OpenVINO's words.
+        threads: Of OpenVINO's pool.
         chosen: Why `auto` took this backend.
         passed_over: What `auto` did not take, and why.
     """
@@ -102,6 +106,8 @@ class BackendInfo:
     kernels: str | None = None
     runtime_cache: str | None = None
     kernel_library: str | None = None
+    cpu: str | None = None
+    threads: int | None = None
     chosen: str | None = None
     passed_over: dict[str, str] | None = None
 
