@@ -143,7 +143,7 @@ def test_contract_finds_a_wrong_argument(settings: dict[str, str | Path], tmp_pa
     root = tmp_path / "plugins"
     shutil.copytree(plugins_root(), root)
     source = root / "varlen_attention" / "varlen_attention.cpp"
-    wrong = source.read_text().replace("{&qPtr, &kPtr,", "{&kPtr, &qPtr,")
+    wrong = re.sub(r"\{&qPtr,\s*&kPtr,", "{&kPtr, &qPtr,", source.read_text())
     assert wrong != source.read_text()
     source.write_text(wrong)
     variables = [f"-D{name}={value}" for name, value in settings.items()]
@@ -160,7 +160,7 @@ def test_clang_tidy(settings: dict[str, str | Path], tmp_path: Path) -> None:
     variables = [f"-D{name}={value}" for name, value in settings.items()]
     output("cmake", "-S", plugins_root(), "-B", tmp_path, *variables)
     sources = sorted(
-        p for p in plugins_root().glob("*/*.cpp") if p.parent.name not in ("cpu", "tests")
+        p for p in plugins_root().glob("*/*.cpp") if p.parent.name not in ("amx", "tests")
     )
     assert len(sources) == 7
     output(clang_tidy, "--quiet", "-p", tmp_path, *sources)
