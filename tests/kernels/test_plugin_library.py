@@ -162,7 +162,7 @@ def test_clang_tidy(settings: dict[str, str | Path], tmp_path: Path) -> None:
     sources = sorted(
         p for p in plugins_root().glob("*/*.cpp") if p.parent.name not in ("amx", "tests")
     )
-    assert len(sources) == len(list(plugins_root().glob("[cqv]*/*.cpp")))
+    assert len(sources) == 7
     output(clang_tidy, "--quiet", "-p", tmp_path, *sources)
 
 
