@@ -280,8 +280,9 @@ def test_one_engine_is_judged_as_the_graph_it_was_built_from(
     """One that is right passes, and one that is wrong fails; either is opened once, and closed."""
     stands: list[Opened] = []
 
-    def opened(path: Path, *, backend: str) -> Opened:
+    def opened(path: Path, *, backend: str, refuse_non_finite: bool) -> Opened:
         assert (path, backend) == (engine, "tensorrt-rtx")
+        assert not refuse_non_finite  # a gate judges what is not finite
         stands.append(Opened(factor))
         return stands[-1]
 
