@@ -300,6 +300,7 @@ def doctor(
     for name, version in report.packages.items():
         table.add_row(name, version or "-", style=None if version else "dim")
     console.print(table)
+    console.print(f"\n[bold]CUDA driver[/]\n  {escape(report.driver)}")
     for row in report.backends:
         console.print(
             f"\n[bold]{row.name}[/]\n  build engines: {escape(row.builds)}\n  run: {escape(row.runs)}"

@@ -25,6 +25,7 @@ from mmvision_export.models.minimax_m3_vl.preprocess import (
     patches_from_images,
 )
 from mmvision_export.runtime.backends import Backend, BackendOptions, DeviceBackend, open_backend
+from mmvision_export.runtime.backends.cuda import LEGACY_STREAM
 from mmvision_export.runtime.backends.device_array import device_array, device_of, empty_like
 from mmvision_export.runtime.grid import checked_grid, checked_pixel_values, tokens_per_image
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from mmvision_export.models.minimax_m3_vl.video import VideoSegment
 
 __all__ = ["VisionEncoder"]
-
-_LEGACY_STREAM = 1  # how DLPack names CUDA's default stream
 
 
 class VisionEncoder:
@@ -62,6 +61,7 @@ class VisionEncoder:
         threads: int | None = None,
         streams: int = 1,
         cuda_graphs: bool = True,
+        capture_on_open: bool = False,
         kernels: str | None = None,
         runtime_cache: str | Path | None = None,
         flavour: str | None = None,
@@ -78,6 +78,7 @@ class VisionEncoder:
             threads: Threads of the CPU backend; its own choice if None.
             streams: Calls that a TensorRT engine runs at once; more wait. Weights are shared, activations are not.
             cuda_graphs: Whether a TensorRT engine built with `--buckets` is run by one CUDA graph for each bucket.
+            capture_on_open: Whether they are captured here, rather than in the first call of each bucket.
             kernels: When TensorRT-RTX specialises kernels to a shape: `lazy`, `eager` or `none`. Default: eager for an
                 engine with buckets, else lazy.
             runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default beside the
@@ -96,6 +97,7 @@ class VisionEncoder:
             threads=threads,
             streams=streams,
             cuda_graphs=cuda_graphs,
+            capture_on_open=capture_on_open,
             kernels=kernels,
             runtime_cache=None if runtime_cache is None else Path(runtime_cache),
             flavour=flavour,
@@ -178,7 +180,7 @@ class VisionEncoder:
         backend = self._device_backend("arrays on a CUDA device")
         handle = None if stream is None else _handle_of(stream)
         source = device_array(
-            pixel_values, name="pixel_values", stream=_LEGACY_STREAM if handle is None else handle
+            pixel_values, name="pixel_values", stream=LEGACY_STREAM if handle is None else handle
         )
         if source.device != backend.device:
             raise InputError(
@@ -197,7 +199,7 @@ class VisionEncoder:
         shape = (source.shape[0] // self.config.patches_per_token, self.config.text_hidden_size)
         result = empty_like(pixel_values, shape, self.dtype)
         target = device_array(
-            result, name="image_embeds", stream=_LEGACY_STREAM if handle is None else handle
+            result, name="image_embeds", stream=LEGACY_STREAM if handle is None else handle
         )
         backend.run_into(target, source, grid, stream=handle)
         return result
@@ -313,12 +315,16 @@ def _as_given(result: npt.NDArray[np.floating], given: Any) -> Any:
 
 
 def _handle_of(stream: Any) -> int:
-    """The handle of a stream object of torch, CuPy or CUDA Python."""
+    """The handle of a stream object of torch, CuPy or CUDA Python; never 0, the default stream's other name."""
     if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
+        return int(stream.__cuda_stream__()[1]) or LEGACY_STREAM
     for attribute in ("cuda_stream", "ptr"):
         if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        return stream
-    raise InputError(f"stream must be a CUDA stream or its handle, got {type(stream).__name__}")
+            return int(getattr(stream, attribute)) or LEGACY_STREAM
+    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
+        return stream or LEGACY_STREAM
+    given = stream if isinstance(stream, int) else type(stream).__name__
+    raise InputError(
+        f"stream must be a CUDA stream or its handle, got {given}",
+        hint="as torch.cuda.current_stream()",
+    )

@@ -46,6 +46,7 @@ class BackendOptions:
         streams: Calls that a TensorRT engine runs at once, each on a stream with memory of its own. ONNX Runtime takes
             calls of any number of threads whatever this says.
         cuda_graphs: Whether a TensorRT engine with buckets is run by CUDA graphs.
+        capture_on_open: Whether those are captured when it is opened, rather than in the first call of each bucket.
         kernels: TensorRT-RTX's kernel strategy (`lazy`, `eager` or `none`), or None to choose.
         runtime_cache: TensorRT-RTX's file of compiled kernels, or None for one beside the engine.
         flavour: Which graph of a model directory the CPU backend runs, as `cpu-int8`; its best exact one if None.
@@ -59,6 +60,7 @@ class BackendOptions:
     threads: int | None = None
     streams: int = 1
     cuda_graphs: bool = True
+    capture_on_open: bool = False
     kernels: Any = None
     runtime_cache: Path | None = None
     flavour: str | None = None

@@ -60,6 +60,7 @@ def _opened(
         "manifest": manifest,
         "streams": options.streams,
         "cuda_graphs": options.cuda_graphs,
+        "capture_on_open": options.capture_on_open,
     }
     if backend == "tensorrt":
         return TensorRTBackend(engine, **common)

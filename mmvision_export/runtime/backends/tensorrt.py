@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import platform as host
 import queue
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,7 @@ class TensorRTBackend:
         manifest: Of the model directory the engine lies in, if it does.
         streams: Lanes, that is calls that can run at once. The weights are shared, activations are not.
         cuda_graphs: Whether launches in a bucket are captured once and replayed.
+        capture_on_open: Whether they are captured here, rather than in the first call that has one.
 
     Raises:
         ManifestError: The engine is not for this machine or graph.
@@ -93,6 +95,7 @@ class TensorRTBackend:
         manifest: Manifest | None,
         streams: int = 1,
         cuda_graphs: bool = True,
+        capture_on_open: bool = False,
     ) -> None:
         record = EngineRecord.read(engine)
         compute_capability = cuda.compute_capability()
@@ -114,6 +117,7 @@ class TensorRTBackend:
         self._plan = LaunchPlanner(
             self.profiles, Costs(record.config, masked=record.attention.masked)
         )
+        self._capture_on_open = capture_on_open
         self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
         self.info: dict[str, Any] = {
             "engine": str(engine),
@@ -151,6 +155,7 @@ class TensorRTBackend:
             raise
 
     def _open(self, path: Path, plan: bytes, module: Any, streams: int) -> None:
+        self._cuda.use()
         self._logger = _logger(module)
         runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
         self._engine = self._checked(runtime.deserialize_cuda_engine(plan), f"deserialise {path}")
@@ -170,6 +175,9 @@ class TensorRTBackend:
             )
             self._cleanup.callback(lane.close)
             lane.open(self._engine, lambda: self._new_context(module))
+            if self._capture_on_open:
+                lane.capture_all()
+                self._note_refusals(lane)
             self._lanes.put(lane)
             self._num_lanes += 1
 
@@ -208,6 +216,14 @@ class TensorRTBackend:
         with self._lane() as lane:
             self._cuda.use()
             lane.run(plan, pixel_values, grid_thw, image_embeds, stream=stream)
+            self._note_refusals(lane)
+
+    def _note_refusals(self, lane: Lane) -> None:
+        if lane.refusals:
+            self.info["captures_refused"] = {
+                f"{self.profiles[index].max_patches} patches": reason
+                for index, reason in lane.refusals.items()
+            }
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[Lane]:
@@ -225,11 +241,15 @@ class TensorRTBackend:
         """See `Backend.close`. Waits for the calls that are running."""
         engine, self._engine = self._engine, None
         idle = [self._lanes.get() for _ in range(self._num_lanes)]
-        self._cleanup.close()
-        # TensorRT asks that contexts go before their engine.
-        del engine
-        for lane in idle:  # whoever waits for one is told
-            self._lanes.put(lane)
+        try:
+            self._cuda.use()  # whichever thread this is
+            self._cleanup.close()
+        finally:
+            # TensorRT asks that contexts go before their engine.
+            del engine
+            self._cuda.close()
+            for lane in idle:  # whoever waits for one is told
+                self._lanes.put(lane)
 
     def _checked(self, result: Any, what: str) -> Any:
         """Turn TensorRT's None or False into an error with what it logged."""
@@ -241,7 +261,14 @@ class TensorRTBackend:
 
 
 def _logger(module: Any) -> Any:
-    """A TensorRT logger that keeps the errors, for the message of the exception that follows."""
+    """A TensorRT logger that keeps the errors, for the message of the exception that follows.
+
+    What is less than an error goes to Python's logger `mmvision_export.tensorrt`.
+    """
+    severities = module.ILogger.Severity
+    errors = (severities.ERROR, severities.INTERNAL_ERROR)
+    levels = {severities.WARNING: logging.WARNING, severities.INFO: logging.INFO}
+    log = logging.getLogger("mmvision_export.tensorrt")
 
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -249,7 +276,9 @@ def _logger(module: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
+            if severity in errors:
                 self.errors.append(message)
+            else:
+                log.log(levels.get(severity, logging.DEBUG), "%s", message)
 
     return Logger()

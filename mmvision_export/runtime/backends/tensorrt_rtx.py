@@ -45,6 +45,7 @@ class TensorRTRTXBackend(TensorRTBackend):
         manifest: Manifest | None,
         streams: int = 1,
         cuda_graphs: bool = True,
+        capture_on_open: bool = False,
         kernels: KernelStrategy | None = None,
         runtime_cache: Path | None = None,
     ) -> None:
@@ -65,6 +66,7 @@ class TensorRTRTXBackend(TensorRTBackend):
             manifest=manifest,
             streams=streams,
             cuda_graphs=cuda_graphs,
+            capture_on_open=capture_on_open,
         )
 
     @property
