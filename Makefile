@@ -14,7 +14,7 @@ help:
 	@echo "make test       the tests, on all cores"
 	@echo "make test-slow  the tests that take longer: the full-size model among them"
 	@echo "make bench      measure against PyTorch, 20 minutes, and write docs/benchmarks.md"
-	@echo "make check      ruff, mypy (TensorRT's calls against its type stubs too), import-linter"
+	@echo "make check      ruff, clang-format, mypy (TensorRT's calls against its type stubs too), import-linter"
 	@echo "make clean      remove what these made"
 
 setup: $(VENV)/.installed
@@ -48,9 +48,9 @@ demo: setup
 bench: setup
 	$(BIN)/mmvision export --onnx --preset shallow --random-weights --seed 0 --output engines/bench --force
 	$(BIN)/mmvision quantize --cpu-int8 --model engines/bench
-	$(BIN)/mmvision build-plugins --cpu --force || { test "`uname -m`" != x86_64 && echo "skipped: there are none for `uname -m`"; }
-	$(BIN)/mmvision benchmark --model engines/bench --backend onnxruntime-cpu --backend onnxruntime-cpu:plain \
-		--precision fp32,int8 --against transformers-eager,transformers-sdpa,nemo,torch-compile \
+	$(BIN)/mmvision benchmark --model engines/bench --backend onnxruntime-cpu \
+		--backend openvino `grep -qwE "avx512_bf16|amx_bf16|bf16" /proc/cpuinfo && echo --backend openvino-bf16` --precision fp32,int8 \
+		--against transformers-eager,transformers-sdpa,transformers-sdpa-bf16,nemo,torch-eager,torch-eager-bf16,torch-compile,torch-compile-bf16 \
 		--output .bench --page docs/benchmarks.md
 
 test: setup
@@ -62,6 +62,7 @@ test-slow: setup
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	find plugins -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_tensorrt_types.py
 	$(BIN)/lint-imports
@@ -69,6 +70,7 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	find plugins -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format -i
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(MODEL) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from mmvision_export.version import __version__
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from mmvision_export.runtime.vision_encoder import VisionEncoder
 
 __all__ = ["VisionEncoder", "__version__"]
+
+# ONNX Runtime's wheel looks up a host of Microsoft's, and writes a device id and events into the
+# user's cache. It reads this variable once, when it is loaded: no module of this package, nor a
+# library that one imports, can load it before this line. Who sets 0 has asked for telemetry.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""`python -m mmvision_export.run`: images, a video, or patches with their grid, to image embeddings.
+"""`mmvision run`, or `python -m mmvision_export.run`: images, a video, or patches, to image embeddings.
 
-Prints one JSON object on standard output, of a folder of images one line for each. Needs numpy, pillow and one backend;
-for a video PyAV too.
+Prints one JSON object on standard output, of a folder of images one line for each. Needs numpy,
+pillow and one backend; for a video PyAV too.
 """
 
 from __future__ import annotations
@@ -9,23 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from mmvision_export.artifacts.manifest import find_model_directory
-from mmvision_export.core.errors import InputError, OutputError, message_and_hint, print_error
+from mmvision_export.core.command import ProgressLine, exit_code_of
+from mmvision_export.core.errors import InputError, OutputError, print_error
 from mmvision_export.core.files import array_from_file
-from mmvision_export.core.finite import refuse_embeddings_not_finite
-from mmvision_export.core.progress import Progress
-from mmvision_export.models.minimax_m3_vl.preprocess import image_from_file, patches_from_images
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
+from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images, image_from_file
 from mmvision_export.runtime.backends import BACKENDS
 from mmvision_export.runtime.embeds_file import (
     FORMATS,
@@ -34,7 +32,6 @@ from mmvision_export.runtime.embeds_file import (
     refuse_unknown_format,
 )
 from mmvision_export.runtime.folder import encode_folder, refuse_foreign_output, run_identity
-from mmvision_export.runtime.grid import tokens_per_image
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from mmvision_export.version import __version__
 
@@ -43,11 +40,20 @@ __all__ = ["main"]
 _TEST_PATTERN = "test pattern, 448 x 448"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mmvision_export.run",
-        description="Encode images or a video with the vision encoder and print a summary as JSON; of a folder, one "
-        "line for each image. With no input, encodes a test pattern, to see that everything works.",
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        print_error(message, f"{self.prog} --help")
+        self.exit(2)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description="Encode images or a video with the vision encoder and print a summary as JSON; "
+        "of a folder, one line for each image. With no input, encodes a test pattern, to see that "
+        "everything works.",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, metavar="DIR", help="model directory, or an .engine file (default: the "
@@ -62,11 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
-    model.add_argument("--no-cpu-kernels", dest="cpu_kernels", action="store_false", help="leave onnxruntime-cpu to "
-                       "its own operators, where mmvision build-plugins --cpu has built others")  # fmt: skip
+    model.add_argument("--precision", choices=("fp32", "bf16"), help="what openvino computes in "
+                       "(default: fp32; bf16 where the CPU has it)")  # fmt: skip
+    model.add_argument(
+        "--kernel-library",
+        type=Path,
+        metavar="FILE",
+        help="for onnxruntime-amx: what mmvision build-plugins --cpu built (default: the one in "
+        "the model directory's plugins/)",
+    )
     inputs = parser.add_argument_group("input")
-    inputs.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="images, encoded as one batch; with a "
-                        "folder among them, one after the other into the folder --output")  # fmt: skip
+    inputs.add_argument("--image", type=Path, nargs="+", action="extend", metavar="FILE",
+                        help="images, encoded as one batch; with a folder among them, one after the other into the "
+                        "folder --output; may be repeated")  # fmt: skip
     inputs.add_argument(
         "--video", type=Path, metavar="FILE", help="a video, encoded segment by segment"
     )
@@ -96,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _parser()
+def _checked_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    parser = _parser(prog)
     arguments = parser.parse_args(argv)
     given = [
         name for name in ("image", "video", "pixel_values") if getattr(arguments, name) is not None
@@ -115,36 +129,34 @@ def _checked_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS
     ):
         parser.error(
-            "a folder of images needs --output, a folder for their embeddings; --format says in which files"
+            "a folder of images needs --output, a folder for their embeddings; --format says in "
+            "which files"
         )
     if arguments.format is not None and not arguments.folder:
         parser.error("--format goes with a folder of images")
     return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "python -m mmvision_export.run") -> int:
     """Run the command.
 
     Args:
         argv: Arguments without the program's name, `sys.argv` if None.
+        prog: What its help calls it.
 
     Returns:
         The exit code: 0; 1 after an error, or if an image of a folder failed; 130 when interrupted.
+
+    Raises:
+        SystemExit: With 2, after wrong usage; with 0, after `--help` or `--version`.
     """
-    arguments = _checked_arguments(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if arguments.folder:
-            return _run_folder(arguments)
-        print(json.dumps(_run(arguments), indent=2), flush=True)
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        return 130
-    except Exception as error:
-        if arguments.verbose:
-            raise
-        print_error(*message_and_hint(error))
-        return 1
+    arguments = _checked_arguments(argv, prog)
+    work = _print_folder if arguments.folder else _print_summary
+    return exit_code_of(lambda: work(arguments), verbose=arguments.verbose)
+
+
+def _print_summary(arguments: argparse.Namespace) -> int:
+    print(json.dumps(_run(arguments), indent=2), flush=True)
     return 0
 
 
@@ -155,11 +167,12 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         device=arguments.device,
         threads=arguments.threads,
         flavour=arguments.flavour,
-        cpu_kernels=arguments.cpu_kernels,
+        kernel_library=arguments.kernel_library,
+        precision=arguments.precision,
     )
 
 
-def _run_folder(arguments: argparse.Namespace) -> int:
+def _print_folder(arguments: argparse.Namespace) -> int:
     options = {"resize_to_fit": arguments.resize_to_fit}
     counts = dict.fromkeys(("encoded", "already there", "failed"), 0)
     with _opened(arguments) as encoder:
@@ -209,29 +222,26 @@ def _encode_batch(
     arguments: argparse.Namespace, encoder: VisionEncoder, file: EmbedsFile | None
 ) -> dict[str, Any]:
     start = time.perf_counter()
-    inputs, pixel_values, grid_thw = _inputs(arguments, encoder)
+    inputs, batch = _inputs(arguments, encoder)
     prepared = time.perf_counter()
-    image_embeds = encoder(pixel_values, grid_thw)
+    image_embeds = encoder.encode(batch)
     encoded = time.perf_counter()
-    refuse_embeddings_not_finite(image_embeds)
-    tokens = tokens_per_image(grid_thw, encoder.config)
+    grid = batch.grid
     if file is not None:
         names = (
             inputs
-            if len(inputs) == len(tokens)
-            else [f"{inputs[0]}, row {row}" for row in range(len(tokens))]
+            if len(inputs) == len(grid)
+            else [f"{inputs[0]}, row {row}" for row in range(len(grid))]
         )
-        for name, row, embeds in zip(
-            names, grid_thw.tolist(), np.split(image_embeds, np.cumsum(tokens)[:-1]), strict=True
-        ):
-            file.add(name, tuple(row), embeds)
+        for name, row, embeds in zip(names, grid.tuples(), grid.split(image_embeds), strict=True):
+            file.add(name, row, embeds)
     return {
         "inputs": inputs,
-        "pixel_values": list(pixel_values.shape),
-        "grid_thw": grid_thw.tolist(),
+        "pixel_values": list(batch.pixel_values.shape),
+        "grid_thw": grid.rows.tolist(),
         "image_embeds": list(image_embeds.shape),
         "dtype": str(image_embeds.dtype),
-        "tokens_per_image": tokens.tolist(),
+        "tokens_per_image": grid.tokens_per_image,
         "milliseconds": {
             "preprocess": round((prepared - start) * 1e3, 3),
             "encode": round((encoded - prepared) * 1e3, 3),
@@ -247,9 +257,8 @@ def _encode_video(
     tokens = 0
     fps = 1.0 if arguments.fps is None else arguments.fps
     for segment in encoder.encode_video(
-        arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=_ProgressLine()
+        arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=ProgressLine()
     ):
-        refuse_embeddings_not_finite(segment.image_embeds)
         if file is not None:
             file.add(
                 str(arguments.video), segment.grid_thw, segment.image_embeds, segment.timestamps
@@ -271,46 +280,18 @@ def _encode_video(
     }
 
 
-class _ProgressLine(Progress):
-    """One line on standard error that counts, where that is a terminal."""
-
-    def __init__(self) -> None:
-        self._text, self._total, self._done = "", 0.0, 0.0
-
-    def step(self, description: str, total: float | None = None) -> None:
-        self._text, self._total, self._done = description, total or 0.0, 0.0
-        self._draw()
-
-    def advance(self, amount: float = 1.0) -> None:
-        self._done += amount
-        self._draw()
-
-    def _draw(self) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if self._done >= self._total else ""
-            filled = int(30 * self._done / self._total) if self._total else 0
-            bar = "#" * filled + "." * (30 - filled)
-            print(
-                f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}",
-                end=end,
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def _inputs(
-    arguments: argparse.Namespace, encoder: VisionEncoder
-) -> tuple[list[str], npt.NDArray[np.floating], npt.NDArray[np.int64]]:
+def _inputs(arguments: argparse.Namespace, encoder: VisionEncoder) -> tuple[list[str], PackedBatch]:
     if arguments.pixel_values is not None:
         paths = (arguments.pixel_values, arguments.grid_thw)
         pixel_values, grid_thw = (array_from_file(path) for path in paths)
-        return [str(path) for path in paths], pixel_values, grid_thw
+        batch = checked_batch(pixel_values, grid_thw, encoder.config, encoder.dtype)
+        return [str(path) for path in paths], batch
     preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
     if arguments.image:
         images = [image_from_file(path) for path in arguments.image]
         names = [str(path) for path in arguments.image]
-        return names, *patches_from_images(images, preprocessor, names=names)
-    return [_TEST_PATTERN], *patches_from_images([_test_pattern()], preprocessor)
+        return names, batch_from_images(images, preprocessor, names=names)
+    return [_TEST_PATTERN], batch_from_images([_test_pattern()], preprocessor)
 
 
 def _test_pattern() -> Image.Image:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from mmvision_export.kernels.kernels import compile_kernels
+from mmvision_export.kernels.compile import compile_kernels
 from mmvision_export.kernels.resources import ARCHITECTURES, resource_table
 
 

@@ -16,12 +16,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmvision_export.models.minimax_m3_vl.config import Preset
 
 SIDES = ("mmvision-export", "transformers")
 
 
-def export(side: str, preset: str, folder: Path) -> dict[str, Any]:
+def export(side: str, preset: Preset, folder: Path) -> dict[str, Any]:
     """Export once, in this process; seconds, peak memory and bytes written."""
     import torch
 

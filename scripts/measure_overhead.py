@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 
 from mmvision_export.artifacts.profile import profiles_from_buckets
+from mmvision_export.core.finite import finite_rows
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
-from mmvision_export.runtime.grid import checked_pixel_values
-from mmvision_export.runtime.launch_planner import (
-    Costs,
-    LaunchPlanner,
-    padding_rows,
-)
+from mmvision_export.runtime.backends import BackendInfo
+from mmvision_export.runtime.launch_planner import LaunchPlanner, padding_rows
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
 CALLS = 200
@@ -39,14 +38,14 @@ class Nothing:
         self.config = EncoderConfig()
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.profiles = profiles_from_buckets([256, 1024, 2304, 4096], 64, self.config)
-        self.info: dict[str, Any] = {}
+        self.info = BackendInfo(runtime="none", version="", precision="fp32", weights_sha256="")
         self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
         self._out = np.zeros((2048, 1), np.float32)
 
-    def run(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+    def run(self, batch: PackedBatch) -> np.ndarray:
         """Plan and pad."""
-        for launch in self._plan(grid_thw):
-            rows = grid_thw[launch.images]
+        for launch in self._plan(batch.grid):
+            rows = batch.grid.rows[launch.images]
             count = launch.patches.stop - launch.patches.start
             np.concatenate(
                 [rows, padding_rows(count, len(rows), self.profiles[launch.profile], self.config)]
@@ -76,7 +75,7 @@ def main() -> None:
             ("a new grid", lambda new=new: encoder(pixels, new)),
             (
                 "of it, reading the patches once",
-                lambda: checked_pixel_values(pixels, encoder.config, np.float32),
+                lambda: finite_rows(pixels),
             ),
         ):
             start = time.perf_counter()

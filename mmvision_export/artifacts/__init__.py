@@ -1,1 +1,1 @@
-"""What lies on disk: a model directory and its manifest, engines and libraries with their records."""
+"""What lies on disk: model directories, engines and libraries, with their records."""

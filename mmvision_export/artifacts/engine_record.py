@@ -1,7 +1,8 @@
-"""The `.json` beside every engine: what the engine is valid for, checked before a byte of it is deserialised.
+"""The `.json` beside every engine: what it is valid for, checked before it is deserialised.
 
-An engine is executable content: deserialising one runs code chosen by whoever made it. The sidecar's hash says that the
-file is the one that was built; it does not say that whoever built it can be trusted.
+An engine is executable content: deserialising one runs code chosen by whoever made it. The
+sidecar's hash says that the file is the one that was built; it does not say that whoever built it
+can be trusted.
 """
 
 from __future__ import annotations
@@ -71,8 +72,8 @@ class GraphRecord:
     Attributes:
         name: Its file name in the model directory.
         sha256: Of the file.
-        data_sha256: Of the weights beside it. The graphs of two checkpoints are the same file: it is
-            the weights that tell them apart.
+        data_sha256: Of the weights beside it. The graphs of two checkpoints are the same file: it
+            is the weights that tell them apart.
     """
 
     name: str
@@ -85,7 +86,8 @@ class PluginFile:
     """The plugin library an engine needs, which lies beside it.
 
     Attributes:
-        name: File name; part of the hash is in it, so that engines of several libraries share a folder.
+        name: File name; part of the hash is in it, so that engines of several libraries share a
+            folder.
         record: Hash and size.
     """
 
@@ -106,7 +108,8 @@ class PluginFile:
         path = engine.parent / self.name
         if not path.is_file():
             raise ManifestError(
-                f"{engine} needs the plugin library {path}, which is missing (sha256 {self.record.sha256})",
+                f"{engine} needs the plugin library {path}, which is missing "
+                f"(sha256 {self.record.sha256})",
                 hint="copy it from where the engine was built, or build the engine again here",
             )
         self.record.verify(path, said_by=f"the sidecar of {engine.name}")
@@ -205,7 +208,7 @@ class EngineRecord:
 
 
 def _upgraded(form: int, content: dict[str, Any]) -> dict[str, Any]:
-    """Today's fields, from any sidecar: format 1 had one profile, and early ones of both formats no `lowering`."""
+    """Today's fields of any sidecar: format 1 had one profile, and the first ones no `lowering`."""
     content = dict(content)
     if form == 1 and "profile" in content:
         content["profiles"] = [content.pop("profile")]

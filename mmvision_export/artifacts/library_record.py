@@ -1,4 +1,4 @@
-"""The record beside a compiled library: what it was made with, and the hash of the file that it speaks of.
+"""The record beside a compiled library: what it was made with, and its hash.
 
 A library is executable content: none is loaded that is not the file of its record.
 """
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 LIBRARIES = "plugins"
-"""The folder of libraries, with one for each CPU: in `engines/`, beside the model directories, or in one of them."""
+"""The folder of libraries, with one for each CPU: in `engines/` or in a model directory."""
 
 Machine = Literal["x86_64", "aarch64"]
 """CPU of a library."""
@@ -45,7 +45,7 @@ class LibraryRecord:
         versions: What it was made with.
     """
 
-    KIND: ClassVar[str] = "CPU kernel library"
+    KIND: ClassVar[str] = "AMX kernel library"
     BUILD: ClassVar[str] = "mmvision build-plugins --cpu"
 
     library: FileRecord

@@ -1,4 +1,4 @@
-"""The model directory and its `manifest.json`: what the files are, where they came from, and what has been checked.
+"""The model directory and its `manifest.json`: its files, their source, what was checked.
 
 ```
 <name>/
@@ -28,6 +28,7 @@ __all__ = [
     "DATA",
     "GRAPH",
     "MANIFEST",
+    "OPENVINO_GRAPH",
     "PLANS",
     "Manifest",
     "find_model_directory",
@@ -38,7 +39,9 @@ __all__ = [
 GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 CPU_GRAPH = "model.cpu.onnx"
-"""The graph of a float32 directory laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
+"""The float32 graph laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
+OPENVINO_GRAPH = "model.openvino.onnx"
+"""The graph of a float32 directory as OpenVINO reads it; its weights are in `DATA` too."""
 MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1
@@ -52,8 +55,8 @@ class Manifest:
         config: The encoder's dimensions.
         precision: Of `model.onnx`, one of `FLOAT_PRECISIONS`.
         opset: Version of the standard operators in `model.onnx`.
-        source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed to load them again,
-            and `sha256` of the tensors.
+        source: Where the weights came from: `kind` is `checkpoint` or `random`, with what is needed
+            to load them again, and `sha256` of the tensors.
         versions: Versions of the packages that made the directory.
         files: Every file of the directory that a runtime may open, by name relative to it.
         parity: Results of the last comparison, by graph file name.
@@ -128,6 +131,7 @@ class Manifest:
             raise ManifestError(
                 f"{directory}: no such model directory",
                 hint="make one with: mmvision export --onnx",
+                reason="missing",
             )
         return read_record(
             cls,
@@ -169,7 +173,7 @@ def flavour_graph(flavour: str) -> str:
 
 
 def model_directory_of(path: Path) -> Path | None:
-    """The model directory that a path is, or that an engine file lies in; None for an engine on its own."""
+    """The model directory that a path is, or that an engine lies in; None for an engine alone."""
     if not path.is_file():
         return path
     folder = path.resolve().parent

@@ -17,7 +17,8 @@ class Profile:
     """An optimization profile: the sizes an engine accepts in it and the one it is fastest at.
 
     A profile of one size only is a *bucket*: smaller batches are padded to it (see
-    `launch_planner.padding_rows`), so that every shape is static and one CUDA graph serves them all.
+    `launch_planner.padding_rows`), so that every shape is static and one CUDA graph serves them
+    all.
 
     Attributes:
         min_patches: Fewest patches of a batch.
@@ -51,7 +52,7 @@ class Profile:
         return self.min_patches == self.max_patches and self.min_images == self.max_images
 
     def takes(self, num_patches: int, num_images: int) -> bool:
-        """Whether a batch fits, in a bucket after padding: the padding, if there is any, takes a row of its own."""
+        """Whether a batch fits, in a bucket after padding, which takes a row of its own."""
         if self.is_bucket:
             return (
                 num_patches <= self.max_patches
@@ -88,11 +89,13 @@ def profiles_from_buckets(
 
     Args:
         buckets: Patches, in any order.
-        max_images: Most images of a launch; a bucket too small for them has room for as many as it has image tokens.
+        max_images: Most images of a launch; a bucket too small for them has room for as many as it
+            has image tokens.
         config: Gives the size of a merge block.
 
     Raises:
-        EngineError: No buckets, one is given twice, or one is not a positive number of whole merge blocks.
+        EngineError: No buckets, one is given twice, or one is not a positive number of whole merge
+            blocks.
     """
     if not buckets or max_images < 1:
         raise EngineError(

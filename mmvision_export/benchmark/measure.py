@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -13,119 +13,32 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmvision_export.artifacts.manifest import Manifest
-from mmvision_export.benchmark.worker import PLAIN
+from mmvision_export.benchmark.result import Measurement, Result
 from mmvision_export.benchmark.workloads import Workload, work_of
 from mmvision_export.core.errors import BenchmarkError
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.progress import Progress
 from mmvision_export.version import __version__
 
-__all__ = ["Measurement", "Result", "measure"]
+__all__ = ["measure"]
 
 # What a dense attention matrix costs grows with the square of the batch: 16 heads x 8192^2 scores are 4.3 GB.
 MAX_PATCHES = {"transformers-eager": 4096, "nemo": 8192}
+EMULATED_MAX_PATCHES = 1024
+"""Most patches for a side whose bfloat16 is emulated, several times slower than float32."""
+EMULATED_ROUNDS = 2
+"""Rounds that such a side is in: one to warm up, and one that counts."""
 _PAUSE_S = 0.2  # the thread pool of the side before spins on for a while
 _MAX_RELATIVE_L2 = 1e-5  # as test_independent.py holds float32 implementations to each other
-_MIN_COSINE_INT8 = 0.99
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurement:
-    """One side on one workload.
-
-    Attributes:
-        side: Backend or peer.
-        workload: Name of the workload.
-        seconds: Every measured run, in order; run i of each side was made in the same round.
-        warm: Whether a run before the first was thrown away. Only the longest workloads have none.
-        cpu_s: CPU seconds of the process, median; unlike the time, hardly changed by what else the machine does.
-        foreign_cpus: CPUs that other processes used meanwhile, median; more than a tenth is a disturbed measurement.
-        above_bytes: Peak resident memory while running, above that of the opened model; without mapped files, of
-            which a runtime that reads its weights from their file only when it needs them has more then.
-        peak_bytes: Peak resident memory while running, with mapped files.
-        relative_l2: Distance of the output from the first side's.
-        device_ms: Median between CUDA events, on a GPU.
-    """
-
-    side: str
-    workload: str
-    seconds: list[float]
-    warm: bool
-    cpu_s: float
-    foreign_cpus: float
-    above_bytes: int
-    peak_bytes: int
-    relative_l2: float
-    device_ms: float | None
-
-    @property
-    def median(self) -> float:
-        """Median of the runs, in seconds."""
-        return statistics.median(self.seconds)
-
-
-@dataclasses.dataclass
-class Result:
-    """All that a run of the benchmark knows, as JSON values but for the measurements' class."""
-
-    machine: dict[str, Any]
-    model: dict[str, Any]
-    threads: int
-    sides: dict[str, dict[str, Any]]
-    gemm_gflops: dict[
-        str, float
-    ]  # by runtime: the best of its float32 products of the model's size
-    workloads: list[Workload]
-    measurements: list[Measurement]
-    skipped: list[str]
-
-    @property
-    def gemm_peak_gflops(self) -> float:
-        """The fastest float32 matrix product of any side, in GFLOP/s."""
-        return max(self.gemm_gflops.values())
-
-    def of(self, side: str, workload: str) -> Measurement | None:
-        """One measurement, if it was made."""
-        return next(
-            (m for m in self.measurements if (m.side, m.workload) == (side, workload)), None
-        )
-
-    def ratio(self, other: str, workload: str) -> float | None:
-        """How many times as long another side takes as the first: the median over rounds of both in the same round."""
-        ours, theirs = self.of(next(iter(self.sides)), workload), self.of(other, workload)
-        if ours is None or theirs is None:
-            return None
-        return statistics.median(b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values, with the figures that follow from the times."""
-        content = dataclasses.asdict(self)
-        first = next(iter(self.sides))
-        by_name = {workload.name: workload for workload in self.workloads}
-        for row, m in zip(content["measurements"], self.measurements, strict=True):
-            patches, flops = by_name[m.workload].patches, self.flops(by_name[m.workload])
-            row |= {
-                "median_s": m.median,
-                "spread_s": [min(m.seconds), max(m.seconds)],
-                "patches": patches,
-                "patches_per_s": patches / m.median,
-                "image_tokens_per_s": patches / self.model["patches_per_token"] / m.median,
-                "gflops": flops / m.median / 1e9,
-                "share_of_gemm_peak": flops / m.median / 1e9 / self.gemm_peak_gflops,
-                "times_the_first_side": 1.0 if m.side == first else self.ratio(m.side, m.workload),
-            }
-        return content
-
-    def flops(self, workload: Workload) -> float:
-        """Floating-point operations of a workload."""
-        return float(self.model["flops"][workload.name])
+# The gates of parity compare with PyTorch beside it; here a side only has to be the same function.
+_MIN_COSINE = {"int8": 0.99, "bf16": 0.99}
 
 
 class _Side:
@@ -282,34 +195,39 @@ def measure(
             skipped=[],
         )
         for workload in workloads:
-            running = [
-                name
-                for name in sides
-                if workload.patches <= MAX_PATCHES.get(name, workload.patches)
-            ]
+            emulated = result.emulated()
+            most = {**MAX_PATCHES, **dict.fromkeys(emulated, EMULATED_MAX_PATCHES)}
+            running = [name for name in sides if workload.patches <= most.get(name, math.inf)]
             result.skipped += [f"{name}: {workload.name}" for name in sides if name not in running]
             progress.step(workload.name, total=repeats)
             replies = _rounds(
                 {name: workers[name] for name in running},
                 {"do": "run", "grid": workload.grid, "patch_dim": config.patch_dim},
                 repeats=repeats,
+                rounds_of=dict.fromkeys(emulated, EMULATED_ROUNDS),
                 budget_s=seconds_per_workload,
                 folder=Path(folder),
                 progress=progress,
             )
             result.workloads.append(workload)
-            result.measurements += _measurements(replies, workload, facts, Path(folder))
+            result.measurements += _measurements(
+                replies, workload, facts, Path(folder), precision=manifest.precision
+            )
             measure_gemm(result.gemm_gflops)
             keep(result)
     return result
 
 
 def _runtimes(sides: Sequence[str]) -> list[str]:
-    """The sides whose matrix products there are: our kernels' or ONNX Runtime's, ONNX Runtime's own, and PyTorch's."""
-    kinds = {}
+    """One side for each matrix product: of each backend of ONNX Runtime, OpenVINO's, PyTorch's."""
+    kinds: dict[str, str] = {}
     for name in reversed(sides):
-        backend, _, graph = name.partition(":")
-        kinds[graph == PLAIN if "onnxruntime" in backend else "torch"] = name
+        backend = name.partition(":")[0]
+        if backend.startswith("openvino"):
+            backend = "openvino"
+        elif "onnxruntime" not in backend:
+            backend = "torch"
+        kinds[backend] = name
     return list(kinds.values())
 
 
@@ -318,22 +236,28 @@ def _rounds(
     request: dict[str, Any],
     *,
     repeats: int,
+    rounds_of: Mapping[str, int],
     budget_s: float,
     folder: Path,
     progress: Progress,
 ) -> dict[str, list[dict[str, Any]]]:
+    """Replies of each side by round; sides in `rounds_of` are in so many, outside the budget."""
     replies: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     start = time.perf_counter()
     for round_ in range(repeats + 1):
         if round_ and time.perf_counter() - start > budget_s and len(next(iter(replies.values()))):
             break
         # Each side is first as often as last.
-        order = list(workers) if round_ % 2 else list(workers)[::-1]
+        names = [name for name in workers if round_ < rounds_of.get(name, repeats + 1)]
+        order = names if round_ % 2 else names[::-1]
         found = {}
         for name in order:
             time.sleep(_PAUSE_S)
+            before = time.perf_counter()
             save = {"save": str(folder / f"{name.replace(':', '_')}.npy")} if round_ == 0 else {}
             found[name] = workers[name].ask(**request, **save)
+            if name in rounds_of:
+                start += time.perf_counter() - before
         first_round_is_all = time.perf_counter() - start > budget_s and round_ == 0
         if round_ or first_round_is_all:
             for name, reply in found.items():
@@ -347,21 +271,26 @@ def _measurements(
     workload: Workload,
     facts: dict[str, dict[str, Any]],
     folder: Path,
+    *,
+    precision: str,
 ) -> list[Measurement]:
+    """Each side's figures, its output held to that of the first in the model's precision."""
+    reduced = set(_MIN_COSINE) - {precision}
     outputs = {name: np.load(folder / f"{name.replace(':', '_')}.npy") for name in replies}
-    reference = next(iter(outputs.values()))
+    exact = next((name for name in replies if facts[name]["precision"] not in reduced), None)
+    reference = exact or next(iter(replies))
     found = []
     for name, runs in replies.items():
-        distance = metrics(outputs[name], reference)
-        int8 = "int8" in (facts[name]["precision"], next(iter(facts.values()))["precision"])
+        distance = metrics(outputs[name], outputs[reference])
+        coarse = reduced & {facts[side]["precision"] for side in (name, reference)}
         same = (
-            distance.min_cosine >= _MIN_COSINE_INT8
-            if int8
+            distance.min_cosine >= min(_MIN_COSINE[p] for p in coarse)
+            if coarse
             else distance.relative_l2 <= _MAX_RELATIVE_L2
         )
         if distance.non_finite or not same:
             raise BenchmarkError(
-                f"{name} computes something else than {next(iter(replies))} on {workload.name}: relative L2 "
+                f"{name} computes something else than {reference} on {workload.name}: relative L2 "
                 f"{distance.relative_l2:.2e}, minimum cosine {distance.min_cosine:.6f}",
                 hint="a comparison of different functions says nothing; leave this side out",
             )
@@ -378,6 +307,7 @@ def _measurements(
                 - (facts[name]["rss_bytes"] - facts[name]["file_bytes"]),
                 peak_bytes=max(run["peak_bytes"] for run in runs),
                 relative_l2=distance.relative_l2,
+                min_cosine=distance.min_cosine,
                 device_ms=statistics.median(device) if device else None,
             )
         )

@@ -15,20 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmvision_export.benchmark.sides import PEERS
 from mmvision_export.core.errors import BackendError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 
-__all__ = ["PEERS", "as_nemo", "as_transformers", "peer_from_encoder", "transformers_modules"]
+__all__ = ["as_nemo", "as_transformers", "peer_from_encoder", "transformers_modules"]
 
 Peer = Callable[[Tensor, Tensor], Tensor]
 
-PEERS = ("transformers-eager", "transformers-sdpa", "nemo", "torch-eager", "torch-compile")
-"""Names for `--against`."""
-
 
 def peer_from_encoder(name: str, encoder: VisionEncoderModule) -> Peer:
-    """A peer with the weights of an encoder.
+    """A peer with the weights of an encoder, in their type.
+
+    Args:
+        name: One of `PEERS`, without its precision.
+        encoder: The weights.
 
     Raises:
         BackendError: There is no such peer, or its package is not installed or too old.
@@ -77,7 +79,8 @@ def _transformers(encoder: VisionEncoderModule, attention: str) -> Peer:
     tower, projector = transformers_modules(encoder, attention)
 
     def run(pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        result: Tensor = projector(tower(pixel_values, grid_thw).last_hidden_state.squeeze(0))
+        hidden = tower(pixel_values.to(encoder.dtype), grid_thw).last_hidden_state
+        result: Tensor = projector(hidden.squeeze(0))
         return result
 
     return run

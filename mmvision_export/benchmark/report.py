@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmvision_export.benchmark.gpu_roofline import gpu_markdown
-from mmvision_export.benchmark.measure import Measurement, Result
+from mmvision_export.benchmark.measure import EMULATED_MAX_PATCHES, MAX_PATCHES
+from mmvision_export.benchmark.result import Measurement, Result
+from mmvision_export.benchmark.sides import label_of
 from mmvision_export.benchmark.workloads import Workload
 
 __all__ = ["PLOTS", "page_from_result", "write_plots"]
@@ -40,8 +42,8 @@ def write_plots(result: Result, folder: Path) -> None:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         ticks: set[float] = set()
         for index, (side, facts) in enumerate(result.sides.items()):
-            if name == "roofline.png" and facts["precision"] == "int8":
-                continue  # the peak is that of floating-point products
+            if name == "roofline.png" and facts["precision"] != result.model["precision"]:
+                continue  # the peak is that of float32 products
             points = [
                 (x(w), y(w, m))
                 for w in result.workloads
@@ -60,7 +62,7 @@ def write_plots(result: Result, folder: Path) -> None:
                     color=f"C{index}",
                     marker="o",
                     markersize=4,
-                    label=side,
+                    label=label_of(side),
                     linestyle=line,
                     linewidth=width,
                     zorder=order,
@@ -128,6 +130,7 @@ def write_plots(result: Result, folder: Path) -> None:
 def page_from_result(result: Result, *, plots: str) -> str:
     """The page as Markdown; `plots` is the plots' folder as seen from it."""
     first, *others = result.sides
+    ours_label, other_labels = label_of(first), [label_of(name) for name in others]
     machine = result.machine
     config = result.model["config"]
     lines = [
@@ -144,30 +147,26 @@ def page_from_result(result: Result, *, plots: str) -> str:
         "**patches** are the 14 x 14 squares an image is cut into; four of them become one *image token* of the language model. "
         "The encoder is the part of MiniMax-M3-VL that turns the first into the second.",
         "",
-        "| side | version | precision | to open | memory once open |",
-        "| --- | --- | --- | ---: | ---: |",
+        "| side | named | version | precision | to open | memory once open |",
+        "| --- | --- | --- | --- | ---: | ---: |",
     ]
     for name, facts in result.sides.items():
         lines.append(
-            f"| {name} | {facts['version']} | {facts['precision']} | {facts['open_s']:.1f} s | {facts['rss_bytes'] / 1e9:.2f} GB |"
+            f"| {label_of(name)} | `{name}` | {facts['version']} | {facts['precision']} | {facts['open_s']:.1f} s | {facts['rss_bytes'] / 1e9:.2f} GB |"
         )
     products = ", ".join(f"{rate:.0f} ({name})" for name, rate in result.gemm_gflops.items())
-    kernels = result.sides[first].get("kernels", "")
-    ran = "without kernels of its own" + (f" ({kernels})" if kernels else "")
-    if kernels.endswith(".so"):
-        ran = "with the AMX kernels of `mmvision build-plugins --cpu`"
     lines += [
         "",
-        f"{first} ran {ran}. The best product of float32 matrices, 1024 x 1280 by "
+        f"The best product of float32 matrices, 1024 x 1280 by "
         f"1280 x 5120, of each runtime, in GFLOP/s: {products}; the fastest is the *GEMM peak* below.",
         "",
-        f"## How many times as long the others take as {first}",
+        f"## How many times as long the others take as {ours_label}",
         "",
         "The median over rounds of the quotient of both times; above 1, the first side is faster.",
         "",
         "| workload | patches | "
-        + f"{first}, median (range) | of GEMM peak | image tokens/s | "
-        + " | ".join(others)
+        + f"{ours_label}, median (range) | of GEMM peak | image tokens/s | "
+        + " | ".join(other_labels)
         + " |",
         "| --- | ---: | ---: | ---: | ---: | " + " | ".join("---:" for _ in others) + " |",
     ]
@@ -184,26 +183,24 @@ def page_from_result(result: Result, *, plots: str) -> str:
             + " | ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
             + " |"
         )
-    lines += [
-        "",
-        "A dash: not run, since its dense attention would not fit." if result.skipped else "",
-    ]
+    lines += _notes(result)
     disturbed = [m for m in result.measurements if m.foreign_cpus > 0.1]
     if disturbed:
         worst = max(disturbed, key=lambda m: m.foreign_cpus)
         lines += [
             "",
             f"**The machine was not quiet**: in {len(disturbed)} of {len(result.measurements)} measurements other processes used "
-            f"more than a tenth of a CPU, at most {worst.foreign_cpus:.1f} CPUs ({worst.side}, {worst.workload}). Ratios suffer less "
+            f"more than a tenth of a CPU, at most {worst.foreign_cpus:.1f} CPUs ({label_of(worst.side)}, {worst.workload}). Ratios suffer less "
             "than times, since both sides of a round were disturbed alike, but measure again.",
         ]
+    lines += _accuracy_lines(result)
     lines += [
         "",
         "## Memory",
         "",
         "Peak resident memory while running, above that of the opened model, in MB. It includes what an allocator keeps of smaller batches. What is still kept of opening the model counts as opened, which is much for PyTorch.",
         "",
-        "| workload | " + " | ".join(result.sides) + " |",
+        "| workload | " + " | ".join([ours_label, *other_labels]) + " |",
         "| --- | " + " | ".join("---:" for _ in result.sides) + " |",
     ]
     for workload in result.workloads:
@@ -213,3 +210,42 @@ def page_from_result(result: Result, *, plots: str) -> str:
     lines += ["", "## Plots", ""]
     lines += [f"![{title}]({plots}/{name})\n" for name, title in PLOTS.items()]
     return "\n".join(lines) + "\n" + gpu_markdown()
+
+
+def _notes(result: Result) -> list[str]:
+    """What a reader of the table of times has to know."""
+    notes = []
+    if {entry.partition(": ")[0] for entry in result.skipped} & set(MAX_PATCHES):
+        notes.append("A dash: not run, since its dense attention would not fit.")
+    if emulated := [label_of(name) for name in result.emulated()]:
+        notes.append(
+            "This CPU has no products of bfloat16, so that PyTorch emulates them, which takes "
+            f"several times as long as float32. {'; '.join(emulated)}: run once a workload, "
+            f"and up to {EMULATED_MAX_PATCHES} patches."
+        )
+    return ["", *notes]
+
+
+def _accuracy_lines(result: Result) -> list[str]:
+    """What the sides in fewer bits than the model's lose, measured on every workload they ran."""
+    precision = result.model["precision"]
+    reduced = [name for name, facts in result.sides.items() if facts["precision"] != precision]
+    if not reduced:
+        return []
+    lines = [
+        "",
+        "## What fewer bits cost",
+        "",
+        f"Every image token compared with the first side in {precision}: the least cosine "
+        "similarity over all workloads, and the largest relative L2 distance.",
+        "",
+        "| side | precision | least cosine | largest relative L2 |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for name in reduced:
+        rows = [m for m in result.measurements if m.side == name]
+        if rows:
+            cosine, distance = min(m.min_cosine for m in rows), max(m.relative_l2 for m in rows)
+            cells = (label_of(name), result.sides[name]["precision"], f"{cosine:.6f}")
+            lines.append(f"| {' | '.join(cells)} | {distance:.1e} |")
+    return lines

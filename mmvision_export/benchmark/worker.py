@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 
 from mmvision_export.artifacts.manifest import GRAPH, Manifest
+from mmvision_export.benchmark.sides import cpu_has_bf16, without_precision
 from mmvision_export.core.errors import BackendError, message_and_hint
 from mmvision_export.models.sample_batches import batch_of_grid
 from mmvision_export.ops.domain import DOMAIN
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels
+from mmvision_export.runtime.backends.onnxruntime_amx import library_in, verified_library
 
-__all__ = ["PLAIN", "main"]
-
-PLAIN = "plain"
-"""In place of a graph's name: what the backend would run anyway, by ONNX Runtime's own operators alone."""
+__all__ = ["main"]
 
 _GEMM = (1024, 1280, 5120)  # rows, k, n: the encoder's largest product, for one block of patches
 Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -69,6 +67,8 @@ def main() -> None:
 
 def _open(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]]:
     backend, _, graph = side.partition(":")
+    if backend.startswith("openvino"):
+        return _open_openvino(backend, directory, threads)
     if "onnxruntime" in backend or "tensorrt" in backend:
         return _open_backend(backend, graph, directory, threads)
     import torch
@@ -79,22 +79,36 @@ def _open(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]
     torch.set_num_threads(threads)
     manifest = Manifest.read(directory)
     source = WeightSource.from_manifest(manifest.source, manifest.config)
-    loaded = source.load(DTYPES[manifest.precision])
+    name, asked = without_precision(side)
+    precision = asked or manifest.precision
+    loaded = source.load(DTYPES[precision])
     if loaded.source.get("sha256") != manifest.source.get("sha256"):
         raise BackendError("the weights are not those that were exported")
-    peer = peer_from_encoder(side, loaded.encoder)
+    peer = peer_from_encoder(name, loaded.encoder)
 
     def run(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
-            out: np.ndarray = peer(
-                torch.from_numpy(pixel_values), torch.from_numpy(grid_thw)
-            ).numpy()
-            return out
+            out = peer(torch.from_numpy(pixel_values), torch.from_numpy(grid_thw))
+            # NumPy has no bfloat16.
+            result: np.ndarray = (out.float() if out.dtype == torch.bfloat16 else out).numpy()
+            return result
 
     package = {"transf": "transformers", "nemo": "nemo-automodel"}.get(side[:6], "torch")
     import importlib.metadata
 
-    return run, {"version": importlib.metadata.version(package), "precision": manifest.precision}
+    return run, {
+        "version": importlib.metadata.version(package),
+        "precision": precision,
+        "emulated": precision == "bf16" and not cpu_has_bf16(),
+    }
+
+
+def _open_openvino(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]]:
+    from mmvision_export.runtime.vision_encoder import VisionEncoder
+
+    backend, precision = without_precision(side)
+    encoder = VisionEncoder.open(directory, backend=backend, threads=threads, precision=precision)
+    return encoder, {"version": encoder.facts.version, "precision": encoder.facts.precision}
 
 
 def _open_backend(
@@ -113,23 +127,19 @@ def _open_backend(
             return np.asarray(out)
 
         return run_graph, {"version": onnxruntime.__version__, "precision": "fp32"}
-    plain = graph == PLAIN
-    flavour = None if plain else graph.removeprefix("model.").removesuffix(".onnx") or None
-    encoder = VisionEncoder.open(
-        directory, backend=backend, threads=threads, flavour=flavour, cpu_kernels=not plain
-    )
+    flavour = graph.removeprefix("model.").removesuffix(".onnx") or None
+    encoder = VisionEncoder.open(directory, backend=backend, threads=threads, flavour=flavour)
     run: Run = encoder
-    if not backend.endswith("-cpu"):
+    if not backend.endswith(("-cpu", "-amx")):
         run = _with_cuda_events(encoder)
-    info = encoder.info
+    facts = encoder.facts
     return run, {
-        "version": str(info.get("onnxruntime", info.get("tensorrt_version", ""))),
+        "version": facts.version,
         "precision": "int8"
-        if "int8" in info["precision"]
+        if "int8" in facts.precision
         else "fp32"
         if flavour
-        else info["precision"],
-        "kernels": info.get("cpu_kernels", ""),
+        else facts.precision,
     }
 
 
@@ -189,12 +199,10 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
 
         from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_session
 
-        kernels = None if side.endswith(f":{PLAIN}") else find_cpu_kernels(directory)[0]
-        runtime, op = (
-            ("our kernels", f"{DOMAIN}.Linear")
-            if kernels
-            else ("ONNX Runtime", "Gemm <transB: int = 1>")
-        )
+        runtime, op, operators = "ONNX Runtime", "Gemm <transB: int = 1>", None
+        if side.startswith("onnxruntime-amx"):
+            runtime, op = "our AMX kernels", f"{DOMAIN}.Linear"
+            operators = verified_library(library_in(directory))
         graph = f"g (float[m, k] x) => (float[m, n] y) {{y = {op} (x, w)}}"
         model = onnx.parser.parse_model(
             f'<ir_version: 10, opset_import: ["": 18, "{DOMAIN}": 1]> {graph}'
@@ -204,9 +212,11 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
             model.SerializeToString(),
             provider=PROVIDERS["onnxruntime-cpu"],
             threads=threads,
-            kernels=kernels,
+            operators=operators,
         )
         product = lambda: session.run(None, {"x": x})  # noqa: E731
+    elif side.startswith("openvino"):
+        runtime, product = "OpenVINO", _openvino_product(x, w, threads)
     else:
         import torch
 
@@ -220,6 +230,19 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
         product()
         times.append(time.perf_counter() - start)
     return runtime, 2e-9 * rows * k * n / min(times)
+
+
+def _openvino_product(x: np.ndarray, w: np.ndarray, threads: int) -> Callable[[], Any]:
+    """The product of x [rows, k] and w [n, k] transposed, float32, as a call without arguments."""
+    from mmvision_export.runtime.backends.openvino import import_openvino
+
+    openvino = import_openvino()
+    ops = openvino.opset15
+    rows = ops.parameter([-1, x.shape[1]], np.float32)
+    model = openvino.Model([ops.matmul(rows, ops.constant(w), False, True)], [rows])
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return lambda: request.infer([x], share_inputs=True, share_outputs=True)
 
 
 def _memory(field: str) -> int:

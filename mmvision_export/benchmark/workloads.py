@@ -8,6 +8,7 @@ import numpy as np
 
 from mmvision_export.core.errors import InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.costs import Costs, products_of
 
 __all__ = ["QUICK", "STANDARD", "Work", "Workload", "work_of", "workloads_for"]
 
@@ -86,7 +87,7 @@ def workloads_for(names: str) -> tuple[Workload, ...]:
     return tuple(sorted(sets[names], key=lambda workload: workload.patches))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Work:
     """What one operator of the graph, or the whole of it, does for one batch.
 
@@ -114,24 +115,15 @@ def work_of(
         to a count over the nodes of the exported graph.
     """
     lengths = [t * h * w for t, h, w in grid]
-    patches, tokens = sum(lengths), sum(lengths) // config.patches_per_token
-    hidden, inner = config.hidden_size, config.intermediate_size
-    text, projector = config.text_hidden_size, config.projector_hidden_size
-
-    def products(rows: int, *shapes: tuple[int, int], times: int = 1) -> Work:
-        flops = sum(2.0 * rows * k * n for k, n in shapes)
-        values = sum(float(k * n + rows * (k + n)) for k, n in shapes)
-        return Work(times * flops, times * values * bytes_per_value)
-
-    layers = config.num_hidden_layers
-    scores = sum(float(n) ** 2 for n in lengths)
-    return {
-        "patch embedding": products(patches, (config.patch_dim, hidden)),
-        "attention projections": products(patches, *[(hidden, hidden)] * 4, times=layers),
-        "attention": Work(
-            4.0 * scores * hidden * layers, 4.0 * patches * hidden * layers * bytes_per_value
-        ),
-        "MLP": products(patches, (hidden, inner), (inner, hidden), times=layers),
-        "projector": products(patches, (hidden, projector), (projector, text)),
-        "merger": products(tokens, (config.patches_per_token * text, projector), (projector, text)),
-    }
+    patches, costs = sum(lengths), Costs(config, masked=False)
+    work = {"attention": Work(float(costs.attention(sum(n * n for n in lengths))), 0.0)}
+    # q, k, v and what comes out, of every layer.
+    values = 4 * patches * config.hidden_size * config.num_hidden_layers
+    work["attention"].bytes += float(values * bytes_per_value)
+    for product in products_of(config):
+        rows = patches // config.patches_per_token if product.per_token else patches
+        k, n = product.columns_in, product.columns_out
+        part = work.setdefault(product.part, Work(0.0, 0.0))
+        part.flops += 2.0 * product.times * rows * k * n
+        part.bytes += float(product.times * (k * n + rows * (k + n)) * bytes_per_value)
+    return work

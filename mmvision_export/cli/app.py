@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Optional
 
 import typer
@@ -23,7 +21,8 @@ from mmvision_export.cli.build import build_engine, build_plugins
 from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import Verbose, one_precision, the_model
 from mmvision_export.cli.quantize import quantize
-from mmvision_export.core.errors import message_and_hint, print_error
+from mmvision_export.core.command import exit_code_of, print_failure
+from mmvision_export.core.errors import print_error
 from mmvision_export.models.minimax_m3_vl.config import Preset
 from mmvision_export.models.random_kind import RandomKind
 from mmvision_export.version import __version__
@@ -31,8 +30,6 @@ from mmvision_export.version import __version__
 __all__ = ["app", "main"]
 
 HUB_CHECKPOINT = "MiniMaxAI/MiniMax-M3"
-
-_INTERRUPTED = 130
 
 # Which extra brings a package that a command turned out to need.
 _EXTRA_OF = {
@@ -199,6 +196,13 @@ def parity(
         Optional[Path],
         typer.Option(metavar="NPY", help="Integers [num_images, 3]: t, h, w in patches."),
     ] = None,
+    kernel_library: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Compare onnxruntime-amx too, with what build-plugins --cpu built.",
+        ),
+    ] = None,
     report: Annotated[
         Optional[Path],
         typer.Option(
@@ -223,24 +227,35 @@ def parity(
     if image and pixel_values:
         raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
 
+    from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.cli.parity_output import print_parity, samples_from_options
     from mmvision_export.models.weights import WeightSource
-    from mmvision_export.parity.check import check_parity, record_parity
+    from mmvision_export.parity.check import check_parity, directory_from_path
     from mmvision_export.parity.report.page import (
         checked_report_path,
         record_from_parity,
         write_report,
     )
+    from mmvision_export.parity.result import record_parity
 
     path = the_model(model)
     if report is not None:
         checked_report_path(report, force=force)
+    directory = directory_from_path(path)
+    manifest = Manifest.read(directory)
     samples = samples_from_options(
-        path, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
+        directory, manifest.config, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
     )
     source = WeightSource(checkpoint=checkpoint) if checkpoint else None
     with progress_display() as progress:
-        result = check_parity(path, source=source, samples=samples, progress=progress)
+        result = check_parity(
+            path,
+            manifest=manifest,
+            source=source,
+            samples=samples,
+            kernel_library=kernel_library,
+            progress=progress,
+        )
     if as_json:
         print(json.dumps(record_from_parity(result), indent=2))
     else:
@@ -260,6 +275,18 @@ app.command()(quantize)
 app.command("build-plugins")(build_plugins)
 app.command("build-engine")(build_engine)
 app.command()(benchmark)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def run(context: typer.Context) -> None:
+    """Encode images or a video, and print a summary as JSON."""
+    from mmvision_export.run import main as run_main
+
+    # It has printed its own errors; SystemExit passes typer and `main` below.
+    sys.exit(run_main(context.args, prog="mmvision run"))
 
 
 @app.command()
@@ -313,32 +340,14 @@ def doctor(
 
 def main() -> None:
     """Entry point: runs the command and turns its errors into messages and exit codes."""
-    verbose = "--verbose" in sys.argv
-    interrupted = False
+    sys.exit(exit_code_of(_run_app, verbose="--verbose" in sys.argv, on_error=_answer))
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        raise KeyboardInterrupt
 
-    # A killed command cleans up what it was writing, as an interrupted one does.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    try:
-        # Not standalone: typer's own handling would print errors of usage and interrupts in its own ways.
-        code = app(standalone_mode=False)
-        interrupted = interrupted or code == _INTERRUPTED  # typer's answer to KeyboardInterrupt
-    except BaseException as error:
-        # An interrupt may arrive as the error of a library that was in the middle of something.
-        if not (interrupted or isinstance(error, KeyboardInterrupt)):
-            if verbose or not isinstance(error, Exception):
-                raise
-            sys.exit(_answer(error))
-        interrupted = True
-    if interrupted:
-        print_error("interrupted; what was not finished is not kept")
-        sys.exit(_INTERRUPTED)
-    sys.exit(code if isinstance(code, int) else 0)
+def _run_app() -> int:
+    # Not standalone: typer's own handling would print errors of usage and interrupts in its own
+    # ways. It answers a KeyboardInterrupt by the code of an interrupted command.
+    code = app(standalone_mode=False)
+    return code if isinstance(code, int) else 0
 
 
 def _answer(error: Exception) -> int:
@@ -353,5 +362,4 @@ def _answer(error: Exception) -> int:
             f"{package} is not installed", f"pip install '.[{_EXTRA_OF.get(package, 'parity')}]'"
         )
         return 1
-    print_error(*message_and_hint(error))
-    return 1
+    return print_failure(error)

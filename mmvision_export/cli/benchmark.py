@@ -21,8 +21,9 @@ def benchmark(
         Optional[list[str]],
         typer.Option(
             metavar="NAME[:GRAPH]",
-            help="Backend to measure, or one graph of the directory in it, as onnxruntime-cpu:model.onnx; may be "
-            "repeated. The others are compared with the first. Default: onnxruntime-cpu.",
+            help="Backend to measure, or one graph of the directory in it, as onnxruntime-cpu:model.onnx; "
+            "or openvino-bf16. May be repeated: the others are compared with the first. "
+            "Default: onnxruntime-cpu.",
         ),
     ] = None,
     precision: Annotated[
@@ -33,7 +34,8 @@ def benchmark(
         str,
         typer.Option(
             metavar="PEERS",
-            help="transformers-eager, transformers-sdpa, nemo, torch-eager, torch-compile; commas between.",
+            help="transformers-eager, transformers-sdpa, nemo, torch-eager, torch-compile; "
+            "in bfloat16 transformers-sdpa-bf16, torch-eager-bf16, torch-compile-bf16; commas between.",
         ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Small batches, for CI.")] = False,
@@ -66,6 +68,7 @@ def benchmark(
     kept after each workload, so that an interrupt loses only the last.
     """
     from mmvision_export.benchmark.run import run_benchmark
+    from mmvision_export.benchmark.sides import label_of
 
     with progress_display() as progress:
         result, folder = run_benchmark(
@@ -85,10 +88,10 @@ def benchmark(
     table = Table(box=None, header_style="bold")
     for title in (
         "workload",
-        f"{first}, ms",
+        f"{label_of(first)}, ms",
         "range",
         "of peak",
-        *(f"x {other}" for other in others),
+        *(f"x {label_of(other)}" for other in others),
     ):
         table.add_column(title, justify="left" if title == "workload" else "right")
     for workload in result.workloads:

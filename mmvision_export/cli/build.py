@@ -28,7 +28,8 @@ def build_plugins(
         typer.Option(
             metavar="CC",
             parser=compute_capability,
-            help="GPU to compile for, as 8.7 or 87 for Orin; may be repeated. Default: all from 80 (Ampere) to 120.",
+            help="GPU to compile for, as 8.7 or 87 for Orin; may be repeated. Default: all from "
+            "8.0 (Ampere) to 12.0.",
         ),
     ] = None,
     head_dim: Annotated[
@@ -55,14 +56,23 @@ def build_plugins(
         typer.Option(
             metavar="DIR",
             envvar="TENSORRT_INCLUDE_DIR",
-            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where TensorRT or JetPack puts it.",
+            help="Folder with NvInferRuntime.h, of TensorRT 10.0 or later. Default: where "
+            "TensorRT or JetPack puts it.",
+        ),
+    ] = None,
+    onnxruntime_include: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            envvar="ONNXRUNTIME_INCLUDE_DIR",
+            help="With --cpu: folder with onnxruntime_c_api.h, to compare the library's own table with.",
         ),
     ] = None,
     cpu: Annotated[
         bool,
         typer.Option(
             "--cpu",
-            help="Build libmmvision_cpu.so, for ONNX Runtime on x86-64 CPUs with AMX, instead.",
+            help="Build libmmvision_amx.so, for ONNX Runtime on x86-64 CPUs with AMX, instead.",
         ),
     ] = False,
     force: Annotated[
@@ -70,21 +80,22 @@ def build_plugins(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build libmmvision_plugins.so, which makes TensorRT's attention cost what the images cost one by one.
+    """Build libmmvision_plugins.so, with which attention costs what the images cost one by one.
 
-    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every GPU it has kernels
-    for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers, and Triton for the kernels. All kernels
-    take two minutes on two cores.
+    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every
+    GPU it has kernels for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers,
+    and Triton for the kernels. All kernels take two minutes on two cores.
 
-    With --cpu, build libmmvision_cpu.so, with which ONNX Runtime multiplies float32 matrices on AMX, where a CPU has it
-    (Intel Xeon from Sapphire Rapids on). CMake and g++ do that in seconds; model directories beside it use it.
+    With --cpu, build libmmvision_amx.so instead, for --backend onnxruntime-amx: ONNX Runtime
+    then multiplies float32 matrices on AMX, which Intel Xeons have from Sapphire Rapids on. CMake
+    and g++ do that in seconds.
     """
     if cpu:
         if sm or head_dim or machine is not None or tensorrt_include is not None:
-            raise typer.BadParameter("--cpu goes with --output and --force alone")
-        _build_cpu_kernels(output, force)
+            raise typer.BadParameter("--cpu goes with --output, --onnxruntime-include and --force")
+        _build_amx_library(output, onnxruntime_include, force)
         return
-    from mmvision_export.kernels.library import build_plugins as build
+    from mmvision_export.kernels.tensorrt_library import build_plugins as build
 
     with progress_display() as progress:
         library, record = build(
@@ -97,24 +108,30 @@ def build_plugins(
             progress=progress,
         )
     console.print(
-        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(map(str, record.compute_capabilities))}, head_dim {', '.join(map(str, record.head_dims))}; "
+        f"{library}: {record.machine}, {record.library.size_bytes / 1e6:.1f} MB, "
+        f"compute capability {', '.join(map(str, record.compute_capabilities))}, "
+        f"head_dim {', '.join(map(str, record.head_dims))}; "
         f"what each kernel uses: {library.parent / 'kernels.md'}",
         markup=False,
     )
 
 
-def _build_cpu_kernels(output: Path | None, force: bool) -> None:
-    from mmvision_export.kernels.cpu import build_cpu_kernels
-    from mmvision_export.runtime.backends.cpu_kernels import has_amx
+def _build_amx_library(output: Path | None, onnxruntime_include: Path | None, force: bool) -> None:
+    from mmvision_export.kernels.amx_library import build_amx_library
+    from mmvision_export.runtime.backends.onnxruntime_amx import cpu_has_amx
 
     with progress_display() as progress:
-        library, record = build_cpu_kernels(output=output, force=force, progress=progress)
-    here = "" if has_amx() else "; this CPU has no AMX and will not use it"
-    console.print(
-        f"{library}: {record.library.size_bytes / 1e6:.1f} MB, {record.versions['compiler']}{here}",
-        markup=False,
-    )
+        library, record = build_amx_library(
+            output=output,
+            onnxruntime_include=onnxruntime_include,
+            force=force,
+            progress=progress,
+        )
+    size = f"{record.library.size_bytes / 1e6:.1f} MB"
+    console.print(f"{library}: {size}, {record.versions['compiler']}", markup=False)
+    use = f"use it with: mmvision run --backend onnxruntime-amx --kernel-library {library}"
+    here = "" if cpu_has_amx() else ", on another machine: this CPU has no AMX"
+    console.print(f"{use}{here}", markup=False)
 
 
 def build_engine(
@@ -138,15 +155,16 @@ def build_engine(
             "--compute-capability",
             metavar="CC",
             parser=compute_capability,
-            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: this machine's GPU, or "
-            "without one all that TensorRT-RTX supports.",
+            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: "
+            "this machine's GPU, or without one all that TensorRT-RTX supports.",
         ),
     ] = None,
     attention: Annotated[
         AttentionWay,
         typer.Option(
-            help="plugin: our kernels, for TensorRT. packed: TensorRT 11's own. native: one masked product, which "
-            "costs the square of the whole batch. auto: plugin where it can be, else native."
+            help="plugin: our kernels, for TensorRT. packed: TensorRT 11.1's own. native: one masked "
+            "product, which costs the square of the whole batch. auto: plugin where "
+            "it can be, else packed, else native."
         ),
     ] = "auto",
     plugin_library: Annotated[
@@ -191,9 +209,9 @@ def build_engine(
 ) -> None:
     """Build a TensorRT or TensorRT-RTX engine.
 
-    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The precision is the
-    graph's own unless --fp16 is given. With the released preprocessing a still image is at most 2304 patches; 4
-    patches make one image token.
+    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The
+    precision is the graph's own unless --fp16 is given. With the released preprocessing a still
+    image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
@@ -235,8 +253,9 @@ def build_engine(
             progress=progress,
         )
     console.print(
-        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, compute capability "
-        f"{', '.join(map(str, record.compute_capabilities))}, attention: {record.attention}",
+        f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, "
+        f"compute capability {', '.join(map(str, record.compute_capabilities))}, "
+        f"attention: {record.attention}",
         markup=False,
     )
 

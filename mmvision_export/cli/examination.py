@@ -1,4 +1,4 @@
-"""What works on this machine: packages, and for each backend whether it can build and run, or why it cannot."""
+"""What works on this machine: packages, and what each backend can build and run, or why not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 from mmvision_export.core.errors import MmvisionError
 from mmvision_export.engine.target import supported_by_rtx
-from mmvision_export.runtime.backends import BACKENDS, BackendOptions, open_backend
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, has_amx
+from mmvision_export.runtime.backends import AUTO_BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
 from mmvision_export.runtime.backends.cuda_versions import (
     describe_driver,
@@ -29,9 +28,11 @@ _PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "openvino",
     "tensorrt",
     "tensorrt-cu12",
     "tensorrt-cu13",
+    "tensorrt-rtx-cu12",
     "tensorrt-rtx-cu13",
     "av",
     "torch",
@@ -61,7 +62,7 @@ class BackendReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Packages by name (None where not installed), the CUDA driver and its GPU, and every backend."""
+    """Packages by name (None where not installed), the driver, and every backend that `auto` may take."""
 
     packages: dict[str, str | None]
     driver: str
@@ -79,7 +80,10 @@ def examine() -> Report:
     return Report(
         packages,
         _reason(lambda _: describe_driver(Cuda(0)), ""),
-        [BackendReport(name, _reason(_builds, name), _reason(_runs, name)) for name in BACKENDS],
+        [
+            BackendReport(name, _reason(_builds, name), _reason(_runs, name))
+            for name in AUTO_BACKENDS
+        ],
     )
 
 
@@ -119,18 +123,16 @@ def _runs(backend: str) -> str:
         from mmvision_export.runtime.backends.onnxruntime_gpu import rtx_devices
 
         return f"yes, on {len(rtx_devices())} device(s)"
+    if backend == "openvino":
+        from mmvision_export.runtime.backends.openvino import cpu_capabilities, import_openvino
+
+        bf16 = "BF16" in cpu_capabilities(import_openvino().Core())
+        return f"yes, in fp32{' and bf16' if bf16 else '; this CPU has no bf16'}"
     from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, require_provider
 
     require_provider(PROVIDERS[backend])
     if backend == "onnxruntime-cpu":
-        library, _ = find_cpu_kernels(Path("engines"))
-        if library is not None:
-            return f"yes, with kernels for this CPU's AMX: {library}"
-        return (
-            "yes, faster with kernels for its AMX: mmvision build-plugins --cpu"
-            if has_amx()
-            else "yes"
-        )
+        return "yes"
     return f"yes, on compute capability {Cuda(0).compute_capability()}"
 
 
@@ -138,15 +140,15 @@ def choice_for(model: Path) -> dict[str, str]:
     """What `backend="auto"` makes of a model directory on this machine, by opening it.
 
     Returns:
-        By backend, in the order of preference: why it was passed over, or that it was chosen. Those after the chosen
-        one are not tried.
+        By backend, in the order of preference: why it was passed over, or that it was chosen. Those
+        after the chosen one are not tried.
     """
     try:
-        backend = open_backend("auto", model, BackendOptions())
+        backend = open_backend(model, BackendOptions())
     except MmvisionError as error:
         return {"none": str(error)}
     reasons: dict[str, str] = {
-        **backend.info["passed_over"],
+        **(backend.info.passed_over or {}),
         backend.name: "chosen: the first that works",
     }
     backend.close()

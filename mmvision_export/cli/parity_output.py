@@ -7,32 +7,30 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.cli.console import console
-from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
-from mmvision_export.parity.check import ParityResult
+from mmvision_export.parity.result import ParityResult
 from mmvision_export.parity.samples import Sample, sample_from_files, sample_from_images
 
 __all__ = ["print_parity", "samples_from_options"]
 
 
 def samples_from_options(
-    model: Path, *, images: Sequence[Path], pixel_values: Path | None, grid_thw: Path | None
+    directory: Path,
+    config: EncoderConfig,
+    *,
+    images: Sequence[Path],
+    pixel_values: Path | None,
+    grid_thw: Path | None,
 ) -> list[Sample]:
     """The batch that was asked for, or nothing for the default ones.
 
     Raises:
-        ManifestError, ConfigError: The model directory is damaged.
+        ManifestError, ConfigError: The model directory's preprocessor is missing or malformed.
         InputError: A file is missing, or is not what the encoder takes.
     """
-    directory = model_directory_of(model)
-    if directory is None:
-        raise ManifestError(
-            f"{model} is not in the plans/ of a model directory", hint="name the model directory"
-        )
-    config = Manifest.read(directory).config
     if images:
         return [
             sample_from_images(images, PreprocessorConfig.read(directory / PREPROCESSOR, config))

@@ -12,6 +12,7 @@ from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
 
@@ -55,8 +56,9 @@ def quantize(
 ) -> None:
     """Make a quantised flavour of a float32 model directory.
 
-    Layers that cost the most accuracy stay in higher precision, as few as let every token of the images held out (a
-    quarter) pass the gate. With no images, calibrates on seeded random ones, which is good for a trial only.
+    Layers that cost the most accuracy stay in higher precision, as few as let every token of the
+    images held out (a quarter) pass the gate. With no images, calibrates on seeded random ones,
+    which is good for a trial only.
     """
     from mmvision_export.quantize.quantize import quantize as make
 
@@ -74,10 +76,12 @@ def quantize(
             raise QuantizationError(
                 f"{calibration} holds no images ({', '.join(sorted(_SUFFIXES))})"
             )
-    measured, held_out = _batches(directory, image)
+    manifest = Manifest.read(directory)
+    measured, held_out = _batches(directory, manifest.config, image)
     with progress_display() as progress:
         report = make(
             directory,
+            manifest,
             chosen[0],
             calibration=measured,
             held_out=held_out,
@@ -88,15 +92,16 @@ def quantize(
     _print(report)
 
 
-def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], list[Batch]]:
+def _batches(
+    directory: Path, config: EncoderConfig, images: list[Path] | None
+) -> tuple[list[Batch], list[Batch]]:
     from mmvision_export.models.minimax_m3_vl.preprocess import (
         PreprocessorConfig,
+        batch_from_images,
         image_from_file,
-        patches_from_images,
     )
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 
-    config = Manifest.read(directory).config
     if not images:
         messages.print(
             "note: calibrating on random images; name your own with --image or --calibration"
@@ -114,10 +119,11 @@ def _batches(directory: Path, images: list[Path] | None) -> tuple[list[Batch], l
             "at least 2 images are needed, to calibrate on and to check with, got 1"
         )
     preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, config)
-    batches = [
-        patches_from_images([image_from_file(path)], preprocessor, names=[str(path)])
+    packed = [
+        batch_from_images([image_from_file(path)], preprocessor, names=[str(path)])
         for path in images
     ]
+    batches = [(batch.pixel_values, batch.grid.rows) for batch in packed]
     held_out = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
     return (
         [batch for index, batch in enumerate(batches) if index not in held_out],
@@ -132,7 +138,8 @@ def _print(report: QuantizationReport) -> None:
         console.print(f"  {name:42}{cosine:.6f}", markup=False)
     total = len(report.kept) + len(report.quantized)
     console.print(
-        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, smallest cosine of a held-out token "
-        f"{report.reached:.6f} (gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
+        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, "
+        f"smallest cosine of a held-out token {report.reached:.6f} "
+        f"(gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
         markup=False,
     )

@@ -7,6 +7,7 @@ wording is always *what was wrong, the rule, the value*; the hint is *what to do
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 __all__ = [
     "BackendError",
@@ -22,9 +23,14 @@ __all__ = [
     "ParityError",
     "PluginError",
     "QuantizationError",
+    "Reason",
     "message_and_hint",
     "print_error",
 ]
+
+
+Reason = Literal["missing", "exists", "unreadable", "malformed", "unsafe", "no space"]
+"""Why a file or folder was refused, where nothing but the words of the message tells."""
 
 
 class MmvisionError(Exception):
@@ -33,11 +39,15 @@ class MmvisionError(Exception):
     Args:
         message: What was wrong, the rule and the value, in one line (lists of names may follow on further lines).
         hint: What to do next, or None.
+        reason: For programs, which do not read the message: why a file or folder was refused, or None.
     """
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, reason: Reason | None = None
+    ) -> None:
         super().__init__(message)
         self.hint = hint
+        self.reason = reason
 
 
 class ConfigError(MmvisionError):

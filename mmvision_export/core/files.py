@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, identified by size and hash, and read as JSON objects or arrays.
+"""Files: written whole or not at all, identified by size and hash, read as JSON or arrays.
 
-What is being written lives under a temporary name beside its target, on the same file system, and takes the target's
-place in one rename once it is whole.
+What is being written lives under a temporary name beside its target, on the same file system, and
+takes the target's place in one rename once it is whole.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
     """A temporary directory that becomes `path` when the block ends without an error.
 
     Args:
-        path: Where the directory shall be; a symbolic link stands for what it points to. Missing parents are made.
-        marker: A file that every directory of this kind has. One without it is somebody else's, and never replaced.
-        force: Replace what is there; otherwise it is refused. The old directory stays until the new one is whole.
+        path: Where the directory shall be; a symbolic link stands for what it points to. Missing
+            parents are made.
+        marker: A file that every directory of this kind has. One without it is somebody else's, and
+            never replaced.
+        force: Replace what is there; otherwise it is refused. The old directory stays until the new
+            one is whole.
 
     Raises:
         OutputError: `path` exists and may not be replaced, or it cannot be written.
@@ -72,7 +75,9 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
 
 @contextlib.contextmanager
 def new_files(folder: Path, *, name: str) -> Iterator[Path]:
-    """A temporary directory whose files move into `folder`, replacing their namesakes, when the block ends well.
+    """A temporary directory whose files move into `folder` when the block ends well.
+
+    They replace their namesakes.
 
     Args:
         folder: Where the files go. Missing folders are made.
@@ -94,7 +99,9 @@ def refuse_existing(path: Path, *, marker: str, force: bool) -> None:
         return
     if not force:
         raise OutputError(
-            f"{path} already exists", hint="choose another --output, or replace it with --force"
+            f"{path} already exists",
+            hint="choose another --output, or replace it with --force",
+            reason="exists",
         )
     if not (path / marker).is_file():
         raise OutputError(
@@ -110,7 +117,8 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".new.", suffix=".partial", dir=parent))
-        # mkdtemp makes a private directory; what takes a public place gets the permissions of any new directory.
+        # mkdtemp makes a private directory; what takes a public place gets the permissions of any
+        # new directory.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -120,6 +128,7 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
             raise OutputError(
                 f"{parent}: no space left while writing {name}",
                 hint="free some space; nothing was kept",
+                reason="no space",
             ) from error
         raise OutputError(f"{parent}: cannot write {name}: {error.strerror}") from error
     finally:
@@ -144,7 +153,9 @@ class FileRecord:
     size_bytes: int
 
     def verify_size(self, path: Path, *, said_by: str) -> None:
-        """Check that a file is there and as long as it should be, which finds an incomplete copy at no cost.
+        """Check that a file is there and as long as it should be.
+
+        That finds an incomplete copy at no cost.
 
         Args:
             path: The file.
@@ -155,7 +166,9 @@ class FileRecord:
         """
         if not path.is_file():
             raise ManifestError(
-                f"{path} is missing", hint="copy the whole model directory, or make it again"
+                f"{path} is missing",
+                hint="copy the whole model directory, or make it again",
+                reason="missing",
             )
         if (size := path.stat().st_size) != self.size_bytes:
             raise ManifestError(
@@ -205,9 +218,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ManifestError(f"{path} is missing", hint="is this a model directory?") from None
+        raise ManifestError(
+            f"{path} is missing", hint="is this a model directory?", reason="missing"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: not readable as JSON: {error}") from error
+        raise ManifestError(
+            f"{path}: not readable as JSON: {error}", reason="unreadable"
+        ) from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -237,7 +254,7 @@ def array_from_file(path: Path) -> npt.NDArray[Any]:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file", reason="missing") from None
     except (
         Exception
     ) as error:  # NumPy's header parser raises whatever Python's tokenizer and zipfile do

@@ -15,9 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from mmvision_export.core.errors import InputError
-
-__all__ = ["finite_rows", "refuse_embeddings_not_finite"]
+__all__ = ["finite_rows"]
 
 # Large enough that handing out pieces costs little; NumPy lets other threads run during a reduction of over 500 rows.
 _PIECE_ROWS = 1024
@@ -60,14 +58,6 @@ def finite_rows(values: npt.NDArray[np.floating]) -> npt.NDArray[np.bool_]:
         if not helper.cancel():
             helper.result()
     return np.isfinite(sums)
-
-
-def refuse_embeddings_not_finite(image_embeds: npt.NDArray[np.floating]) -> None:
-    """Raise `InputError` for embeddings that nobody should write to a file."""
-    if not finite_rows(np.ascontiguousarray(image_embeds)).all():
-        raise InputError(
-            "the embeddings are not finite", hint="check the model with: mmvision parity"
-        )
 
 
 def _threads() -> int:

@@ -16,7 +16,8 @@ class Gate:
     Attributes:
         max_relative_l2: Largest relative L2 difference, or None.
         min_cosine: Smallest cosine similarity of any token.
-        times_eager: Largest relative L2 difference as a multiple of eager PyTorch's in the same precision, or None.
+        times_eager: Largest relative L2 difference as a multiple of eager PyTorch's in the same
+            precision, or None.
     """
 
     max_relative_l2: float | None
@@ -35,7 +36,7 @@ class Gate:
         return ", ".join(parts)
 
     def limit(self, eager: Metrics | None) -> float | None:
-        """Largest relative L2 difference allowed beside what eager PyTorch shows, or None if there is no limit."""
+        """Largest relative L2 difference allowed beside eager PyTorch's, or None if any is."""
         limits = [] if self.max_relative_l2 is None else [self.max_relative_l2]
         # Where PyTorch itself is not finite, its error says nothing about a graph's.
         if self.times_eager is not None and eager is not None and not eager.non_finite:
@@ -59,6 +60,9 @@ class Gate:
         if not result.min_cosine >= self.min_cosine:
             why = ""
             if eager is not None and not eager.min_cosine >= self.min_cosine:
-                why = f"; PyTorch itself has {eager.min_cosine:.6f} in this precision, which does not suffice here"
+                why = (
+                    f"; PyTorch itself has {eager.min_cosine:.6f} in this precision, "
+                    "which does not suffice here"
+                )
             found.append(f"minimum cosine {result.min_cosine:.6f} < {self.min_cosine}{why}")
         return found

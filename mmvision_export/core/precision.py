@@ -54,7 +54,7 @@ class Precision:
     @property
     def has_half_attention(self) -> bool:
         """Whether attention is in 16 bits, which fused kernels and plugins are for."""
-        return self.hidden in ("fp16", "bf16")
+        return self.hidden != "fp32"
 
     def runs_on(self, capability: ComputeCapability) -> bool:
         """Whether a GPU's tensor cores have the type."""

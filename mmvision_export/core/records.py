@@ -1,9 +1,9 @@
 """Records: dataclasses that are JSON files, read and checked by the annotations of their fields.
 
 A field's annotation is what its value must be: `str`, `int`, `float`, `bool`, `Any`, a `Literal`, a
-list, tuple or dict of these, an optional one, or a dataclass. A class with a JSON form of its own has
-`from_json` and `to_json`. A field with a default may be missing, any other must be there, and what is no
-field is refused.
+list, tuple or dict of these, an optional one, or a dataclass. A class with a JSON form of its own
+has `from_json` and `to_json`. A field with a default may be missing, any other must be there, and
+what is no field is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_record(
     try:
         return record_from_json(cls, upgraded(form, content))
     except MmvisionError as error:
-        raise ManifestError(f"{path}: malformed: {error}", hint=hint) from error
+        raise ManifestError(f"{path}: malformed: {error}", hint=hint, reason="malformed") from error
 
 
 def record_from_json(cls: type[_Record], content: Any, *, name: str = "the record") -> _Record:

@@ -3,7 +3,7 @@
 | way | what TensorRT parses | cost of a batch |
 | --- | --- | --- |
 | plugin | the custom ops as they are, for `libmmvision_plugins.so` | the sum of the images' squares |
-| packed | `TRT_Attention`, TensorRT 11's own attention over packed sequences | the sum of the images' squares |
+| packed | `TRT_Attention`, TensorRT's own attention over packed sequences | the sum of the images' squares |
 | native | the ops' definitions: one masked product | the square of the batch |
 """
 
@@ -21,10 +21,16 @@ from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.choices import ATTENTION_WAYS, AttentionWay
-from mmvision_export.graph.passes import inline_functions
+from mmvision_export.engine.parser_lowering import write_for_parser
+from mmvision_export.engine.parser_support import ParserVersion
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.ops.domain import DOMAIN
-from mmvision_export.ops.onnx_functions import ATTENTION_OPSET, AttentionBody, attach_functions
+from mmvision_export.ops.registry import attach_functions
+from mmvision_export.ops.varlen_attention.onnx_op import (
+    ATTENTION_OPSET,
+    VARLEN_ATTENTION,
+    AttentionBody,
+)
 
 __all__ = [
     "Lowering",
@@ -33,7 +39,8 @@ __all__ = [
     "lowered_model",
 ]
 
-_FIRST_PACKED = (11, 0)
+# 11.0 documents the lengths at other inputs than its own source reads: see `parser_support`.
+_FIRST_PACKED = (11, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +48,15 @@ class Lowering:
     """What was chosen.
 
     Attributes:
-        body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the plugins.
+        body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the
+            plugins.
         library: The plugin library, where the nodes stay.
+        fallback: What to build instead, if this cannot be built.
     """
 
     body: AttentionBody | None
     library: tuple[Path, PluginLibraryRecord] | None = None
+    fallback: Lowering | None = None
 
     def attention(self, *, fused: bool) -> EngineAttention:
         """For the sidecar."""
@@ -60,8 +70,9 @@ class Lowering:
 def attention_body_for_tensorrt(target: BuildTarget) -> NativeBody:
     """How native attention is written for a TensorRT's ONNX parser.
 
-    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before, and in a graph of a
-    lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and fuses by itself.
+    ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before,
+    and in a graph of a lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and
+    fuses by itself.
     """
     is_known = target.backend == "tensorrt-rtx" or target.tensorrt_version.release >= (10, 14)
     return "attention" if is_known and target.opset >= ATTENTION_OPSET else "matmul"
@@ -79,7 +90,8 @@ def choose_lowering(
 
     Args:
         way: `auto` is the plugin where it can be, with a note where it is only the library that is
-            missing, and otherwise native.
+            missing; otherwise packed where TensorRT has it, and native if that cannot be built;
+            otherwise native.
         target: What is built for.
         config: The encoder's dimensions.
         library: Where the plugin library is, if it has been built.
@@ -97,28 +109,37 @@ def choose_lowering(
     if way == "packed":
         _refuse_packed(target)
         return Lowering("packed")
+    without_plugins = native
+    if way == "auto" and target.backend == "tensorrt" and _obstacle_to_packed(target) is None:
+        without_plugins = Lowering("packed", fallback=native)
     obstacle = _obstacle_to_plugins(target)
     if obstacle is not None:
         if way == "plugin":
             raise EngineError(f"no plugins: {obstacle}", hint="--attention native, or auto")
-        return native
+        return without_plugins
     try:
         return Lowering(None, (library, _fitting(library, target, config)))
     except (EngineError, ManifestError) as error:
         if way == "plugin":
             raise
-        progress.note(f"attention costs the square of the whole batch without plugins: {error}")
-        return native
+        if without_plugins is native:
+            progress.note(f"attention costs the square of the whole batch without plugins: {error}")
+        return without_plugins
 
 
 def _refuse_packed(target: BuildTarget) -> None:
+    obstacle = _obstacle_to_packed(target)
+    if obstacle is not None:
+        raise EngineError(f"no packed attention: {obstacle}", hint="--attention native, or auto")
+
+
+def _obstacle_to_packed(target: BuildTarget) -> str | None:
     if target.backend == "tensorrt" and target.tensorrt_version.release < _FIRST_PACKED:
-        raise EngineError(
-            "TensorRT has packed attention of its own from "
-            f"{'.'.join(map(str, _FIRST_PACKED))} on, this is {target.tensorrt_version}"
-        )
+        first = ".".join(map(str, _FIRST_PACKED))
+        return f"TensorRT has it from {first} on, this is {target.tensorrt_version}"
     if not PRECISIONS[target.precision].has_half_attention:
-        raise EngineError(f"packed attention is for fp16 and bf16, not for {target.precision}")
+        return f"it is for fp16 and bf16, not for {target.precision}"
+    return None
 
 
 def _obstacle_to_plugins(target: BuildTarget) -> str | None:
@@ -130,7 +151,7 @@ def _obstacle_to_plugins(target: BuildTarget) -> str | None:
 
 
 def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> PluginLibraryRecord:
-    """The record of a library that is for this TensorRT and has kernels for this encoder and these GPUs."""
+    """The record of a library for this TensorRT, with kernels for this encoder and these GPUs."""
     record = PluginLibraryRecord.read(library)
     headers = TensorRTVersion(record.versions["tensorrt headers"])
     if headers.release[0] != target.tensorrt_version.release[0]:
@@ -141,7 +162,8 @@ def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> Plugi
     if config.head_dim not in record.head_dims:
         have = ", ".join(map(str, record.head_dims))
         raise EngineError(
-            f"{library} has attention kernels for head_dim {have}, this encoder's is {config.head_dim}",
+            f"{library} has attention kernels for head_dim {have}, "
+            f"this encoder's is {config.head_dim}",
             hint=f"mmvision build-plugins --head-dim {config.head_dim} --force",
         )
     least = record.compute_capabilities[0]
@@ -153,17 +175,20 @@ def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> Plugi
     return record
 
 
-def lowered_model(graph: Path, lowering: Lowering) -> ir.Model:
-    """The graph as the parser shall see it. Weights stay in their file: only the graph is in memory.
+def lowered_model(graph: Path, lowering: Lowering, parser: ParserVersion) -> ir.Model:
+    """The graph as the parser shall see it. Weights stay in their file.
 
-    With plugins the nodes stay and their definitions go: TensorRT's parsers do not agree on which of the two comes
-    first. Otherwise the definitions take the nodes' place.
+    With plugins the nodes stay and their definitions go: TensorRT's parsers do not agree on which
+    of the two comes first. Otherwise the definitions take the nodes' place.
+
+    Raises:
+        EngineError: The graph holds something that cannot be written for this parser.
     """
     model = ir.load(graph)
     if lowering.body is None:
         model.functions.clear()
         model.opset_imports.setdefault(DOMAIN, 1)
-        return model
-    attach_functions(model, lowering.body)
-    inline_functions(model)
+    else:
+        attach_functions(model, bodies={VARLEN_ATTENTION.name: lowering.body})
+    write_for_parser(model, parser)
     return model

@@ -1,7 +1,8 @@
-"""Engines from a model directory's graph, with TensorRT or TensorRT-RTX, on every version strongly typed.
+"""Engines from a model directory's graph, with TensorRT or TensorRT-RTX.
 
-The types are those of the ONNX graph; there is no builder flag that changes one. How attention is written down is
-chosen here, in memory, for the TensorRT that will parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
+Networks are strongly typed on every version. The types are those of the ONNX graph; no builder flag
+changes one. How attention is written down is chosen here, in memory, for the TensorRT that will
+parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from mmvision_export.engine.attention import (
 from mmvision_export.engine.builder import PlanRequest, plan_from_model
 from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
 from mmvision_export.engine.float16 import derive_fp16
+from mmvision_export.engine.parser_support import parser_version
 from mmvision_export.engine.target import resolve_target
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
@@ -68,7 +70,8 @@ def build_engine(
         manifest: Its manifest; it then lists a newly derived graph, in memory and on disk.
         profiles: Accepted sizes, one optimization profile for each entry.
         precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the
-            float16-typed graph first; int8 and fp8 come from the graphs that `mmvision quantize` makes.
+            float16-typed graph first; int8 and fp8 come from the graphs that `mmvision quantize`
+            makes.
         backend: TensorRT to build with.
         compute_capabilities: GPUs to build for with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
@@ -86,7 +89,8 @@ def build_engine(
     Raises:
         ManifestError: Files of the model directory are missing or damaged.
         BackendError: TensorRT is not installed.
-        EngineError: The request cannot be met, the graph was not parsed, or the engine was not built.
+        EngineError: The request cannot be met, the graph was not parsed, or the engine was not
+            built.
         OutputError: The engine exists, or cannot be written.
     """
     progress = progress or Progress()
@@ -109,7 +113,9 @@ def build_engine(
         attention, target, config=manifest.config, library=library, progress=progress
     )
     with new_files(engine.parent, name=engine.name) as new:
-        plan, fused = _built(target, directory / graph, lowering, manifest, profiles, progress)
+        lowering, plan, fused = _built(
+            target, directory / graph, lowering, manifest, profiles, progress
+        )
         progress.step("writing the engine")
         record = _record(target, graph, lowering, manifest, profiles, plan=plan, fused=fused)
         _write(new, engine, plan, record, lowering)
@@ -137,7 +143,7 @@ def _graph_for(
 def _refuse_failed_parity(
     graph: str, directory: Path, manifest: Manifest, *, check: bool, progress: Progress
 ) -> None:
-    """Refuse a graph that failed its comparison, or was derived from one that did; note one that had none."""
+    """Refuse a graph that failed, or was derived from one that did; note one not compared."""
     if graph not in manifest.parity:
         progress.note(
             f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}"
@@ -158,13 +164,36 @@ def _built(
     manifest: Manifest,
     profiles: Sequence[Profile],
     progress: Progress,
+) -> tuple[Lowering, bytes, bool]:
+    """What was built, its plan, and whether all attention is known to be one fused kernel."""
+    try:
+        plan, fused = _plan_of(target, graph, lowering, manifest, profiles, progress)
+    except EngineError as error:
+        if lowering.fallback is None:
+            raise
+        progress.note(
+            f"{lowering.attention(fused=False).way} attention could not be built, building "
+            f"{lowering.fallback.attention(fused=False).way} attention, which costs the square of "
+            f"the whole batch: {error}"
+        )
+        return _built(target, graph, lowering.fallback, manifest, profiles, progress)
+    return lowering, plan, fused
+
+
+def _plan_of(
+    target: BuildTarget,
+    graph: Path,
+    lowering: Lowering,
+    manifest: Manifest,
+    profiles: Sequence[Profile],
+    progress: Progress,
 ) -> tuple[bytes, bool]:
-    """The plan, and whether every attention layer is known to be one fused kernel."""
     if lowering.library is not None:
         path, library = lowering.library
         load_plugin_library(import_tensorrt(target.backend), path, library.library.sha256)
     progress.step("lowering the graph")
-    model = ir.serde.serialize_model(lowered_model(graph, lowering)).SerializeToString()
+    lowered = lowered_model(graph, lowering, parser_version(target))
+    model = ir.serde.serialize_model(lowered).SerializeToString()
     request = PlanRequest(
         model=model,
         location=graph,
@@ -173,6 +202,9 @@ def _built(
         patch_dim=manifest.config.patch_dim,
         timing_cache=_timing_cache(graph.parent, target),
     )
+    if lowering.body == "packed":
+        # From several kernels it would cost the square of the batch, which it is there to avoid.
+        return plan_from_model(request, decomposable=False, progress=progress), True
     # No TensorRT has a fused attention kernel in float32.
     may_fuse = lowering.body == "attention" and PRECISIONS[target.precision].has_half_attention
     return _plan(request, may_fuse=may_fuse, progress=progress)
@@ -180,7 +212,8 @@ def _built(
 
 def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[bytes, bool]:
     if may_fuse:
-        # Without permission to decompose, the builder fails rather than fall back to unfused kernels in silence.
+        # Without permission to decompose, the builder fails rather than fall back to unfused
+        # kernels in silence.
         try:
             return plan_from_model(request, decomposable=False, progress=progress), True
         except EngineError as error:

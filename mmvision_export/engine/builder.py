@@ -31,7 +31,8 @@ class PlanRequest:
         target: What to build with and for.
         profiles: Accepted sizes, one optimization profile for each entry.
         patch_dim: Values in one patch row.
-        timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times nothing when it builds.
+        timing_cache: Read if it exists, extended afterwards. None for TensorRT-RTX, which times
+            nothing when it builds.
     """
 
     model: bytes
@@ -100,7 +101,8 @@ def _parser_error(error: Any) -> str:
         if error.local_function_stack_size()
         else ""
     )
-    return f"{error.node_name() or 'model'} ({error.node_operator() or 'no operator'}){stack}: {error.desc()}"
+    node = f"{error.node_name() or 'model'} ({error.node_operator() or 'no operator'})"
+    return f"{node}{stack}: {error.desc()}"
 
 
 def _config(request: PlanRequest, monitor: Any) -> Any:
@@ -137,10 +139,10 @@ def _tensor_profile(profile: Profile, patch_dim: int) -> Any:
 
 @contextlib.contextmanager
 def _monitor(trt: Any, progress: Progress) -> Iterator[Any]:
-    """A progress monitor that reports the outermost phases, and stops the build on Ctrl-C or when it is killed.
+    """A progress monitor that reports the outermost phases, and stops the build on a signal.
 
-    The builder runs in native code, where Python's KeyboardInterrupt cannot be raised: the signal only sets a flag, and
-    the monitor's next answer tells the builder to stop.
+    The builder runs in native code, where Python's KeyboardInterrupt cannot be raised. SIGINT and
+    SIGTERM only set a flag, and the monitor's next answer tells the builder to stop.
     """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]

@@ -25,7 +25,7 @@ from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_sessi
 __all__ = ["FP16_GRAPH", "check_against", "derive_fp16"]
 
 FP16_GRAPH = flavour_graph("fp16")
-"""The float16 graph that `derive_fp16` adds to a float32 model directory, with weights of its own."""
+"""The graph that `derive_fp16` adds to a float32 model directory, with weights of its own."""
 
 _CPU = PROVIDERS["onnxruntime-cpu"]
 
@@ -85,9 +85,10 @@ def _require_onnxruntime() -> None:
 def check_against(
     derived: Path, *, reference: Path, config: EncoderConfig, progress: Progress | None = None
 ) -> None:
-    """Compare a derived float16 graph with the one it was derived from, on small batches in ONNX Runtime.
+    """Compare a derived float16 graph with the one it was derived from.
 
-    Finds what a wrong derivation or an overflow does; the full comparison, with PyTorch, is `mmvision parity`.
+    On small batches, in ONNX Runtime. Finds what a wrong derivation or an overflow does; the full
+    comparison, with PyTorch, is `mmvision parity`.
 
     Raises:
         BackendError: ONNX Runtime is not installed, or cannot run a graph.
@@ -113,7 +114,8 @@ def check_against(
         distance = metrics(got, wanted)
         if distance.non_finite or not distance.min_cosine >= gate:
             raise ExportError(
-                f"{derived.name} does not match {reference.name} for {grid}: {distance.non_finite} values not finite, "
+                f"{derived.name} does not match {reference.name} for {grid}: "
+                f"{distance.non_finite} values not finite, "
                 f"minimum cosine {distance.min_cosine:.6f} (gate {gate})",
                 hint="export with --bf16, or build without --fp16",
             )

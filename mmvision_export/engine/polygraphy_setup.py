@@ -1,7 +1,7 @@
 """Polygraphy, set up for this package: which TensorRT it drives, and where its messages go.
 
-Polygraphy chooses between TensorRT and TensorRT-RTX once, when its TensorRT backend is first imported, and prints to
-standard output, where this package's commands print JSON.
+Polygraphy chooses between TensorRT and TensorRT-RTX once, when its TensorRT backend is first
+imported, and prints to standard output, where this package's commands print JSON.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ __all__ = ["choose_tensorrt", "resolve_target", "supported_by_rtx"]
 
 
 def choose_tensorrt(choice: TensorRTChoice) -> TensorRTName:
-    """The TensorRT to build with: the one named, or for `auto` the one that is installed, TensorRT first.
+    """The TensorRT to build with: the one named, or for `auto` the first that is installed.
 
     Raises:
         BackendError: It is not installed, or neither is.
@@ -127,7 +127,8 @@ def _gpu_of_this_machine(wanted: Sequence[ComputeCapability]) -> list[ComputeCap
     if here is None:
         raise EngineError(
             "TensorRT builds for the GPU it runs on, and there is none here",
-            hint="build with --backend tensorrt-rtx --compute-capability ..., or on the target machine",
+            hint="build with --backend tensorrt-rtx --compute-capability ..., "
+            "or on the target machine",
         )
     if not set(wanted) <= {here}:
         raise EngineError(

@@ -10,22 +10,31 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript.onnx_opset import opset18
 
-from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, MANIFEST, Manifest
+from mmvision_export.artifacts.manifest import (
+    CPU_GRAPH,
+    DATA,
+    GRAPH,
+    MANIFEST,
+    OPENVINO_GRAPH,
+    Manifest,
+)
 from mmvision_export.core.errors import ExportError
 from mmvision_export.core.files import file_record, new_directory
 from mmvision_export.core.progress import Progress
-from mmvision_export.graph.files import save_cpu_graph, save_graph
+from mmvision_export.graph.files import save_cpu_graph, save_graph, save_openvino_graph
 from mmvision_export.graph.passes import name_after_modules, name_dimensions
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
-from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
+from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 from mmvision_export.models.weight_statistics import weight_statistics
 from mmvision_export.models.weights import DTYPES, WeightSource
-from mmvision_export.ops.onnx_functions import ATTENTION_OPSET, attach_functions
-from mmvision_export.ops.torch_ops import translation_table
+from mmvision_export.ops.registry import attach_functions, translation_table
+from mmvision_export.ops.varlen_attention.onnx_op import ATTENTION_OPSET
 from mmvision_export.version import __version__
 
 __all__ = ["OPSETS", "export_model_directory", "onnx_from_encoder"]
@@ -70,16 +79,25 @@ def onnx_from_encoder(encoder: VisionEncoderModule, *, opset: int = ATTENTION_OP
             input_names=["pixel_values", "grid_thw"],
             output_names=["image_embeds"],
             dynamic_shapes=({0: dynamic}, {0: dynamic}),
-            custom_translation_table=translation_table(),
+            custom_translation_table={
+                **translation_table(),
+                torch.ops.aten.floor_divide.default: _floor_divide,
+            },
             verbose=False,
         )
     assert program is not None  # it is only when writing a file
     model = program.model
     name_after_modules(model)
     name_dimensions(model)
-    attach_functions(model, "attention" if opset >= ATTENTION_OPSET else "matmul")
+    attach_functions(model)
     model.producer_name, model.producer_version = "mmvision-export", __version__
     return model
+
+
+def _floor_divide(a: Any, b: Any) -> Any:
+    # Patch positions are non-negative integers, for which ONNX's truncating Div is the floor; the general translation
+    # adds seven nodes to correct the sign.
+    return opset18.Div(a, b)
 
 
 @contextlib.contextmanager
@@ -133,17 +151,16 @@ def export_model_directory(
         loaded = source.load(DTYPES[precision], progress)
         statistics = weight_statistics(loaded.encoder)
         config = loaded.encoder.config
-        preprocessor = PreprocessorConfig.for_encoder(config)
-        if loaded.preprocessor is not None:
-            preprocessor = PreprocessorConfig.read(loaded.preprocessor, config)
+        preprocessor = loaded.family.preprocessor(config, loaded.preprocessor)
         progress.step("tracing the encoder")
         model = onnx_from_encoder(loaded.encoder, opset=opset)
         save_graph(model, directory, GRAPH, progress)
         names = [GRAPH, DATA, PREPROCESSOR]
         if precision == "fp32":
-            progress.step(f"writing {CPU_GRAPH}")
+            progress.step(f"writing {CPU_GRAPH} and {OPENVINO_GRAPH}")
             save_cpu_graph(directory, config)
-            names.append(CPU_GRAPH)
+            save_openvino_graph(directory)
+            names += [CPU_GRAPH, OPENVINO_GRAPH]
         content = json.dumps(preprocessor.to_dict(), indent=2) + "\n"
         (directory / PREPROCESSOR).write_text(content, encoding="utf-8")
         progress.step("hashing")

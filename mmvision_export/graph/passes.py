@@ -20,7 +20,6 @@ from onnx_ir.passes.common import (
 )
 
 from mmvision_export.core.errors import ExportError
-from mmvision_export.ops.domain import DOMAIN
 
 __all__ = ["inline_functions", "name_after_modules", "name_dimensions", "retype"]
 
@@ -170,7 +169,7 @@ def _retyped(tensor: ir.TensorProtocol, name: str, dtype: ir.DataType) -> ir.Laz
 
 
 def inline_functions(model: ir.Model) -> None:
-    """Replace each custom op by its definition, for a runtime that has no plugin for it.
+    """Replace each node that has a definition in the model by that definition.
 
     A node keeps the name of the op it came from (`layers.3.self_attn.VarlenAttention.mask`), so that a builder's log or
     a profiler's table says which layer it belongs to; what is equal in every layer, such as the attention mask, is
@@ -181,8 +180,9 @@ def inline_functions(model: ir.Model) -> None:
     # call's name in front afterwards needs the names as they stand in the functions.
     inner_names = "mmvision.inner_name"
     for node in model.graph:
-        if node.domain == DOMAIN:
+        if node.op_identifier() in model.functions:
             node.metadata_props[calls] = node.name or ""
+    inlined = {function.domain for function in model.functions.values()}
     for function in model.functions.values():
         for node in function:
             node.metadata_props[inner_names] = node.outputs[0].name or ""
@@ -200,7 +200,8 @@ def inline_functions(model: ir.Model) -> None:
     _measure_patches_once(model.graph)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
-    model.opset_imports.pop(DOMAIN, None)
+    for domain in inlined - {node.domain for node in model.graph}:
+        model.opset_imports.pop(domain, None)
 
 
 def _measure_patches_once(graph: ir.Graph) -> None:

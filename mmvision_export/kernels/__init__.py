@@ -1,1 +1,1 @@
-"""`libmmvision_plugins.so`: the plugins' kernels compiled for many GPUs, and the TensorRT library they are put into."""
+"""The two compiled libraries: TensorRT plugins with kernels for many GPUs, and operators for AMX."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmvision_export.core.precision import PRECISIONS
-from mmvision_export.kernels.kernels import PORTABLE_PTX
+from mmvision_export.kernels.compile import PORTABLE_PTX
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel
 
 __all__ = ["write_embedded_kernels"]

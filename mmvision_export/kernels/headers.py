@@ -1,4 +1,4 @@
-"""Where the C++ headers are that the plugin library is compiled with: TensorRT's and CUDA's."""
+"""Where the C++ headers are that libraries are compiled with: TensorRT's, CUDA's, ONNX Runtime's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ from pathlib import Path
 
 from mmvision_export.core.errors import PluginError
 
-__all__ = ["cuda_headers", "tensorrt_header_version", "tensorrt_headers"]
+__all__ = [
+    "cuda_headers",
+    "onnxruntime_api_version",
+    "onnxruntime_headers",
+    "tensorrt_header_version",
+    "tensorrt_headers",
+]
 
 _HEADER = "NvInferRuntime.h"
+_ONNXRUNTIME_HEADER = "onnxruntime_c_api.h"
+
+# Where `make install` of ONNX Runtime and distributions' packages put it.
+_ONNXRUNTIME_SYSTEM = (
+    "/usr/local/include/onnxruntime",
+    "/usr/local/include",
+    "/usr/include/onnxruntime",
+    "/usr/include",
+)
 
 # Debian packages and JetPack, a tar file unpacked where its guide says, and the container images.
 _SYSTEM = (
@@ -90,3 +105,43 @@ def cuda_headers() -> Path:
     raise PluginError(
         f"cuda.h is in none of {', '.join(map(str, places))}", hint="pip install '.[plugins]'"
     )
+
+
+def onnxruntime_headers(given: Path | None = None) -> Path | None:
+    """The folder with ONNX Runtime's C header, or None where there is none.
+
+    The AMX kernels compile without it, since no package registry has it. With it, the compiler
+    compares their own table of its functions with it.
+
+    Args:
+        given: Look here and nowhere else. By default `ONNXRUNTIME_INCLUDE_DIR`, then where ONNX
+            Runtime installs it.
+
+    Raises:
+        PluginError: The folder that is named has no such header.
+    """
+    named = given if given is not None else os.environ.get("ONNXRUNTIME_INCLUDE_DIR")
+    if named:
+        if not (Path(named) / _ONNXRUNTIME_HEADER).is_file():
+            raise PluginError(
+                f"{named} has no {_ONNXRUNTIME_HEADER}: it is not ONNX Runtime's include folder",
+                hint="it is include/ in the archive onnxruntime-linux-x64-<version>.tgz of "
+                "https://github.com/microsoft/onnxruntime/releases",
+            )
+        return Path(named)
+    places = (Path(place) for place in _ONNXRUNTIME_SYSTEM)
+    return next((place for place in places if (place / _ONNXRUNTIME_HEADER).is_file()), None)
+
+
+def onnxruntime_api_version(folder: Path) -> str:
+    """The version of ONNX Runtime's C API that a header describes: 29 for ONNX Runtime 1.29.
+
+    Raises:
+        PluginError: The header does not say it.
+    """
+    header = folder / _ONNXRUNTIME_HEADER
+    text = header.read_text(encoding="utf-8", errors="replace")
+    version = re.search(r"#define ORT_API_VERSION (\d+)", text)
+    if version is None:
+        raise PluginError(f"{header} does not say its version")
+    return version[1]

@@ -11,8 +11,8 @@ import subprocess
 from pathlib import Path
 
 from mmvision_export.core.errors import PluginError
+from mmvision_export.kernels.compile import plugins_root
 from mmvision_export.kernels.headers import cuda_headers
-from mmvision_export.kernels.kernels import plugins_root
 
 __all__ = ["STAND_IN", "build_stand_in"]
 

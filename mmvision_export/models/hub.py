@@ -1,4 +1,7 @@
-"""A checkpoint on the Hugging Face hub: download its configuration and the shards with vision tensors, nothing else."""
+"""A checkpoint on the Hugging Face hub: download its configuration and the shards it needs.
+
+A shard is needed if it holds vision tensors. Nothing else is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ from pathlib import Path
 
 from mmvision_export.core.errors import CheckpointError
 from mmvision_export.core.progress import Progress
+from mmvision_export.models import family_from_file
 from mmvision_export.models.minimax_m3_vl.checkpoint import (
     CONFIG,
     INDEX,
     SINGLE,
     read_index,
-    vision_shards,
 )
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 
@@ -19,7 +22,7 @@ __all__ = ["folder_from_hub", "is_hub_id"]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a `--checkpoint` that is no folder here has the form of a hub id, `organisation/model`."""
+    """Whether a `--checkpoint` that is no folder has the form of a hub id, `organisation/model`."""
     parts = name.split("/")
     return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
 
@@ -38,7 +41,9 @@ def folder_from_hub(
         The snapshot folder in the cache, ready for `checkpoint_from_folder`.
 
     Raises:
-        CheckpointError: The hub cannot be reached, or refuses, or the repository is no safetensors checkpoint.
+        ConfigError: The repository's configuration is of no supported model family.
+        CheckpointError: The hub cannot be reached, or refuses, or the repository is no safetensors
+            checkpoint.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -56,13 +61,15 @@ def folder_from_hub(
         try:
             return Path(hf_hub_download(repo_id, name, revision=revision, local_files_only=offline))
         except LocalEntryNotFoundError as error:
-            # huggingface_hub raises this both offline and when the connection fails. Offline, what is not in the
-            # cache may not be in the repository either.
+            # huggingface_hub raises this both offline and when the connection fails. Offline, what
+            # is not in the cache may not be in the repository either.
             if optional and offline:
                 return None
             raise CheckpointError(
-                f"{repo_id}: cannot reach the Hugging Face hub, and {name} is not in its local cache",
-                hint="name a folder with --checkpoint DIR, or try without weights: --preset tiny --random-weights",
+                f"{repo_id}: cannot reach the Hugging Face hub, and {name} is not in its local "
+                "cache",
+                hint="name a folder with --checkpoint DIR, or try without weights: --preset tiny "
+                "--random-weights",
             ) from error
         except EntryNotFoundError:
             return None
@@ -70,7 +77,8 @@ def folder_from_hub(
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(
                 f"{repo_id}: {name} could not be downloaded: {reason}",
-                hint="check the id and your access (huggingface-cli login), or name a folder with --checkpoint DIR",
+                hint="check the id and your access (huggingface-cli login), or name a folder with "
+                "--checkpoint DIR",
             ) from error
 
     config = download(CONFIG)
@@ -78,7 +86,8 @@ def folder_from_hub(
         raise CheckpointError(f"{repo_id} has no {CONFIG}: not a checkpoint that can be exported")
     download(PREPROCESSOR, optional=True)
     index = download(INDEX, optional=True)
-    shards = vision_shards(read_index(index)) if index else [SINGLE]
+    family = family_from_file(config)
+    shards = family.vision_shards(read_index(index)) if index else [SINGLE]
     if not shards:
         raise CheckpointError(
             f"{repo_id}: {INDEX} lists no vision tensors",
@@ -94,7 +103,10 @@ def folder_from_hub(
 
 
 def _hub_answers(repo_id: str) -> bool:
-    """Whether the hub can be reached at all, asked once and without the downloader's half minute of retries."""
+    """Whether the hub can be reached at all.
+
+    Asked once, without the downloader's half minute of retries.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -102,8 +114,6 @@ def _hub_answers(repo_id: str) -> bool:
         get_hf_file_metadata(hf_hub_url(repo_id, CONFIG))
     except HfHubHTTPError:
         return True  # an answer, if a refusal; the download will say which
-    except (
-        Exception
-    ):  # the HTTP client's own errors, which depend on the client that huggingface_hub uses
+    except Exception:  # the HTTP client's own, and huggingface_hub has had more than one client
         return False
     return True

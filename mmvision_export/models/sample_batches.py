@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedGrid
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 
 __all__ = ["CHECK_GRIDS", "PARITY_GRIDS", "batch_of_grid", "sample_batch"]
@@ -39,9 +40,8 @@ def sample_batch(
     merge = config.spatial_merge_size
     grid_thw = np.array([(t, h * merge, w * merge) for t, h, w in grid], dtype=np.int64)
     preprocessor = PreprocessorConfig.for_encoder(config)
-    levels = np.random.default_rng(seed).integers(
-        0, 256, (int(grid_thw.prod(axis=1).sum()), config.patch_dim)
-    )
+    num_patches = PackedGrid(grid_thw, config.patches_per_token).num_patches
+    levels = np.random.default_rng(seed).integers(0, 256, (num_patches, config.patch_dim))
     pixels = (levels / 255 - np.mean(preprocessor.image_mean)) / np.mean(preprocessor.image_std)
     # Rounded to float16, so that every precision is given the same input.
     return pixels.astype(np.float16).astype(np.float32), grid_thw
@@ -56,7 +56,6 @@ def batch_of_grid(
         pixel_values `[num_patches, patch_dim]` float32; grid_thw `[num_images, 3]` int64.
     """
     grid_thw = np.array(grid, dtype=np.int64)
-    patches = np.random.default_rng(seed).standard_normal(
-        (int(grid_thw.prod(axis=1).sum()), patch_dim), np.float32
-    )
+    num_patches = int(grid_thw.prod(axis=1).sum())
+    patches = np.random.default_rng(seed).standard_normal((num_patches, patch_dim), np.float32)
     return patches, grid_thw

@@ -11,15 +11,16 @@ import torch
 from mmvision_export.core.errors import CheckpointError
 from mmvision_export.core.precision import FLOAT_PRECISIONS, PRECISIONS
 from mmvision_export.core.progress import Progress
+from mmvision_export.models import Family, family_from_file
 from mmvision_export.models.hub import folder_from_hub, is_hub_id
 from mmvision_export.models.minimax_m3_vl.checkpoint import (
-    checkpoint_from_folder,
+    CONFIG,
     digest_of_tensor,
     digest_of_tensors,
-    encoder_from_state_dict,
 )
 from mmvision_export.models.minimax_m3_vl.config import PRESETS, EncoderConfig, Preset
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.family import MiniMaxM3VL
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 from mmvision_export.models.random_kind import RandomKind
 from mmvision_export.models.random_weights import random_tensors
@@ -40,11 +41,13 @@ class LoadedEncoder:
         encoder: In evaluation mode.
         source: For the manifest's `source`.
         preprocessor: The checkpoint's `preprocessor_config.json`, if it has one.
+        family: The model family that the encoder is of.
     """
 
     encoder: VisionEncoderModule
     source: dict[str, Any]
     preprocessor: Path | None
+    family: Family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,9 @@ class WeightSource:
                 "seed": self.seed,
             }
             source["sha256"] = digest_of_tensors(digests)
-            return LoadedEncoder(encoder_from_state_dict(self.random_config, state), source, None)
+            family: Family = MiniMaxM3VL()  # the presets' family
+            encoder = family.encoder_from_state_dict(self.random_config, state)
+            return LoadedEncoder(encoder, source, None, family)
 
         assert self.checkpoint is not None
         folder = Path(self.checkpoint).expanduser()
@@ -123,12 +128,14 @@ class WeightSource:
             if folder.exists() or not is_hub_id(self.checkpoint):
                 raise CheckpointError(
                     f"{self.checkpoint}: no such checkpoint folder",
+                    reason="missing",
                     hint="name a folder or a hub id (organisation/model) with --checkpoint, "
                     "or try without weights: --preset tiny --random-weights",
                 )
             folder = folder_from_hub(self.checkpoint, revision=self.revision, progress=progress)
             name, commit = self.checkpoint, folder.name  # a snapshot folder is named by its commit
-        checkpoint = checkpoint_from_folder(folder, dtype=dtype, progress=progress)
+        family = family_from_file(folder / CONFIG)
+        checkpoint = family.checkpoint_from_folder(folder, dtype=dtype, progress=progress)
         source = {
             "kind": "checkpoint",
             "checkpoint": name,
@@ -139,7 +146,8 @@ class WeightSource:
         }
         preprocessor = folder / PREPROCESSOR
         return LoadedEncoder(
-            encoder_from_state_dict(checkpoint.config, checkpoint.state_dict),
+            family.encoder_from_state_dict(checkpoint.config, checkpoint.state_dict),
             source,
             preprocessor if preprocessor.is_file() else None,
+            family,
         )

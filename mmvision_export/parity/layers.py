@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 import torch
 
 from mmvision_export.core.metrics import metrics
@@ -23,11 +22,12 @@ from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.parity.encoders import Encoders
+from mmvision_export.parity.graphs import LoadedGraph
 from mmvision_export.parity.jump import Jump, StageDistance, expected_errors, first_jump
 from mmvision_export.parity.magnitudes import Magnitude, observed_magnitudes
-from mmvision_export.parity.rounded import rounded_model
 from mmvision_export.parity.samples import Sample
-from mmvision_export.parity.sessions import run_model
+from mmvision_export.parity.sessions import arrays_from_model
 from mmvision_export.parity.stages import (
     GraphFacts,
     stage_modules,
@@ -37,8 +37,6 @@ from mmvision_export.parity.stages import (
 )
 
 __all__ = ["GraphStages", "LayerComparison", "compare_layers"]
-
-Load = Callable[[], VisionEncoderModule]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +97,28 @@ def _counterpart(
 
 def compare_layers(
     sample: Sample,
-    graphs: Mapping[str, tuple[Path, GraphFacts]],
+    graphs: Mapping[str, LoadedGraph],
     *,
-    reference: Load,
-    eager: Mapping[str, Load],
+    encoders: Encoders,
+    float_types: Sequence[str],
     progress: Progress | None = None,
 ) -> LayerComparison:
     """Compare every stage of every graph on one sample.
 
     Args:
         sample: The batch.
-        graphs: Name -> file and facts.
-        reference: Loads the encoder in float64.
-        eager: Float type -> loads the encoder in it; one for each float type of the graphs.
+        graphs: By file name; left as they are.
+        encoders: Load the encoder in float64 and in each float type.
+        float_types: Those of the graphs, fp32, fp16 or bf16.
         progress: Told about each step.
 
     Raises:
-        ParityError: See `rounded_model`.
         BackendError: ONNX Runtime cannot load or run a graph.
     """
     progress = progress or Progress()
     with tempfile.TemporaryDirectory(prefix="mmvision.", suffix=".stages") as folder:
         progress.step("layer by layer: PyTorch in float64")
-        encoder = reference()
+        encoder = encoders.load_reference()
         config, names = encoder.config, stage_names(encoder.config)
         with observed_magnitudes(encoder) as found:
             _run_torch(encoder, sample, lambda stage, output: np.save(Path(folder) / stage, output))
@@ -133,16 +130,17 @@ def compare_layers(
             )
 
         beside = {}
-        for float_type, load in eager.items():
+        for float_type in float_types:
             progress.step(f"layer by layer: PyTorch in {float_type}")
             beside[float_type] = _distances_of_torch(
-                load(), sample, partial(distance, float_type=float_type)
+                encoders.load(float_type), sample, partial(distance, float_type=float_type)
             )
 
         compared = {}
-        for name, (path, facts) in graphs.items():
+        for name, graph in graphs.items():
+            facts = graph.facts
             progress.step(f"layer by layer: {name}")
-            outputs = _run_graph(path, facts, sample, config)
+            outputs = _run_graph(graph, sample, config)
             # Each is let go when it has been compared.
             rows = [
                 distance(stage, outputs.pop(stage), facts.float_type)
@@ -191,18 +189,16 @@ def _distances_of_torch(
 
 
 def _run_graph(
-    path: Path, facts: GraphFacts, sample: Sample, config: EncoderConfig
+    graph: LoadedGraph, sample: Sample, config: EncoderConfig
 ) -> dict[str, npt.NDArray[np.floating]]:
-    """Stage -> output, of a copy of the graph in memory that gives them all; the weights stay in their file."""
-    model = rounded_model(ir.load(path), facts.float_type)
-    values = stage_values(model.graph, config)
-    for value in values.values():
-        if value not in model.graph.outputs:
-            model.graph.outputs.append(value)
-    outputs = run_model(model, path.parent, sample, [str(value.name) for value in values.values()])
+    """Stage -> output, of the stages that have a value of their own."""
+    values = stage_values(graph.rounded.graph, config)
+    arrays = arrays_from_model(graph.rounded, graph.path.parent, sample, list(values.values()))
     shapes = stage_shapes(config, sample.num_patches)
     return {
-        stage: out for stage, out in zip(values, outputs, strict=True) if out.shape == shapes[stage]
+        stage: array
+        for stage, array in zip(values, arrays, strict=True)
+        if array.shape == shapes[stage]
     }
 
 

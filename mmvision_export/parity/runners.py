@@ -20,7 +20,7 @@ from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
-__all__ = ["EngineRunner", "TorchRunner", "accepts", "input_metadata"]
+__all__ = ["BackendRunner", "EngineRunner", "TorchRunner", "accepts", "input_metadata"]
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
@@ -55,18 +55,17 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         )
 
 
-class EngineRunner(BaseRunner):  # type: ignore[misc]
-    """An engine as it is deployed, through `VisionEncoder`'s backend, as a Polygraphy runner."""
+class BackendRunner(BaseRunner):  # type: ignore[misc]
+    """A model as it is deployed, through a backend of `VisionEncoder`, as a Polygraphy runner."""
 
-    def __init__(self, name: str, engine: Path, record: EngineRecord) -> None:
+    def __init__(self, name: str, path: Path, *, backend: str, config: EncoderConfig) -> None:
         super().__init__(name=name)
-        self._engine = engine
-        self._backend_name = record.backend
-        self._config = record.config
-        self.profiles = record.profiles
+        self._path = path
+        self._backend_name = backend
+        self._config = config
 
     def activate_impl(self) -> None:
-        self._encoder = VisionEncoder.open(self._engine, backend=self._backend_name)
+        self._encoder = VisionEncoder.open(self._path, backend=self._backend_name)
 
     def deactivate_impl(self) -> None:
         self._encoder.close()
@@ -81,6 +80,14 @@ class EngineRunner(BaseRunner):  # type: ignore[misc]
         out = self._encoder(feed_dict["pixel_values"], feed_dict["grid_thw"])
         self.inference_time = time.perf_counter() - start
         return OrderedDict(image_embeds=out)
+
+
+class EngineRunner(BackendRunner):
+    """An engine, with the sizes that it takes."""
+
+    def __init__(self, name: str, engine: Path, record: EngineRecord) -> None:
+        super().__init__(name, engine, backend=record.backend, config=record.config)
+        self.profiles = record.profiles
 
 
 def input_metadata(config: EncoderConfig) -> TensorMetadata:

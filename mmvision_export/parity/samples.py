@@ -12,14 +12,14 @@ from PIL import Image
 
 from mmvision_export.core.files import array_from_file
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import (
     PreprocessorConfig,
+    batch_from_images,
     image_from_file,
-    patches_from_images,
     rgb_from_image,
 )
 from mmvision_export.models.sample_batches import PARITY_GRIDS, Grid, sample_batch
-from mmvision_export.runtime.grid import checked_grid, checked_pixel_values
 
 __all__ = ["Sample", "sample_from_files", "sample_from_images", "samples_from_grids"]
 
@@ -63,14 +63,18 @@ def sample_from_images(paths: Sequence[Path], preprocessor: PreprocessorConfig) 
     """
     images = [image_from_file(path) for path in paths]
     names = tuple(str(path) for path in paths)
-    pixel_values, grid_thw = patches_from_images(images, preprocessor, names=names)
+    batch = batch_from_images(images, preprocessor, names=names)
     side = preprocessor.patch_size
     pictures = (
-        rgb_from_image(image).resize((int(w) * side, int(h) * side), Image.Resampling.BICUBIC)
-        for image, (_, h, w) in zip(images, grid_thw, strict=True)
+        rgb_from_image(image).resize((w * side, h * side), Image.Resampling.BICUBIC)
+        for image, (_, h, w) in zip(images, batch.grid.tuples(), strict=True)
     )
     return Sample(
-        "images", pixel_values, grid_thw, tuple(path.name for path in paths), tuple(pictures)
+        "images",
+        batch.pixel_values,
+        batch.grid.rows,
+        tuple(path.name for path in paths),
+        tuple(pictures),
     )
 
 
@@ -82,6 +86,6 @@ def sample_from_files(pixel_values: Path, grid_thw: Path, config: EncoderConfig)
     """
     array = array_from_file(pixel_values)
     own = np.float16 if array.dtype == np.float16 else np.float32
-    patches = checked_pixel_values(array, config, own).astype(np.float32)
-    grid = checked_grid(array_from_file(grid_thw), config, num_patches=len(patches))
-    return Sample("patches", patches, grid, (pixel_values.name, grid_thw.name))
+    batch = checked_batch(array, array_from_file(grid_thw), config, own)
+    files = (pixel_values.name, grid_thw.name)
+    return Sample("patches", batch.pixel_values.astype(np.float32), batch.grid.rows, files)

@@ -17,7 +17,7 @@ from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_sessi
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["run_model", "session_from_model"]
+__all__ = ["arrays_from_model", "session_from_model"]
 
 
 def session_from_model(model: ir.Model, folder: Path) -> onnxruntime.InferenceSession:
@@ -30,19 +30,30 @@ def session_from_model(model: ir.Model, folder: Path) -> onnxruntime.InferenceSe
     return create_session(content, provider=PROVIDERS["onnxruntime-cpu"], weights_in=folder)
 
 
-def run_model(
-    model: ir.Model, folder: Path, sample: Sample, outputs: Sequence[str]
+def arrays_from_model(
+    model: ir.Model, folder: Path, sample: Sample, values: Sequence[ir.Value]
 ) -> list[npt.NDArray[np.floating]]:
-    """The named outputs of a model on a sample, its input converted to the model's float type.
+    """Values of a model on a sample, its input converted to the model's float type.
+
+    Args:
+        model: The model; it is given back as it was.
+        folder: Where the files of its weights lie.
+        sample: The batch.
+        values: Of its main graph, whether they are outputs of it or not.
 
     Raises:
         BackendError: ONNX Runtime cannot load or run the model.
     """
-    session = session_from_model(model, folder)
+    outputs = list(model.graph.outputs)
+    model.graph.outputs.extend(value for value in values if value not in outputs)
+    try:
+        session = session_from_model(model, folder)
+    finally:
+        model.graph.outputs[:] = outputs
     dtype = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
     feeds = {"pixel_values": sample.pixel_values.astype(dtype), "grid_thw": sample.grid_thw}
     try:
-        results: list[npt.NDArray[np.floating]] = session.run(list(outputs), feeds)
+        arrays: list[npt.NDArray[np.floating]] = session.run([str(v.name) for v in values], feeds)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise BackendError(f"ONNX Runtime failed: {error}") from error
-    return results
+    return arrays

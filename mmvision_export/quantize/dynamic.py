@@ -7,6 +7,7 @@ image's embeddings from depending on the other images of the batch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -14,9 +15,13 @@ import onnx_ir as ir
 
 from mmvision_export.quantize.formats import INT8
 from mmvision_export.quantize.nodes import add_initializer, add_node
-from mmvision_export.quantize.units import Unit, readers_of
+from mmvision_export.quantize.units import Linear, Unit, readers_of
 
 __all__ = ["quantize_dynamically"]
+
+
+_SMALLEST_SCALE = np.float32(1e-30)  # a row of zeros has a scale too
+_ZERO_POINT = 128  # unsigned, as the fastest kernels take it, with zero in the middle
 
 
 def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collection[str]) -> None:
@@ -28,71 +33,97 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
         units: All units.
         keep: Names of units that stay float32.
     """
-    graph = model.graph
-    maximum = add_initializer(graph, "int8_maximum", ir.tensor(np.float32(INT8.maximum)))
-    # A row of zeros has a scale too.
-    smallest = add_initializer(graph, "int8_smallest_scale", ir.tensor(np.float32(1e-30)))
-    # Unsigned, as the fastest kernels take it, with zero in the middle.
-    zero = add_initializer(graph, "uint8_zero_point", ir.tensor(np.uint8(128)))
-    row_axis = add_initializer(graph, "int8_row_axis", ir.tensor(np.array([1], np.int64)))
+    constants = _constants(model.graph)
     for unit in units:
         if unit.name in keep:
             continue
         readers = readers_of(model, unit)
-        x = readers[0].inputs[0]
-        assert x is not None
-
-        first, path = readers[0], f"{unit.name}.quantize"
-        size = add_node(first, "Abs", [x], f"{path}.Abs")
-        largest = add_node(first, "ReduceMax", [size, row_axis], f"{path}.ReduceMax", keepdims=0)
-        exact_scale = add_node(first, "Div", [largest, maximum], f"{path}.Div")
-        scale = add_node(first, "Max", [exact_scale, smallest], f"{path}.scale")  # [N]
-        shape = add_node(first, "Shape", [scale], f"{path}.Shape")
-        zeros = add_node(first, "Expand", [zero, shape], f"{path}.zero_point")
-        stored = add_node(
-            first, "QuantizeLinear", [x, scale, zeros], f"{path}.QuantizeLinear", axis=0
-        )  # [N, in] uint8
-        column = add_node(first, "Unsqueeze", [scale, row_axis], f"{path}.scale_column")  # [N, 1]
+        rows = _quantized_rows(readers[0], unit, constants)
         for linear, node in zip(unit.linears, readers, strict=True):
-            value = node.inputs[1]
-            assert value is not None and value.const_value is not None
-            exact = value.const_value
-            scales = np.maximum(np.abs(exact.numpy()).max(axis=1), np.float32(1e-30)) / np.float32(
-                INT8.maximum
-            )
+            _replace_product(model.graph, node, linear, rows, constants)
 
-            def convert(
-                exact: ir.TensorProtocol = exact, scales: np.ndarray = scales
-            ) -> ir.TensorProtocol:
-                return ir.tensor(
-                    np.ascontiguousarray(INT8.quantized(exact.numpy(), scales[:, None]).T)
-                )
 
-            name = f"{linear.weight}_int8"
-            out, wide = (int(n) for n in exact.shape.numpy())
-            tensor = ir.LazyTensor(
-                convert, dtype=ir.DataType.INT8, shape=ir.Shape((wide, out)), name=name
-            )
-            weight = add_initializer(graph, name, tensor)
-            weight_scale = add_initializer(
-                graph, f"{linear.weight}_scale", ir.tensor(scales.astype(np.float32))
-            )
-            product = add_node(
-                node, "MatMulInteger", [stored, weight, zero], f"{linear.name}.MatMulInteger"
-            )
-            result = add_node(
-                node, "Cast", [product], f"{linear.name}.Cast", to=ir.DataType.FLOAT.value
-            )
-            result = add_node(node, "Mul", [result, weight_scale], f"{linear.name}.Mul_channels")
-            result = add_node(node, "Mul", [result, column], f"{linear.name}.Mul_rows")
-            if linear.bias is not None:
-                bias = node.inputs[2]
-                assert bias is not None
-                result = add_node(node, "Add", [result, bias], f"{linear.name}.Add")
-            result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
-            old = node.outputs[0]
-            ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-            assert node.graph is not None
-            node.graph.remove(node, safe=True)
-            result.name = old.name  # which for the last product is the graph's output's
-            del graph.initializers[linear.weight]
+@dataclasses.dataclass(frozen=True)
+class _Constants:
+    maximum: ir.Value  # of the format
+    smallest_scale: ir.Value
+    zero_point: ir.Value
+    row_axis: ir.Value
+
+
+def _constants(graph: ir.Graph) -> _Constants:
+    return _Constants(
+        add_initializer(graph, "int8_maximum", ir.tensor(np.float32(INT8.maximum))),
+        add_initializer(graph, "int8_smallest_scale", ir.tensor(_SMALLEST_SCALE)),
+        add_initializer(graph, "uint8_zero_point", ir.tensor(np.uint8(_ZERO_POINT))),
+        add_initializer(graph, "int8_row_axis", ir.tensor(np.array([1], np.int64))),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    stored: ir.Value  # [N, in] uint8
+    scale: ir.Value  # [N, 1]
+
+
+def _quantized_rows(reader: ir.Node, unit: Unit, constants: _Constants) -> _Rows:
+    """What a unit's products read, quantised row by row, before the first of them."""
+    x, path = reader.inputs[0], f"{unit.name}.quantize"
+    assert x is not None
+    size = add_node(reader, "Abs", [x], f"{path}.Abs")
+    largest = add_node(
+        reader, "ReduceMax", [size, constants.row_axis], f"{path}.ReduceMax", keepdims=0
+    )
+    exact_scale = add_node(reader, "Div", [largest, constants.maximum], f"{path}.Div")
+    scale = add_node(reader, "Max", [exact_scale, constants.smallest_scale], f"{path}.scale")  # [N]
+    shape = add_node(reader, "Shape", [scale], f"{path}.Shape")
+    zeros = add_node(reader, "Expand", [constants.zero_point, shape], f"{path}.zero_point")
+    stored = add_node(reader, "QuantizeLinear", [x, scale, zeros], f"{path}.QuantizeLinear", axis=0)
+    column = add_node(reader, "Unsqueeze", [scale, constants.row_axis], f"{path}.scale_column")
+    return _Rows(stored, column)
+
+
+def _replace_product(
+    graph: ir.Graph, node: ir.Node, linear: Linear, rows: _Rows, constants: _Constants
+) -> None:
+    weight, weight_scale = _integer_weight(graph, node, linear)
+    product = add_node(
+        node,
+        "MatMulInteger",
+        [rows.stored, weight, constants.zero_point],
+        f"{linear.name}.MatMulInteger",
+    )
+    result = add_node(node, "Cast", [product], f"{linear.name}.Cast", to=ir.DataType.FLOAT.value)
+    result = add_node(node, "Mul", [result, weight_scale], f"{linear.name}.Mul_channels")
+    result = add_node(node, "Mul", [result, rows.scale], f"{linear.name}.Mul_rows")
+    if linear.bias is not None:
+        bias = node.inputs[2]
+        assert bias is not None
+        result = add_node(node, "Add", [result, bias], f"{linear.name}.Add")
+    old = node.outputs[0]
+    result.type, result.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    assert node.graph is not None
+    node.graph.remove(node, safe=True)
+    result.name = old.name  # which for the last product is the graph's output's
+    del graph.initializers[linear.weight]
+
+
+def _integer_weight(graph: ir.Graph, node: ir.Node, linear: Linear) -> tuple[ir.Value, ir.Value]:
+    """A product's weight as `[in, out]` int8, and its scales `[out]`, as new constants of the graph."""
+    value = node.inputs[1]
+    assert value is not None and value.const_value is not None
+    exact = value.const_value  # [out, in]
+    largest = np.abs(exact.numpy()).max(axis=1)
+    scales = np.maximum(largest, _SMALLEST_SCALE) / np.float32(INT8.maximum)
+
+    def convert() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(INT8.quantized(exact.numpy(), scales[:, None]).T))
+
+    name = f"{linear.weight}_int8"
+    shape = ir.Shape(reversed(exact.shape.numpy()))
+    tensor = ir.LazyTensor(convert, dtype=ir.DataType.INT8, shape=shape, name=name)
+    return (
+        add_initializer(graph, name, tensor),
+        add_initializer(graph, f"{linear.weight}_scale", ir.tensor(scales.astype(np.float32))),
+    )

@@ -59,7 +59,9 @@ INT8, FP8 = (EightBitFormat.of(PRECISIONS[name]) for name in ("int8", "fp8"))
 
 
 def scale_from_magnitude(magnitude: npt.ArrayLike, maximum: float) -> npt.NDArray[np.float32]:
-    """The scale at which `magnitude` is the largest value stored, as exact in float16 as the graph holds it.
+    """The scale at which `magnitude` is the largest value stored, rounded to float16.
+
+    It is float16 in the graph.
 
     Args:
         magnitude: Largest magnitude, per tensor or per channel; not negative.

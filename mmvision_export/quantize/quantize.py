@@ -79,25 +79,25 @@ class QuantizationReport:
 
 def quantize(
     directory: Path,
+    manifest: Manifest,
     flavour: Flavour,
     *,
     calibration: Sequence[Batch],
     held_out: Sequence[Batch],
-    method: CalibrationMethod = "percentile",
+    method: CalibrationMethod = "minmax",
     min_cosine: float = PRECISIONS["int8"].gate.min_cosine,
-    fallback: bool = True,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Add a quantised flavour to a float32 model directory.
 
     Args:
         directory: The model directory.
+        manifest: Its manifest; it then lists the new files, in memory and on disk.
         flavour: `int8` or `fp8` for TensorRT, `cpu-int8` for ONNX Runtime's CPU provider.
         calibration: Batches that ranges are measured on.
         held_out: Other batches, that the gate is measured on.
         method: How ranges are chosen from what is measured.
         min_cosine: Gate for every token, against the float32 graph.
-        fallback: Keep units in higher precision until the gate is passed, rather than refuse.
         progress: Told about each step.
 
     Raises:
@@ -108,7 +108,6 @@ def quantize(
     progress = progress or Progress()
     if not 0 < min_cosine < 1:
         raise QuantizationError(f"the minimum cosine must be between 0 and 1, got {min_cosine}")
-    manifest = Manifest.read(directory)
     if manifest.precision != "fp32":
         raise QuantizationError(
             f"{directory} is a {manifest.precision} model; quantisation starts from float32",
@@ -126,7 +125,8 @@ def quantize(
     if flavour == "cpu-int8" and CPU_GRAPH in manifest.files:
         manifest.verify(directory, (CPU_GRAPH,))
         basis = directory / CPU_GRAPH
-    calibration, held_out = grouped(calibration), grouped(held_out)
+    calibration = grouped(calibration, manifest.config)
+    held_out = grouped(held_out, manifest.config)
     units = units_of(ir.load(source))
     plan = _plan(source, basis, units, flavour, calibration, method, progress)
     reference = np.concatenate(run(source, held_out, weights_in=directory, dtype=np.float32))
@@ -134,8 +134,8 @@ def quantize(
 
     with new_files(directory, name=flavour_graph(flavour)) as new:
 
-        def cosine(kept: int) -> float:
-            """Of the graph that keeps the worst units; it stays in the folder."""
+        def written(kept: int) -> _Written:
+            """The graph that keeps the worst units; it stays in the folder."""
             progress.step(f"{flavour} with {kept} of {len(units)} units in higher precision")
             _write(basis, new, flavour, units, plan, {unit.name for unit in order[:kept]})
             # Weights that a flavour shares lie one folder up, where it will be itself.
@@ -148,23 +148,19 @@ def quantize(
                 )
             finally:
                 (new / DATA).unlink(missing_ok=True)
-            return _min_cosine(result, reference)
+            return _Written(kept, _min_cosine(result, reference))
 
-        first = cosine(0)
-        count, reached = (
-            (0, first)
-            if first >= min_cosine or not fallback
-            else _fewest(cosine, len(units), min_cosine)
-        )
-        if not reached >= min_cosine:
-            everything = " even with every unit in higher precision" if fallback else ""
+        first = written(0)
+        best = first
+        if not first.passes(min_cosine):
+            best = _fewest(written, len(units), min_cosine)
+        if not best.passes(min_cosine):
             raise QuantizationError(
-                f"the {flavour} graph{everything} has a token of cosine {reached:.6f}, below {min_cosine}",
-                hint="lower --min-cosine"
-                if fallback
-                else "let the worst units stay in higher precision",
+                f"the {flavour} graph even with every unit in higher precision has a token of cosine "
+                f"{best.cosine:.6f}, below {min_cosine}",
+                hint="lower --min-cosine",
             )
-        if count == len(units):
+        if best.kept == len(units):
             raise QuantizationError(
                 f"no unit can be {flavour} with every token's cosine at least {min_cosine}",
                 hint="lower --min-cosine",
@@ -175,13 +171,13 @@ def quantize(
         source=basis.name,
         calibration_method="none" if flavour == "cpu-int8" else method,
         min_cosine=min_cosine,
-        reached=reached,
-        without_fallback=first,
+        reached=best.cosine,
+        without_fallback=first.cosine,
         balanced=[unit.name for unit in units if unit.input in plan.divisors],
         quantized={
-            unit.name: plan.cosines[unit.name] for unit in units if unit not in order[:count]
+            unit.name: plan.cosines[unit.name] for unit in units if unit not in order[: best.kept]
         },
-        kept={unit.name: plan.cosines[unit.name] for unit in order[:count]},
+        kept={unit.name: plan.cosines[unit.name] for unit in order[: best.kept]},
     )
     manifest.update(
         directory, files=records, quantization={flavour_graph(flavour): report.to_dict()}
@@ -196,24 +192,36 @@ def _link(file: Path, name: Path) -> None:
         shutil.copyfile(file, name)
 
 
-def _fewest(cosine: Callable[[int], float], most: int, gate: float) -> tuple[int, float]:
-    """Fewest units to keep, by doubling and then halving, leaving that graph written."""
-    low, high = 0, 1
-    while (reached := cosine(high)) < gate and high < most:
-        low, high = high, min(2 * high, most)
-    if reached < gate:
-        return high, reached
-    passed, written = (high, reached), high
-    while high - low > 1:
-        middle = (low + high) // 2
-        written, reached = middle, cosine(middle)
-        if reached >= gate:
-            high, passed = middle, (middle, reached)
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    kept: int  # units in higher precision, the worst
+    cosine: float  # smallest of a held-out token; -1 where a value is not finite
+
+    def passes(self, gate: float) -> bool:
+        """Whether the cosine is large enough."""
+        return self.cosine >= gate
+
+
+def _fewest(written: Callable[[int], _Written], most: int, gate: float) -> _Written:
+    """The graph with the fewest units kept that passes, by doubling and then halving; it is the one left written.
+
+    If none passes, the one that keeps all.
+    """
+    failed, best = 0, written(1)
+    while not best.passes(gate) and best.kept < most:
+        failed, best = best.kept, written(min(2 * best.kept, most))
+    if not best.passes(gate):
+        return best
+    last = best
+    while best.kept - failed > 1:
+        last = written((failed + best.kept) // 2)
+        if last.passes(gate):
+            best = last
         else:
-            low = middle
-    if written != passed[0]:
-        cosine(passed[0])
-    return passed
+            failed = last.kept
+    if last != best:
+        written(best.kept)
+    return best
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What calibration measures: the tensors that products read, run on calibration batches in ONNX Runtime.
 
-Memory is bounded: the graph's weights stay in their file, which the runtime maps once; a batch is at most
-`GROUP_PATCHES` patches unless a single image is larger; and tensors are captured in stages of at most `STAGE_BYTES`.
+Memory is bounded: the graph's weights stay in their file, which the runtime maps once; a batch is
+cut between images as the planner of launches cuts it; and tensors are captured in stages of at most `STAGE_BYTES`.
 Of a tensor only its channels' magnitudes, a histogram and a fixed number of sample rows are kept.
 """
 
@@ -20,9 +20,12 @@ import onnx_ir as ir
 
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.progress import Progress
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, PackedGrid
 from mmvision_export.quantize.choices import CalibrationMethod
 from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_session
-from mmvision_export.runtime.grid import batch_in_groups
+from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 __all__ = [
     "Batch",
@@ -36,7 +39,6 @@ __all__ = [
 Batch = tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]
 Array = npt.NDArray[np.float32]
 
-GROUP_PATCHES = 1024
 STAGE_BYTES = 1 << 30
 SAMPLE_ROWS = 128
 PERCENTILE = 99.999
@@ -57,9 +59,16 @@ class Samples:
     rows: Array
 
 
-def grouped(batches: Sequence[Batch]) -> list[Batch]:
-    """Batches cut between images into groups of at most `GROUP_PATCHES` patches."""
-    return [group for batch in batches for group in batch_in_groups(*batch, GROUP_PATCHES)]
+def grouped(batches: Sequence[Batch], config: EncoderConfig) -> list[Batch]:
+    """Batches cut between images as a graph with masked attention is run."""
+    plan = LaunchPlanner([], Costs(config, masked=True))
+    groups = []
+    for pixel_values, rows in batches:
+        batch = PackedBatch(pixel_values, PackedGrid(rows, config.patches_per_token))
+        for launch in plan(batch.grid):
+            group = batch.images(launch.images)
+            groups.append((group.pixel_values, group.grid.rows))
+    return groups
 
 
 def run(

@@ -81,6 +81,7 @@ def readers_of(model: ir.Model, unit: Unit) -> list[ir.Node]:
 
 
 def _linear(node: ir.Node) -> Linear:
-    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    weight = node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
     assert node.name is not None and weight is not None and weight.name is not None
     return Linear(node.name, weight.name, None if bias is None else bias.name)

@@ -10,10 +10,8 @@ from typing import Any
 
 from mmvision_export.core.errors import MmvisionError, OutputError
 from mmvision_export.core.files import new_files, read_json
-from mmvision_export.core.finite import refuse_embeddings_not_finite
-from mmvision_export.models.minimax_m3_vl.preprocess import image_from_file, patches_from_images
+from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images, image_from_file
 from mmvision_export.runtime.embeds_file import embeds_file
-from mmvision_export.runtime.grid import tokens_per_image
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
 __all__ = ["encode_folder", "refuse_foreign_output", "run_identity"]
@@ -24,8 +22,8 @@ _IDENTITY = "mmvision-run.json"
 def run_identity(encoder: VisionEncoder, *, resize_to_fit: bool) -> dict[str, Any]:
     """What embeddings depend on but for the images: those of another model may not stand beside them."""
     return {
-        "weights_sha256": encoder.info["weights_sha256"],
-        "precision": encoder.info["precision"],
+        "weights_sha256": encoder.facts.weights_sha256,
+        "precision": encoder.facts.precision,
         "preprocessor": encoder.preprocessor.to_dict(),
         "resize_to_fit": resize_to_fit,
     }
@@ -98,22 +96,15 @@ def encode_folder(
             yield {**report, "status": "already there"}
             continue
         try:
-            pixel_values, grid_thw = patches_from_images(
-                [image_from_file(source)], preprocessor, names=[str(source)]
-            )
-            image_embeds = encoder(pixel_values, grid_thw)
-            refuse_embeddings_not_finite(image_embeds)
-            row = tuple(grid_thw[0].tolist())
+            batch = batch_from_images([image_from_file(source)], preprocessor, names=[str(source)])
+            image_embeds = encoder.encode(batch)
+            (row,) = batch.grid.tuples()
             with embeds_file(target) as file:
                 file.add(str(source), row, image_embeds)
         except MmvisionError as error:
             yield {"input": str(source), "status": "failed", "error": str(error)}
             continue
-        yield {
-            **report,
-            "status": "encoded",
-            "tokens": int(tokens_per_image(grid_thw, encoder.config)[0]),
-        }
+        yield {**report, "status": "encoded", "tokens": batch.grid.num_tokens}
 
 
 def _files(inputs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:

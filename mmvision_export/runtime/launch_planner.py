@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -25,10 +24,11 @@ import numpy.typing as npt
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.costs import FLOOR_PATCHES, Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedGrid
 
 __all__ = [
-    "FLOOR_PATCHES",
-    "Costs",
+    "ANY_SIZE",
     "Launch",
     "LaunchPlanner",
     "padding_rows",
@@ -36,49 +36,10 @@ __all__ = [
     "refuse_too_large",
 ]
 
-FLOOR_PATCHES = 256
-"""A launch of fewer patches takes as long as one of this many: it reads every weight once, two bytes for the two
-operations per patch, and GPUs from Orin to H100 do 150 to 420 float16 operations in the time of reading one byte."""
+ANY_SIZE = Profile(min_patches=1, opt_patches=1024, max_patches=2**31 - 1, max_images=2**31 - 1)
+"""The profile of a graph that takes every batch, and is cut only where that is cheaper."""
 
 _REMEMBERED_PLANS = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Costs:
-    """Operations of a launch, counted from the encoder's dimensions (a multiplication and an addition are two).
-
-    Attributes:
-        config: The encoder's dimensions.
-        masked: Whether attention is one masked product over the whole launch, N^2, or stays within segments.
-    """
-
-    config: EncoderConfig
-    masked: bool
-
-    @functools.cached_property
-    def per_patch(self) -> int:
-        """Of everything but attention, for one patch."""
-        c = self.config
-        layer = 4 * c.hidden_size**2 + 2 * c.hidden_size * c.intermediate_size
-        projector = (
-            c.hidden_size * c.projector_hidden_size + c.projector_hidden_size * c.text_hidden_size
-        )
-        # The merger has one row for patches_per_token patches; its input is that many times as wide, which cancels out.
-        merger = c.text_hidden_size * c.projector_hidden_size
-        merger += c.projector_hidden_size * c.text_hidden_size // c.patches_per_token
-        return 2 * (c.patch_dim * c.hidden_size + c.num_hidden_layers * layer + projector + merger)
-
-    def of(self, patches: int, squares: int) -> int:
-        """Of one launch.
-
-        Args:
-            patches: In all, padding included.
-            squares: Sum over segments of their patches squared, padding included.
-        """
-        attended = patches**2 if self.masked else squares
-        # q @ k and weights @ v, in every layer.
-        attention = 4 * self.config.hidden_size * self.config.num_hidden_layers * attended
-        return max(patches, FLOOR_PATCHES) * self.per_patch + attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +81,7 @@ def padding_rows(
     return rows
 
 
-def plan_launches(
-    grid_thw: npt.NDArray[np.int64], profiles: Sequence[Profile], costs: Costs
-) -> list[Launch]:
+def plan_launches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -> list[Launch]:
     """Cut a batch between images into the launches that cost the least together.
 
     Each launch takes consecutive images, in the smallest profile they fit; of equal costs, the one with fewer launches
@@ -130,7 +89,7 @@ def plan_launches(
     a launch can reach.
 
     Args:
-        grid_thw: `[num_images, 3]`, valid.
+        grid: The batch's.
         profiles: The engine's.
         costs: What a launch costs.
 
@@ -138,18 +97,17 @@ def plan_launches(
         InputError: An image is larger than every profile (see `refuse_too_large`), or no cut suits the profiles' least
             sizes.
     """
-    refuse_too_large(grid_thw, profiles, costs.config)
-    counts: list[int] = grid_thw.prod(axis=1).tolist()
-    bounds = list(itertools.accumulate(counts, initial=0))
+    refuse_too_large(grid, profiles, costs.config)
+    counts, bounds = grid.patches_per_image, grid.bounds
     # The smallest profile that takes a launch pads it least.
-    ascending = sorted(enumerate(profiles), key=lambda item: item[1].max_patches)
-    most_patches = ascending[-1][1].max_patches
+    by_size = sorted(range(len(profiles)), key=lambda index: profiles[index].max_patches)
+    ascending = [(index, profiles[index]) for index in by_size]
+    most_patches = _most_patches(grid, profiles, costs)
     most_images = max(profile.max_images for profile in profiles)
-    # By number of images: operations and number of launches of the best cut of so many; of its last launch, the first
-    # image and the profile.
-    best: list[tuple[float, int, int, int]] = [(0, 0, 0, 0)]
+    # The best cut of so many images.
+    best = [_Cut(operations=0, launches=0, first_image=0, profile=0)]
     for end in range(1, len(counts) + 1):
-        least: tuple[float, int, int, int] = (math.inf, 0, 0, 0)
+        least = _Cut(operations=math.inf, launches=0, first_image=0, profile=0)
         squares = 0
         for start in range(end - 1, max(-1, end - 1 - most_images), -1):
             patches = bounds[end] - bounds[start]
@@ -159,77 +117,89 @@ def plan_launches(
             for index, profile in ascending:
                 if profile.takes(patches, end - start):
                     padding = profile.max_patches - patches if profile.is_bucket else 0
-                    operations = best[start][0] + costs.of(patches + padding, squares + padding**2)
-                    launches = best[start][1] + 1
-                    if (operations, launches) < least[:2]:
-                        least = operations, launches, start, index
+                    operations = best[start].operations + costs.of(
+                        patches + padding, squares + padding**2
+                    )
+                    launches = best[start].launches + 1
+                    if (operations, launches) < (least.operations, least.launches):
+                        least = _Cut(operations, launches, start, index)
                     break
         best.append(least)
     plan: list[Launch] = []
     end = len(counts)
     while end:
-        operations, _, start, index = best[end]
-        if math.isinf(operations):
+        cut = best[end]
+        if math.isinf(cut.operations):
             raise InputError(
-                f"the batch has {bounds[-1]} patches in {len(counts)} images, which cannot be cut into launches "
-                f"that the engine takes ({_describe(profiles)})",
+                f"the batch has {grid.num_patches} patches in {len(grid)} images, which cannot be "
+                f"cut into launches that the engine takes ({_describe(profiles)})",
                 hint="send more or larger images, or build an engine with a smaller --min-patches, or with --buckets",
             )
-        plan.append(Launch(slice(start, end), slice(bounds[start], bounds[end]), index))
-        end = start
+        images = slice(cut.first_image, end)
+        plan.append(Launch(images, slice(bounds[images.start], bounds[end]), cut.profile))
+        end = images.start
     return plan[::-1]
+
+
+@dataclasses.dataclass(slots=True)
+class _Cut:
+    """The best cut of the first images of a batch: what it costs, and its last launch."""
+
+    operations: float
+    launches: int
+    first_image: int
+    profile: int
+
+
+def _most_patches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -> int:
+    """Most patches of a launch that a best cut can have."""
+    most = max(profile.max_patches for profile in profiles)
+    is_free = all(
+        p.min_patches <= FLOOR_PATCHES and p.min_images == 1 and not p.is_bucket for p in profiles
+    )
+    if not (costs.masked and is_free):
+        return most
+    # A larger launch has a cut with the floor or more on both sides, which saves masked products and
+    # costs nothing.
+    return min(most, 2 * FLOOR_PATCHES + max(grid.patches_per_image))
 
 
 class LaunchPlanner:
     """Plans the launches of one engine, and remembers the plans of the last grids: a camera always sends the same.
 
     Args:
-        profiles: The engine's.
+        profiles: The engine's; `ANY_SIZE` stands for none.
         costs: What a launch costs.
     """
 
     def __init__(self, profiles: Sequence[Profile], costs: Costs) -> None:
-        def plan(grid: bytes) -> Sequence[Launch]:
-            return tuple(
-                plan_launches(np.frombuffer(grid, np.int64).reshape(-1, 3), profiles, costs)
-            )
+        per_token = costs.config.patches_per_token
+
+        def plan(rows: bytes) -> Sequence[Launch]:
+            grid = PackedGrid(np.frombuffer(rows, np.int64).reshape(-1, 3), per_token)
+            return tuple(plan_launches(grid, profiles or [ANY_SIZE], costs))
 
         self._plan = functools.lru_cache(maxsize=_REMEMBERED_PLANS)(plan)
 
-    def __call__(self, grid_thw: npt.NDArray[np.int64]) -> Sequence[Launch]:
+    def __call__(self, grid: PackedGrid) -> Sequence[Launch]:
         """See `plan_launches`."""
-        return self._plan(grid_thw.tobytes())
+        return self._plan(grid.rows.tobytes())
 
 
-def refuse_too_large(
-    grid_thw: npt.NDArray[np.int64],
-    profiles: Sequence[Profile],
-    config: EncoderConfig,
-    *,
-    names: Sequence[str] | None = None,
-) -> None:
+def refuse_too_large(grid: PackedGrid, profiles: Sequence[Profile], config: EncoderConfig) -> None:
     """Refuse an image that no profile has room for, with its numbers and the size that would fit.
-
-    Args:
-        grid_thw: `[num_images, 3]`, valid.
-        profiles: The engine's; nothing is refused without any.
-        config: Gives patch and merge sizes.
-        names: What the error calls each image.
 
     Raises:
         InputError: Names the first image that is too large.
     """
-    if not profiles:
-        return
     most = max(profile.max_patches for profile in profiles)
-    counts = grid_thw.prod(axis=1)
-    if counts.max() <= most:
+    counts = grid.patches_per_image
+    if max(counts) <= most:
         return
-    row = int(np.argmax(counts > most))
-    t, h, w = grid_thw[row].tolist()
+    image = next(index for index, count in enumerate(counts) if count > most)
+    t, h, w = grid.tuples()[image]
     fit_h, fit_w = fitting_grid(t, h, w, most, config)
     side, per_token = config.patch_size, config.patches_per_token
-    name = f"image {row}" if names is None else names[row]
     frames = f"{t} x " if t > 1 else ""
     fits = (
         f"{fit_w * side} x {fit_h * side} pixels would fit"
@@ -237,8 +207,9 @@ def refuse_too_large(
         else f"no size with {t} temporal patches fits"
     )
     raise InputError(
-        f"{name} has {counts[row]} patches ({counts[row] // per_token} image tokens, {frames}{w * side} x {h * side} "
-        f"pixels), the engine takes at most {most} ({most // per_token} image tokens); {fits}",
+        f"image {image} has {counts[image]} patches ({counts[image] // per_token} image tokens, "
+        f"{frames}{w * side} x {h * side} pixels), the engine takes at most {most} "
+        f"({most // per_token} image tokens); {fits}",
         hint="resize it, with --resize-to-fit (resize_to_fit=True), or build an engine with a larger bucket",
     )
 

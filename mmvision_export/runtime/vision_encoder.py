@@ -5,7 +5,7 @@ Needs numpy, pillow and the chosen backend; loads neither torch nor onnx. PyAV i
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -17,17 +17,34 @@ from PIL import Image
 
 from mmvision_export.artifacts.manifest import model_directory_of
 from mmvision_export.core.errors import BackendError, InputError
+from mmvision_export.core.finite import finite_rows
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import (
+    PackedBatch,
+    checked_batch,
+    checked_grid,
+)
 from mmvision_export.models.minimax_m3_vl.preprocess import (
     PREPROCESSOR,
     PreprocessorConfig,
-    patches_from_images,
+    batch_from_images,
 )
-from mmvision_export.runtime.backends import Backend, BackendOptions, DeviceBackend, open_backend
+from mmvision_export.runtime.backends import (
+    Backend,
+    BackendInfo,
+    BackendOptions,
+    DeviceBackend,
+    open_backend,
+)
 from mmvision_export.runtime.backends.cuda import LEGACY_STREAM
-from mmvision_export.runtime.backends.device_array import device_array, device_of, empty_like
-from mmvision_export.runtime.grid import checked_grid, checked_pixel_values, tokens_per_image
+from mmvision_export.runtime.backends.device_array import (
+    device_array,
+    device_of,
+    empty_like,
+    library_of,
+)
+from mmvision_export.runtime.launch_planner import ANY_SIZE
 
 if TYPE_CHECKING:
     from mmvision_export.models.minimax_m3_vl.video import VideoSegment
@@ -53,19 +70,7 @@ class VisionEncoder:
 
     @classmethod
     def open(
-        cls,
-        path: str | Path,
-        *,
-        backend: str = "auto",
-        device: int = 0,
-        threads: int | None = None,
-        streams: int = 1,
-        cuda_graphs: bool = True,
-        capture_on_open: bool = False,
-        kernels: str | None = None,
-        runtime_cache: str | Path | None = None,
-        flavour: str | None = None,
-        cpu_kernels: bool = True,
+        cls, path: str | Path, options: BackendOptions | None = None, **changes: Any
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
@@ -73,37 +78,17 @@ class VisionEncoder:
 
         Args:
             path: The directory, or an `.engine` with its sidecar beside it.
-            backend: `auto`, or one of `mmvision_export.runtime.backends.BACKENDS`.
-            device: CUDA device.
-            threads: Threads of the CPU backend; its own choice if None.
-            streams: Calls that a TensorRT engine runs at once; more wait. Weights are shared, activations are not.
-            cuda_graphs: Whether a TensorRT engine built with `--buckets` is run by one CUDA graph for each bucket.
-            capture_on_open: Whether they are captured here, rather than in the first call of each bucket.
-            kernels: When TensorRT-RTX specialises kernels to a shape: `lazy`, `eager` or `none`. Default: eager for an
-                engine with buckets, else lazy.
-            runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default beside the
-                engine, and a folder for `onnxruntime-rtx`.
-            flavour: Which graph of the directory `onnxruntime-cpu` runs, as `cpu-int8`; the best exact one if None.
-            cpu_kernels: Whether `onnxruntime-cpu` uses kernels of `mmvision build-plugins --cpu`, where there are any.
+            options: How.
+            **changes: Fields of `BackendOptions` by keyword, as `backend="onnxruntime-cpu"`.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
             ManifestError: The files are missing, damaged, or not for this machine.
             ConfigError: `preprocessor_config.json` is malformed.
+            TypeError: There is no such field.
         """
         path = Path(path)
-        options = BackendOptions(
-            device=device,
-            threads=threads,
-            streams=streams,
-            cuda_graphs=cuda_graphs,
-            capture_on_open=capture_on_open,
-            kernels=kernels,
-            runtime_cache=None if runtime_cache is None else Path(runtime_cache),
-            flavour=flavour,
-            cpu_kernels=cpu_kernels,
-        )
-        opened = open_backend(backend, path, options)
+        opened = open_backend(path, dataclasses.replace(options or BackendOptions(), **changes))
         try:
             directory = model_directory_of(path)
             preprocessor = PreprocessorConfig.for_encoder(opened.config)
@@ -135,8 +120,21 @@ class VisionEncoder:
         return max((profile.max_patches for profile in self._backend.profiles), default=None)
 
     @property
+    def patches_per_call(self) -> int:
+        """Patches worth gathering for a call, where images come one by one.
+
+        The largest launch, or, for a graph that takes any size, enough to be fast.
+        """
+        return self.max_patches or ANY_SIZE.opt_patches
+
+    @property
+    def facts(self) -> BackendInfo:
+        """What runs: files, versions, and why other backends were passed over."""
+        return self._backend.info
+
+    @property
     def info(self) -> dict[str, Any]:
-        """What runs: backend, files, versions, accepted sizes, and why other backends were passed over."""
+        """The facts as JSON values, with the backend's name and the accepted sizes."""
         profiles = self._backend.profiles
         limits: dict[str, Any] = {}
         if profiles:
@@ -144,7 +142,7 @@ class VisionEncoder:
                 "max_patches": self.max_patches,
                 "max_images": max(profile.max_images for profile in profiles),
             }
-        return {"backend": self._backend.name, **self._backend.info, **limits}
+        return {"backend": self._backend.name, **self.facts.to_dict(), **limits}
 
     def __call__(self, pixel_values: Any, grid_thw: Any, *, stream: Any = None) -> Any:
         """Encode one packed batch of any number of images.
@@ -166,15 +164,30 @@ class VisionEncoder:
         """
         if device_of(pixel_values) is not None:
             return self._encode_on_device(pixel_values, _host_array(grid_thw), stream)
-        patches = checked_pixel_values(_host_array(pixel_values), self.config, self._backend.dtype)
-        grid = checked_grid(_host_array(grid_thw), self.config, num_patches=len(patches))
+        batch = checked_batch(
+            _host_array(pixel_values), _host_array(grid_thw), self.config, self.dtype
+        )
         if stream is None:
-            return _as_given(self._backend.run(patches, grid), pixel_values)
+            return _as_given(self.encode(batch), pixel_values)
         backend = self._device_backend("a CUDA stream")
-        tokens = len(patches) // self.config.patches_per_token
-        image_embeds = np.empty((tokens, self.config.text_hidden_size), self.dtype)
-        backend.run_into(image_embeds, patches, grid, stream=_handle_of(stream))
+        image_embeds = np.empty((batch.grid.num_tokens, self.config.text_hidden_size), self.dtype)
+        backend.run_into(image_embeds, batch, stream=_handle_of(stream))
+        _refuse_not_finite(image_embeds, batch)
         return _as_given(image_embeds, pixel_values)
+
+    def encode(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+        """Encode a batch that is valid already, as preprocessing makes it.
+
+        Returns:
+            image_embeds `[num_image_tokens, text_hidden_size]` in the model's float type.
+
+        Raises:
+            InputError: An image is too large for the engine, or its patches or embeddings are not finite.
+            BackendError: The runtime failed.
+        """
+        image_embeds = self._backend.run(batch.of_type(self.dtype))
+        _refuse_not_finite(image_embeds, batch)
+        return image_embeds
 
     def _encode_on_device(self, pixel_values: Any, grid_thw: Any, stream: Any) -> Any:
         backend = self._device_backend("arrays on a CUDA device")
@@ -196,12 +209,12 @@ class VisionEncoder:
                 f"pixel_values must have shape [num_patches, {self.config.patch_dim}], got {list(source.shape)}"
             )
         grid = checked_grid(grid_thw, self.config, num_patches=source.shape[0])
-        shape = (source.shape[0] // self.config.patches_per_token, self.config.text_hidden_size)
+        shape = (grid.num_tokens, self.config.text_hidden_size)
         result = empty_like(pixel_values, shape, self.dtype)
         target = device_array(
             result, name="image_embeds", stream=LEGACY_STREAM if handle is None else handle
         )
-        backend.run_into(target, source, grid, stream=handle)
+        backend.run_into(target, PackedBatch(source, grid), stream=handle)
         return result
 
     def _device_backend(self, what: str) -> DeviceBackend:
@@ -228,11 +241,8 @@ class VisionEncoder:
             InputError: No images, one that cannot be processed, or one larger than the engine takes.
             BackendError: The runtime failed.
         """
-        pixel_values, grid_thw = patches_from_images(
-            images, self.preprocessor_for(resize_to_fit=resize_to_fit)
-        )
-        image_embeds = self(pixel_values, grid_thw)
-        return np.split(image_embeds, np.cumsum(tokens_per_image(grid_thw, self.config))[:-1])
+        batch = batch_from_images(images, self.preprocessor_for(resize_to_fit=resize_to_fit))
+        return batch.grid.split(self.encode(batch))
 
     def preprocessor_for(self, *, resize_to_fit: bool) -> PreprocessorConfig:
         """The preprocessing, with the largest area that the engine takes if it shall resize to that.
@@ -292,6 +302,18 @@ class VisionEncoder:
         self.close()
 
 
+def _refuse_not_finite(image_embeds: npt.NDArray[np.floating], batch: PackedBatch) -> None:
+    """Refuse embeddings that nobody should use, by the images that they are of."""
+    finite = finite_rows(np.ascontiguousarray(image_embeds))
+    if finite.all():
+        return
+    images = [str(index) for index, rows in enumerate(batch.grid.split(finite)) if not rows.all()]
+    raise InputError(
+        f"the embeddings are not finite, of image {', '.join(images)}",
+        hint="check the model with: mmvision parity",
+    )
+
+
 def _host_array(array: Any) -> Any:
     """What NumPy can read, without a copy where there is one already."""
     if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
@@ -310,7 +332,7 @@ def _as_given(result: npt.NDArray[np.floating], given: Any) -> Any:
     """A result as an array of the library that its input came from, without a copy; NumPy's for NumPy's and lists."""
     if isinstance(given, np.ndarray) or not hasattr(given, "__dlpack__"):
         return result
-    library = sys.modules[type(given).__module__.partition(".")[0]]
+    library = library_of(given)
     return library.from_dlpack(result) if hasattr(library, "from_dlpack") else result
 
 

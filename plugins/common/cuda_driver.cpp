@@ -6,35 +6,31 @@
 
 #include <string>
 
-// cuda.h renames some functions to the version of their signature (cuCtxPushCurrent is cuCtxPushCurrent_v2): the symbol
-// to look up is the name after the preprocessor.
+// cuda.h renames some functions to the version of their signature (cuCtxPushCurrent is
+// cuCtxPushCurrent_v2): the symbol to look up is the name after the preprocessor.
 #define MMVISION_STRING(name) #name
 #define MMVISION_SYMBOL(name) MMVISION_STRING(name)
 
-namespace mmvision
-{
-namespace
-{
+namespace mmvision {
+namespace {
 
 constexpr char const* kLIBRARY = "libcuda.so.1";
 
 template <class Function>
-void find(void* library, char const* symbol, Function& function)
-{
+void find(void* library, char const* symbol, Function& function) {
     function = reinterpret_cast<Function>(dlsym(library, symbol));
-    if (function == nullptr)
-    {
-        throw Error(std::string{kLIBRARY} + " has no " + symbol + ": the CUDA driver is older than 11.4");
+    if (function == nullptr) {
+        throw Error(std::string{kLIBRARY} + " has no " + symbol +
+                    ": the CUDA driver is older than 11.4");
     }
 }
 
-CudaDriver load()
-{
+CudaDriver load() {
     void* const library = dlopen(kLIBRARY, RTLD_NOW | RTLD_LOCAL);
-    if (library == nullptr)
-    {
-        char const* const reason = dlerror(); // NOLINT(concurrency-mt-unsafe): per thread in glibc
-        throw Error(std::string{"there is no CUDA driver: "} + (reason == nullptr ? kLIBRARY : reason));
+    if (library == nullptr) {
+        char const* const reason = dlerror();  // NOLINT(concurrency-mt-unsafe): per thread in glibc
+        throw Error(std::string{"there is no CUDA driver: "} +
+                    (reason == nullptr ? kLIBRARY : reason));
     }
     CudaDriver driver;
     find(library, MMVISION_SYMBOL(cuGetErrorName), driver.getErrorName);
@@ -49,30 +45,29 @@ CudaDriver load()
     find(library, MMVISION_SYMBOL(cuModuleGetFunction), driver.moduleGetFunction);
     find(library, MMVISION_SYMBOL(cuFuncSetAttribute), driver.funcSetAttribute);
     find(library, MMVISION_SYMBOL(cuLaunchKernel), driver.launchKernel);
-    find(library, MMVISION_SYMBOL(cuThreadExchangeStreamCaptureMode), driver.threadExchangeStreamCaptureMode);
+    find(library, MMVISION_SYMBOL(cuThreadExchangeStreamCaptureMode),
+         driver.threadExchangeStreamCaptureMode);
     return driver;
 }
 
-} // namespace
+}  // namespace
 
-CudaDriver const& CudaDriver::get()
-{
+CudaDriver const& CudaDriver::get() {
     static CudaDriver const sDriver = load();
     return sDriver;
 }
 
-void CudaDriver::check(CUresult result, char const* what) const
-{
-    if (result == CUDA_SUCCESS)
-    {
+void CudaDriver::check(CUresult result, char const* what) const {
+    if (result == CUDA_SUCCESS) {
         return;
     }
     char const* name = nullptr;
     char const* description = nullptr;
     getErrorName(result, &name);
     getErrorString(result, &description);
-    throw Error(std::string{what} + " failed: " + (name == nullptr ? "unknown error" : name) + " ("
-        + std::to_string(static_cast<int>(result)) + ")" + (description == nullptr ? "" : std::string{", "} + description));
+    throw Error(std::string{what} + " failed: " + (name == nullptr ? "unknown error" : name) +
+                " (" + std::to_string(static_cast<int>(result)) + ")" +
+                (description == nullptr ? "" : std::string{", "} + description));
 }
 
-} // namespace mmvision
+}  // namespace mmvision

@@ -1,15 +1,14 @@
-// The CUDA driver API, found at run time: the library is loaded, and its creators are listed, where there is no GPU.
+// The CUDA driver API, found at run time: the library is loaded, and its creators are listed, where
+// there is no GPU.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstddef>
 
-namespace mmvision
-{
+namespace mmvision {
 
-struct CudaDriver
-{
+struct CudaDriver {
     decltype(&::cuGetErrorName) getErrorName{};
     decltype(&::cuGetErrorString) getErrorString{};
     decltype(&::cuCtxGetCurrent) ctxGetCurrent{};
@@ -31,4 +30,4 @@ struct CudaDriver
     void check(CUresult result, char const* what) const;
 };
 
-} // namespace mmvision
+}  // namespace mmvision

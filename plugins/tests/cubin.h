@@ -1,4 +1,5 @@
-// What a compiled kernel says of itself, read from the binary: the stand-in holds each launch against it.
+// What a compiled kernel says of itself, read from the binary: the stand-in holds each launch
+// against it.
 #pragma once
 
 #include <cstddef>
@@ -6,25 +7,22 @@
 #include <string>
 #include <vector>
 
-namespace fake
-{
+namespace fake {
 
-struct ImageKernel
-{
+struct ImageKernel {
     std::string function;
-    std::vector<size_t> parameterSizes; // bytes of each, in order
-    uint32_t threads;                   // that a block must have
+    std::vector<size_t> parameterSizes;  // bytes of each, in order
+    uint32_t threads;                    // that a block must have
 };
 
-struct Image
-{
+struct Image {
     bool isPtx;
     int32_t sm;
-    bool isExact; // has features of one architecture
+    bool isExact;  // has features of one architecture
     std::vector<ImageKernel> kernels;
 };
 
 // Reads a cubin or PTX; throws std::runtime_error for anything else.
 Image readImage(void const* data);
 
-} // namespace fake
+}  // namespace fake

@@ -1,4 +1,5 @@
-// What happens at every inference: the launch, argument by argument, and what must not happen beside it.
+// What happens at every inference: the launch, argument by argument, and what must not happen
+// beside it.
 #include "fake_cuda.h"
 #include "harness.h"
 
@@ -16,56 +17,45 @@ using namespace harness;
 // Counts allocations, but under a sanitizer, which has a malloc of its own.
 #if !defined(__SANITIZE_ADDRESS__)
 #define MMVISION_COUNTS_ALLOCATIONS
-namespace
-{
+namespace {
 std::atomic<int64_t> gAllocations{0};
-} // namespace
-extern "C" void* __libc_malloc(size_t size); // NOLINT: glibc's own name
-extern "C" void* malloc(size_t size) noexcept
-{
+}  // namespace
+extern "C" void* __libc_malloc(size_t size);  // NOLINT: glibc's own name
+extern "C" void* malloc(size_t size) noexcept {
     ++gAllocations;
     return __libc_malloc(size);
 }
 #endif
 
-namespace
-{
+namespace {
 
 constexpr int32_t kSHARED = 227 * 1024;
 
 // Addresses that are never read: the stand-in launches nothing.
 template <class Pointer>
-Pointer address(uintptr_t value)
-{
-    return reinterpret_cast<Pointer>(value); // NOLINT(performance-no-int-to-ptr)
+Pointer address(uintptr_t value) {
+    return reinterpret_cast<Pointer>(value);  // NOLINT(performance-no-int-to-ptr)
 }
 
-struct Batch
-{
+struct Batch {
     Batch(Descs given, size_t nbOutputs)
-        : inputs{std::move(given)}
-        , results{outputs(inputs, nbOutputs)}
-    {
-        for (size_t i = 0; i < inputs.size(); ++i)
-        {
+        : inputs{std::move(given)}, results{outputs(inputs, nbOutputs)} {
+        for (size_t i = 0; i < inputs.size(); ++i) {
             inputAddresses.push_back(address<void const*>(0x1000 * (i + 1)));
         }
-        for (size_t i = 0; i < nbOutputs; ++i)
-        {
+        for (size_t i = 0; i < nbOutputs; ++i) {
             outputAddresses.push_back(address<void*>(0x100000 * (i + 1)));
         }
     }
 
-    int32_t prepare(Instance const& plugin) const
-    {
-        return plugin.runtime().onShapeChange(inputs.data(), static_cast<int32_t>(inputs.size()), results.data(),
-            static_cast<int32_t>(results.size()));
+    int32_t prepare(Instance const& plugin) const {
+        return plugin.runtime().onShapeChange(inputs.data(), static_cast<int32_t>(inputs.size()),
+                                              results.data(), static_cast<int32_t>(results.size()));
     }
 
-    int32_t enqueue(Instance const& plugin, cudaStream_t stream = nullptr) const
-    {
-        return plugin.runtime().enqueue(
-            inputs.data(), results.data(), inputAddresses.data(), outputAddresses.data(), nullptr, stream);
+    int32_t enqueue(Instance const& plugin, cudaStream_t stream = nullptr) const {
+        return plugin.runtime().enqueue(inputs.data(), results.data(), inputAddresses.data(),
+                                        outputAddresses.data(), nullptr, stream);
     }
 
     Descs inputs;
@@ -75,25 +65,21 @@ struct Batch
 };
 
 template <class Value>
-Value argument(fake::Launch const& launch, size_t index)
-{
+Value argument(fake::Launch const& launch, size_t index) {
     REQUIRE(launch.arguments.at(index).size() == sizeof(Value));
     Value value;
     std::memcpy(&value, launch.arguments.at(index).data(), sizeof(Value));
     return value;
 }
 
-std::vector<std::string> namesOfCalls(std::initializer_list<char const*> names)
-{
+std::vector<std::string> namesOfCalls(std::initializer_list<char const*> names) {
     return {names.begin(), names.end()};
 }
 
-} // namespace
+}  // namespace
 
-TEST_CASE("attention is launched with its grid, block, shared memory and every argument")
-{
-    struct Case
-    {
+TEST_CASE("attention is launched with its grid, block, shared memory and every argument") {
+    struct Case {
         int32_t sm;
         int64_t patches;
         int64_t segments;
@@ -101,9 +87,10 @@ TEST_CASE("attention is launched with its grid, block, shared memory and every a
         DataType type;
         uint32_t blockM;
     };
-    for (Case const& one : {Case{87, 4, 1, 80, DataType::kHALF, 128}, Case{87, 1024, 1, 80, DataType::kHALF, 128},
-             Case{90, 1300, 7, 64, DataType::kBF16, 128}, Case{110, 65536, 1024, 80, DataType::kHALF, 128}})
-    {
+    for (Case const& one :
+         {Case{87, 4, 1, 80, DataType::kHALF, 128}, Case{87, 1024, 1, 80, DataType::kHALF, 128},
+          Case{90, 1300, 7, 64, DataType::kBF16, 128},
+          Case{110, 65536, 1024, 80, DataType::kHALF, 128}}) {
         CAPTURE(one.sm);
         CAPTURE(one.patches);
         CUcontext const context = fake::makeContext(one.sm, kSHARED);
@@ -122,7 +109,8 @@ TEST_CASE("attention is launched with its grid, block, shared memory and every a
         CHECK(launch.context == context);
         CHECK(launch.image.sm == one.sm);
         CHECK(launch.function == "varlen_attention_kernel");
-        CHECK(launch.grid[0] == static_cast<uint32_t>(one.patches) / one.blockM + static_cast<uint32_t>(one.segments));
+        CHECK(launch.grid[0] == static_cast<uint32_t>(one.patches) / one.blockM +
+                                    static_cast<uint32_t>(one.segments));
         CHECK(launch.grid[1] == 16);
         CHECK(launch.grid[2] == 1);
         CHECK(launch.block[0] == 256);
@@ -131,8 +119,7 @@ TEST_CASE("attention is launched with its grid, block, shared memory and every a
         CHECK(cuStreamSynchronize(stream) == CUDA_SUCCESS);
         CHECK(cuStreamDestroy(stream) == CUDA_SUCCESS);
         REQUIRE(launch.arguments.size() == 10);
-        for (size_t i = 0; i < 4; ++i)
-        {
+        for (size_t i = 0; i < 4; ++i) {
             CHECK(argument<uintptr_t>(launch, i) == 0x1000 * (i + 1));
         }
         CHECK(argument<uintptr_t>(launch, 4) == 0x100000);
@@ -144,11 +131,9 @@ TEST_CASE("attention is launched with its grid, block, shared memory and every a
     }
 }
 
-TEST_CASE("the rotary op is launched for q and k at once, with every argument")
-{
+TEST_CASE("the rotary op is launched for q and k at once, with every argument") {
     fake::setCurrent(fake::makeContext(87, kSHARED));
-    for (int64_t const patches : {int64_t{1}, int64_t{16}, int64_t{17}, int64_t{4096}})
-    {
+    for (int64_t const patches : {int64_t{1}, int64_t{16}, int64_t{17}, int64_t{4096}}) {
         Instance const plugin = createRotary();
         Batch const batch{rotaryInputs(patches, 39, 80), 2};
         REQUIRE(batch.prepare(plugin) == kOK);
@@ -157,11 +142,11 @@ TEST_CASE("the rotary op is launched for q and k at once, with every argument")
         REQUIRE(fake::launches().size() == 1);
         fake::Launch const launch = fake::launches()[0];
         CHECK(launch.function == "qk_rotary_embedding_kernel");
-        CHECK(launch.grid == std::array<uint32_t, 3>{static_cast<uint32_t>((patches + 15) / 16), 16, 2});
+        CHECK(launch.grid ==
+              std::array<uint32_t, 3>{static_cast<uint32_t>((patches + 15) / 16), 16, 2});
         CHECK(launch.block[0] == 128);
         REQUIRE(launch.arguments.size() == 12);
-        for (size_t i = 0; i < 4; ++i)
-        {
+        for (size_t i = 0; i < 4; ++i) {
             CHECK(argument<uintptr_t>(launch, i) == 0x1000 * (i + 1));
         }
         CHECK(argument<uintptr_t>(launch, 4) == 0x100000);
@@ -175,8 +160,7 @@ TEST_CASE("the rotary op is launched for q and k at once, with every argument")
     }
 }
 
-TEST_CASE("a batch without patches launches nothing")
-{
+TEST_CASE("a batch without patches launches nothing") {
     fake::setCurrent(fake::makeContext(87, kSHARED));
     Instance const plugin = createAttention();
     Batch const batch{attentionInputs(0, 1), 1};
@@ -186,8 +170,9 @@ TEST_CASE("a batch without patches launches nothing")
     CHECK(fake::launches().empty());
 }
 
-TEST_CASE("enqueue asks which context is current and launches: it allocates nothing and waits for nothing")
-{
+TEST_CASE(
+    "enqueue asks which context is current and launches: it allocates nothing and waits for "
+    "nothing") {
     fake::setCurrent(fake::makeContext(87, kSHARED));
     Instance const attention = createAttention();
     Instance const rotary = createRotary();
@@ -195,17 +180,18 @@ TEST_CASE("enqueue asks which context is current and launches: it allocates noth
     Batch const rotaryBatch{rotaryInputs(1024), 2};
     REQUIRE(attentionBatch.prepare(attention) == kOK);
     REQUIRE(rotaryBatch.prepare(rotary) == kOK);
-    for (bool const capturing : {false, true})
-    {
+    for (bool const capturing : {false, true}) {
         fake::setCapturing(capturing);
         fake::clear();
         CHECK(attentionBatch.enqueue(attention) == kOK);
         CHECK(rotaryBatch.enqueue(rotary) == kOK);
-        CHECK(fake::calls() == namesOfCalls({"cuCtxGetCurrent", "cuLaunchKernel", "cuCtxGetCurrent", "cuLaunchKernel"}));
+        CHECK(fake::calls() == namesOfCalls({"cuCtxGetCurrent", "cuLaunchKernel", "cuCtxGetCurrent",
+                                             "cuLaunchKernel"}));
     }
     fake::setCapturing(false);
 #ifdef MMVISION_COUNTS_ALLOCATIONS
-    // Without a batch nothing is launched, so that only the plugin's own allocations are counted, not the stand-in's.
+    // Without a batch nothing is launched, so that only the plugin's own allocations are counted,
+    // not the stand-in's.
     Batch const empty{attentionInputs(0, 1), 1};
     auto const allocationsOf = [](auto const& body) {
         int64_t const before = gAllocations;
@@ -213,7 +199,10 @@ TEST_CASE("enqueue asks which context is current and launches: it allocates noth
         return gAllocations - before;
     };
     fake::clear();
-    int64_t const asking = allocationsOf([] { CUcontext context{}; cuCtxGetCurrent(&context); });
+    int64_t const asking = allocationsOf([] {
+        CUcontext context{};
+        cuCtxGetCurrent(&context);
+    });
     fake::clear();
     CHECK(allocationsOf([&] { empty.enqueue(attention); }) == asking);
     // The control: preparing a plugin for its first context does allocate.
@@ -221,8 +210,8 @@ TEST_CASE("enqueue asks which context is current and launches: it allocates noth
 #endif
 }
 
-TEST_CASE("a kernel first needed while a graph is captured is loaded without breaking the capture")
-{
+TEST_CASE(
+    "a kernel first needed while a graph is captured is loaded without breaking the capture") {
     fake::setCurrent(fake::makeContext(87, kSHARED));
     Instance const plugin = createAttention();
     Batch const batch{attentionInputs(64, 1), 1};
@@ -233,8 +222,7 @@ TEST_CASE("a kernel first needed while a graph is captured is loaded without bre
     fake::setCapturing(false);
 }
 
-TEST_CASE("enqueue in a context that the plugin was not prepared for is an error, not a launch")
-{
+TEST_CASE("enqueue in a context that the plugin was not prepared for is an error, not a launch") {
     fake::setCurrent(fake::makeContext(87, kSHARED));
     Instance const plugin = createAttention();
     Batch const batch{attentionInputs(64, 1), 1};
@@ -250,14 +238,12 @@ TEST_CASE("enqueue in a context that the plugin was not prepared for is an error
     CHECK(batch.enqueue(plugin) == kOK);
 }
 
-TEST_CASE("plugins of one context share a module, and the last one unloads it")
-{
+TEST_CASE("plugins of one context share a module, and the last one unloads it") {
     fake::setCurrent(fake::makeContext(87, kSHARED));
     Batch const batch{attentionInputs(64, 1), 1};
     {
         std::vector<Instance> layers;
-        for (int32_t i = 0; i < 32; ++i)
-        {
+        for (int32_t i = 0; i < 32; ++i) {
             layers.push_back(createAttention());
             REQUIRE(batch.prepare(layers.back()) == kOK);
         }
@@ -270,62 +256,59 @@ TEST_CASE("plugins of one context share a module, and the last one unloads it")
     CHECK(fake::loadedModules() == 0);
 }
 
-TEST_CASE("threads with contexts on different GPUs do not meet")
-{
+TEST_CASE("threads with contexts on different GPUs do not meet") {
     constexpr int32_t kNB_THREADS = 8;
     constexpr int32_t kNB_BATCHES = 50;
     fake::clear();
     std::vector<CUcontext> contexts;
     std::vector<std::thread> threads;
     std::atomic<int32_t> failures{0};
-    for (int32_t i = 0; i < kNB_THREADS; ++i)
-    {
+    for (int32_t i = 0; i < kNB_THREADS; ++i) {
         contexts.push_back(fake::makeContext(i % 2 == 0 ? 87 : 90, kSHARED));
     }
-    for (int32_t i = 0; i < kNB_THREADS; ++i)
-    {
+    for (int32_t i = 0; i < kNB_THREADS; ++i) {
         threads.emplace_back([&, i] {
             fake::setCurrent(contexts[static_cast<size_t>(i)]);
-            for (int32_t j = 0; j < kNB_BATCHES; ++j)
-            {
+            for (int32_t j = 0; j < kNB_BATCHES; ++j) {
                 Instance const plugin = createAttention();
                 Batch const batch{attentionInputs(64 + i, 1), 1};
                 failures += batch.prepare(plugin) == kOK && batch.enqueue(plugin) == kOK ? 0 : 1;
             }
         });
     }
-    for (std::thread& thread : threads)
-    {
+    for (std::thread& thread : threads) {
         thread.join();
     }
     CHECK(failures == 0);
     CHECK(fake::launches().size() == kNB_THREADS * kNB_BATCHES);
-    for (fake::Launch const& launch : fake::launches())
-    {
-        auto const thread = std::find(contexts.begin(), contexts.end(), launch.context) - contexts.begin();
+    for (fake::Launch const& launch : fake::launches()) {
+        auto const thread =
+            std::find(contexts.begin(), contexts.end(), launch.context) - contexts.begin();
         CHECK(launch.image.sm == (thread % 2 == 0 ? 87 : 90));
     }
     CHECK(fake::loadedModules() == 0);
 }
 
-TEST_CASE("a driver call that fails is logged by name, fails the step, and leaks no module")
-{
+TEST_CASE("a driver call that fails is logged by name, fails the step, and leaks no module") {
     fake::setCurrent(fake::makeContext(110, kSHARED));
     Batch const batch{attentionInputs(64, 1), 1};
-    struct Case
-    {
+    struct Case {
         char const* function;
         CUresult result;
         char const* message;
     };
-    for (Case const& one : {Case{"cuCtxGetCurrent", CUDA_ERROR_INVALID_VALUE, "cuCtxGetCurrent failed: CUDA_ERROR_INVALID"},
-             Case{"cuCtxGetDevice", CUDA_ERROR_INVALID_VALUE, "cuCtxGetDevice failed"},
-             Case{"cuDeviceGetAttribute", CUDA_ERROR_INVALID_VALUE, "cuDeviceGetAttribute failed"},
-             Case{"cuModuleLoadDataEx", CUDA_ERROR_OUT_OF_MEMORY,
-                 "loading varlen_attention_kernel for sm_110 failed: CUDA_ERROR_OUT_OF_MEMORY (2), as the driver describes"},
-             Case{"cuModuleGetFunction", CUDA_ERROR_NOT_FOUND, "cuModuleGetFunction failed: CUDA_ERROR_NOT_FOUND"},
-             Case{"cuFuncSetAttribute", CUDA_ERROR_INVALID_VALUE, "asking for shared memory failed"}})
-    {
+    for (Case const& one :
+         {Case{"cuCtxGetCurrent", CUDA_ERROR_INVALID_VALUE,
+               "cuCtxGetCurrent failed: CUDA_ERROR_INVALID"},
+          Case{"cuCtxGetDevice", CUDA_ERROR_INVALID_VALUE, "cuCtxGetDevice failed"},
+          Case{"cuDeviceGetAttribute", CUDA_ERROR_INVALID_VALUE, "cuDeviceGetAttribute failed"},
+          Case{"cuModuleLoadDataEx", CUDA_ERROR_OUT_OF_MEMORY,
+               "loading varlen_attention_kernel for sm_110 failed: CUDA_ERROR_OUT_OF_MEMORY (2), "
+               "as the driver describes"},
+          Case{"cuModuleGetFunction", CUDA_ERROR_NOT_FOUND,
+               "cuModuleGetFunction failed: CUDA_ERROR_NOT_FOUND"},
+          Case{"cuFuncSetAttribute", CUDA_ERROR_INVALID_VALUE,
+               "asking for shared memory failed"}}) {
         CAPTURE(one.function);
         Instance const plugin = createAttention();
         fake::failNext(one.function, one.result);

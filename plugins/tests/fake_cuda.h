@@ -1,6 +1,7 @@
-// A stand-in for libcuda.so.1, for C++ and Python: it enforces the driver's rules, does the work of a stream only when
-// somebody waits for it, counts what is not freed, and records launches. FAKE_CUDA_DEVICES and
-// FAKE_CUDA_REFUSES_CAPTURES set it up for a process that knows nothing of it.
+// A stand-in for libcuda.so.1, for C++ and Python: it enforces the driver's rules, does the work of
+// a stream only when somebody waits for it, counts what is not freed, and records launches.
+// FAKE_CUDA_DEVICES and FAKE_CUDA_REFUSES_CAPTURES set it up for a process that knows nothing of
+// it.
 #pragma once
 
 #include "cubin.h"
@@ -12,11 +13,9 @@
 #include <string>
 #include <vector>
 
-namespace fake
-{
+namespace fake {
 
-struct Launch
-{
+struct Launch {
     CUcontext context;
     Image image;
     std::string function;
@@ -24,7 +23,7 @@ struct Launch
     std::array<uint32_t, 3> block;
     uint32_t sharedBytes;
     CUstream stream;
-    std::vector<std::vector<unsigned char>> arguments; // bytes of each parameter
+    std::vector<std::vector<unsigned char>> arguments;  // bytes of each parameter
 };
 
 // One GPU with one context.
@@ -51,4 +50,4 @@ void clearLaunches();
 
 int32_t loadedModules();
 
-} // namespace fake
+}  // namespace fake

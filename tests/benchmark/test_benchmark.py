@@ -18,10 +18,12 @@ from PIL import Image
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.benchmark import measure as measuring
 from mmvision_export.benchmark.gpu_roofline import GPUS, gpu_markdown, least_seconds
-from mmvision_export.benchmark.measure import Result, measure
-from mmvision_export.benchmark.peers import PEERS, peer_from_encoder
+from mmvision_export.benchmark.measure import measure
+from mmvision_export.benchmark.peers import peer_from_encoder
 from mmvision_export.benchmark.report import PLOTS, page_from_result, write_plots
+from mmvision_export.benchmark.result import Measurement, Result
 from mmvision_export.benchmark.run import sides_from
+from mmvision_export.benchmark.sides import BF16, PEERS, cpu_has_bf16, label_of, without_precision
 from mmvision_export.benchmark.workloads import (
     QUICK,
     STANDARD,
@@ -32,7 +34,9 @@ from mmvision_export.benchmark.workloads import (
 )
 from mmvision_export.core.errors import BenchmarkError, InputError
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.runtime.backends import BACKENDS
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
+from tests.support.errors import refused
 
 TINY = Workload("two", ("patches", "images"), ((1, 4, 4), (1, 2, 6)))
 
@@ -63,11 +67,13 @@ def test_workloads_are_valid_and_named_once() -> None:
             assert t <= 4
             assert h % 2 == w % 2 == 0
     assert max(w.patches for w in STANDARD) == 16384
-    with pytest.raises(InputError, match="no such set of workloads: huge"):
+    with refused(InputError, "workloads", "huge"):
         workloads_for("huge")
 
 
-@pytest.mark.parametrize("peer", [name for name in PEERS if name != "torch-compile"])
+@pytest.mark.parametrize(
+    "peer", [name for name in PEERS if name != "torch-compile" and not name.endswith(BF16)]
+)
 def test_peers_are_the_same_function(peer: str, encoder: VisionEncoderModule) -> None:
     pytest.importorskip("nemo_automodel" if peer == "nemo" else "torch")
     pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
@@ -77,6 +83,20 @@ def test_peers_are_the_same_function(peer: str, encoder: VisionEncoderModule) ->
             torch.from_numpy(pixels), torch.from_numpy(rows)
         ).numpy()
     assert relative_l2(out, expected) <= 1e-5
+
+
+def test_labels_tell_sides_apart() -> None:
+    names = [
+        *PEERS,
+        *BACKENDS,
+        "openvino-bf16",
+        "onnxruntime-cpu:model.onnx",
+        "onnxruntime-cpu:plain",
+    ]
+    assert len({label_of(name) for name in names}) == len(names)
+    assert label_of("onnxruntime-cpu:model.cpu-int8.onnx") == "ONNX Runtime, INT8"
+    assert without_precision("torch-eager-bf16") == ("torch-eager", "bf16")
+    assert without_precision("torch-eager") == ("torch-eager", None)
 
 
 def run(directory: Path, sides: list[str], kept: list[dict[str, Any]], **options: Any) -> Result:
@@ -112,15 +132,64 @@ def test_every_side_is_measured_in_every_round(result: Result) -> None:
     assert row["share_of_gemm_peak"] == pytest.approx(row["gflops"] / result.gemm_peak_gflops)
 
 
+def test_bf16_beside_float32(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured with what it loses; where it is emulated, once, and on small batches."""
+    sides = ["openvino", "torch-eager-bf16", "transformers-sdpa-bf16"]
+    result = run(exported, sides, [])
+    rows = {m.side: m for m in result.measurements}
+    assert set(rows) == set(sides)
+    assert set(result.gemm_gflops) == {"OpenVINO", "PyTorch"}
+    assert result.emulated() == ([] if cpu_has_bf16() else sides[1:])
+    for side in sides[1:]:
+        assert result.sides[side]["precision"] == "bf16"
+        assert 0.999 < rows[side].min_cosine < 0.999999
+        assert 1e-4 < rows[side].relative_l2 < 3e-2  # and float32 would be below 1e-5
+        assert len(rows[side].seconds) == (2 if cpu_has_bf16() else 1)
+        assert result.ratio(side, "two") is not None
+    page = page_from_result(result, plots="x")
+    assert "| OpenVINO | `openvino` |" in page
+    assert f"| PyTorch, SDPA, bf16 | bf16 | {rows['torch-eager-bf16'].min_cosine:.6f} |" in page
+
+    if not cpu_has_bf16():
+        monkeypatch.setattr(measuring, "EMULATED_MAX_PATCHES", 27)
+        result = run(exported, sides[:2], [])
+        assert result.skipped == ["torch-eager-bf16: two"]
+        assert "emulates them" in page_from_result(result, plots="x")
+
+
+def test_another_function_in_bf16_is_refused(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: bfloat16 is not float32 to the last bit."""
+    monkeypatch.setitem(measuring._MIN_COSINE, "bf16", 1.0)
+    with pytest.raises(BenchmarkError) as refused:
+        run(exported, ["onnxruntime-cpu", "torch-eager-bf16"], [])
+    assert "torch-eager-bf16" in str(refused.value)
+
+
+def test_a_side_in_bf16_may_be_first(exported: Path) -> None:
+    """The others are still held to the first in float32."""
+    result = run(exported, ["torch-eager-bf16", "onnxruntime-cpu", "openvino"], [])
+    distances = [m.relative_l2 for m in result.measurements]
+    assert distances[0] > 1e-4
+    assert distances[1] == 0
+    assert distances[2] < 1e-5
+
+
 def test_a_ratio_is_within_a_round() -> None:
-    def of(side: str, seconds: list[float]) -> measuring.Measurement:
-        return measuring.Measurement(side, "two", seconds, True, 0.0, 0.0, 0, 0, 0.0, None)
+    def of(side: str, seconds: list[float]) -> Measurement:
+        return Measurement(side, "two", seconds, True, 0.0, 0.0, 0, 0, 0.0, 1.0, None)
 
     # The machine is ten times slower in the second round; the ratio does not see it.
     rows = [of("a", [1.0, 10.0, 1.0]), of("b", [2.0, 20.0, 2.0])]
     result = Result({}, {}, 1, {"a": {}, "b": {}}, {"a": 1.0}, [TINY], rows, [])
     assert result.ratio("b", "two") == 2.0
     assert result.ratio("c", "two") is None
+    # A side in fewer rounds has been in the first of them.
+    rows = [of("a", [1.0, 10.0, 1.0]), of("b", [3.0])]
+    assert (
+        Result({}, {}, 1, {"a": {}, "b": {}}, {"a": 1.0}, [TINY], rows, []).ratio("b", "two") == 3
+    )
 
 
 def test_the_first_round_counts_when_there_is_time_for_no_other(exported: Path) -> None:
@@ -133,9 +202,7 @@ def test_another_function_is_refused(exported: Path, monkeypatch: pytest.MonkeyP
     """The control: no two float32 implementations agree to the last bit."""
     monkeypatch.setattr(measuring, "_MAX_RELATIVE_L2", 0.0)
     kept: list[dict[str, Any]] = []
-    with pytest.raises(
-        BenchmarkError, match="torch-eager computes something else than onnxruntime-cpu on two"
-    ):
+    with refused(BenchmarkError, "torch-eager", "onnxruntime-cpu", "two"):
         run(exported, ["onnxruntime-cpu", "torch-eager"], kept)
     assert not kept
 
@@ -150,11 +217,9 @@ def test_a_dense_side_is_left_out_where_it_would_not_fit(
 
 
 def test_a_side_that_fails_is_named(exported: Path) -> None:
-    with pytest.raises(
-        BenchmarkError, match="onnxruntime-cuda: this ONNX Runtime has no CUDAExecutionProvider"
-    ):
+    with refused(BenchmarkError, "onnxruntime-cuda", "CUDAExecutionProvider"):
         run(exported, ["onnxruntime-cuda"], [])
-    with pytest.raises(BenchmarkError, match="each side must be named once"):
+    with refused(BenchmarkError, "side", "torch-eager, torch-eager"):
         run(exported, ["torch-eager", "torch-eager"], [])
 
 
@@ -176,17 +241,19 @@ def test_sides(exported: Path) -> None:
         return sides_from(manifest, backends=[backend], precisions=[precision], peers=[peer])
 
     assert sides("onnxruntime-cpu:model.onnx") == ["onnxruntime-cpu:model.onnx", "nemo"]
-    with pytest.raises(BenchmarkError, match="no such backend: openvino"):
-        sides("openvino")
-    with pytest.raises(BenchmarkError, match="no such peer: vllm"):
+    assert sides("openvino") == ["openvino", "nemo"]
+    in_bf16 = ["openvino-bf16", "torch-compile-bf16"]
+    assert sides(in_bf16[0], peer=in_bf16[1]) == in_bf16
+    for wrong in ("coreml", "onnxruntime-cpu-bf16", "openvino-bf16:model.onnx"):
+        with refused(BenchmarkError, "backend", wrong.partition(":")[0]):
+            sides(wrong)
+    with refused(BenchmarkError, "peer", "vllm"):
         sides("onnxruntime-cpu", peer="vllm")
-    with pytest.raises(
-        BenchmarkError, match=r"only onnxruntime-cpu takes a graph, one of model\.onnx"
-    ):
+    with refused(BenchmarkError, "onnxruntime-cpu", "graph", "model.onnx"):
         sides("onnxruntime-cpu:other.onnx")
-    with pytest.raises(BenchmarkError, match=r"has no model\.cpu-int8\.onnx"):
+    with refused(BenchmarkError, "model.cpu-int8.onnx"):
         sides("onnxruntime-cpu", precision="int8")
-    with pytest.raises(BenchmarkError, match="the model is fp32, not fp16"):
+    with refused(BenchmarkError, "fp32", "fp16"):
         sides("onnxruntime-cpu", precision="fp16")
 
 

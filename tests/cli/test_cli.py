@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import mmvision_export
+from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import ExportError
 from mmvision_export.models.weights import WeightSource
 from tests.support.checkpoints import LAYOUTS, STATE, write_checkpoint
@@ -29,7 +30,8 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     assert exported.code == 0, exported.err
     assert "engines/tiny: fp32 graph, opset 23" in exported.out
     assert sorted(p.name for p in (tmp_path / "engines" / "tiny").iterdir()) == [
-        "manifest.json", "model.cpu.onnx", "model.onnx", "model.onnx.data", "preprocessor_config.json",
+        "manifest.json", "model.cpu.onnx", "model.onnx", "model.onnx.data", "model.openvino.onnx",
+        "preprocessor_config.json",
     ]  # fmt: skip
 
     again = mmvision(*TINY)
@@ -53,7 +55,10 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     )  # and the rotary frequencies
 
     rows = json.loads(mmvision("parity", "--json").out)["rows"]
-    assert {row["runner"] for row in rows} == {"pytorch-fp32", "model.onnx", "model.cpu.onnx"}
+    assert {row["runner"] for row in rows} == {
+        "pytorch-fp32", "model.onnx", "model.cpu.onnx",
+        "model.openvino.onnx", "model.openvino.onnx (OpenVINO)",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,41 @@ def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_pat
         (16, 16, 4),
         (512, 512, 65),
     ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["build-engine", "--buckets", "64,256"],
+        ["build-engine", "--max-patches", "256"],
+        ["quantize", "--int8"],
+    ],
+    ids=" ".join,
+)
+def test_the_manifest_is_read_once(
+    mmvision: Command,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+) -> None:
+    """Up to where the files that it lists are verified."""
+    if arguments[0] == "build-engine":
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    copy_of(exported, tmp_path / "engines" / "m")
+    read, reads = Manifest.read, []
+
+    def counted(directory: Path) -> Manifest:
+        reads.append(directory)
+        return read(directory)
+
+    def stop(*_: object, **__: object) -> None:
+        raise ExportError("far enough")
+
+    monkeypatch.setattr(Manifest, "read", counted)
+    monkeypatch.setattr(Manifest, "verify", stop)
+    assert mmvision(*arguments).errors[0] == "error: far enough"
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize(

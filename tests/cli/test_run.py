@@ -16,6 +16,7 @@ from PIL import Image
 
 from mmvision_export import VisionEncoder
 from mmvision_export.run import main
+from tests.support.command import Command
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of
 from tests.support.images import photographs
 
@@ -61,6 +62,42 @@ def test_photographs(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with VisionEncoder.open("engines/small", backend="onnxruntime-cpu") as encoder:
         alone = encoder.encode_images([Image.open("coffee.jpg")])[0]
     np.testing.assert_allclose(tokens[324:], alone, atol=1e-5)
+
+
+def test_images_named_together_or_one_by_one(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on = ("--backend", "onnxruntime-cpu")
+    names = ["astronaut.jpg", "coffee.jpg", "chelsea.jpg"]
+    together = run(capsys, "--image", *names, "--output", "a.npy", *on)
+    mixed = run(capsys, "--image", names[0], "--image", *names[1:], "--output", "b.npy", *on)
+    assert together["inputs"] == mixed["inputs"] == names
+    np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
+
+
+def test_mmvision_run_is_this_command(
+    files: Path, capsys: pytest.CaptureFixture[str], mmvision: Command
+) -> None:
+    arguments = ["--image", "coffee.jpg", "--backend", "onnxruntime-cpu", "--output"]
+    expected = run(capsys, *arguments, "a.npy")
+    done = mmvision("run", *arguments, "b.npy")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    for result in (expected, found):
+        del result["milliseconds"], result["output"]
+    assert found == expected
+    np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
+    # Its errors are printed once, and its usage is its own.
+    failed = mmvision("run", "--image", "nothing.jpg")
+    assert (failed.code, len(failed.errors)) == (1, 1)
+    usage = mmvision("run", "--nonsense")
+    assert usage.code == 2
+    assert "--nonsense" in usage.errors[0]
+    assert usage.errors[1] == "hint: mmvision run --help"
+    shown = mmvision("run", "--help")
+    assert shown.code == 0
+    assert shown.out.startswith("usage: mmvision run ")
+    assert "--pixel-values" in shown.out
 
 
 def test_patches(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +162,7 @@ def test_errors(
         ["--pixel-values", "x.npy"],
         ["--image", "a.jpg", "--pixel-values", "x.npy", "--grid-thw", "g.npy"],
         ["--threads", "0"],
-        ["--backend", "openvino"],
+        ["--backend", "coreml"],
         ["--nonsense"],
         ["--video", "v.mp4", "--image", "a.jpg"],
         ["--fps", "2"],
@@ -165,7 +202,7 @@ def test_what_was_not_foreseen_is_one_error(
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ")
     assert len(printed.err.splitlines()) == 2
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(Exception, match="."):  # whatever it is; ONNX Runtime's have no common base
         main(["--threads", "99999999999", "--verbose"])
 
 
@@ -320,7 +357,8 @@ def test_video(files: Path, capsys: pytest.CaptureFixture[str], form: str) -> No
         ]
 
 
-def test_interrupting_leaves_whole_files_only(files: Path) -> None:
+@pytest.mark.parametrize("module", [["mmvision_export.run"], ["mmvision_export.cli.entry", "run"]])
+def test_interrupting_leaves_whole_files_only(files: Path, module: list[str]) -> None:
     folder = files / "photos"
     folder.mkdir()
     photo = Image.open("coffee.jpg")
@@ -329,7 +367,7 @@ def test_interrupting_leaves_whole_files_only(files: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "mmvision_export.run",
+        *module,
         "--image",
         "photos",
         "--output",
@@ -342,7 +380,9 @@ def test_interrupting_leaves_whole_files_only(files: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.splitlines() == ["error: interrupted"] or "model" in errors
+    assert [line for line in errors.splitlines() if not line.startswith("model")] == [
+        "error: interrupted; what was not finished is not kept"
+    ]
     names = sorted(path.name for path in Path("embeds").iterdir())
     assert [name for name in names if not name.endswith(".jpg.npy")] == ["mmvision-run.json"]
     assert 3 <= len(names) - 1 < 200

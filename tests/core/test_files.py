@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mmvision_export.core.errors import OutputError
+from mmvision_export.core.errors import OutputError, Reason
 from mmvision_export.core.files import new_directory, new_files
+from tests.support.errors import refused
 
 
 def test_directory_appears_only_when_whole(tmp_path: Path) -> None:
@@ -49,11 +50,14 @@ def test_an_empty_directory_may_be_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
-    [(errno.ENOSPC, "no space left while writing it"), (errno.EACCES, "cannot write it: ")],
+    ("code", "reason"),
+    [(errno.ENOSPC, "no space"), (errno.EACCES, None)],
 )
-def test_operating_system_errors(code: int, message: str, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=message), new_files(tmp_path, name="it") as new:
+def test_operating_system_errors(code: int, reason: Reason | None, tmp_path: Path) -> None:
+    with (
+        refused(OutputError, tmp_path, "it", reason=reason),
+        new_files(tmp_path, name="it") as new,
+    ):
         (new / "half").write_text("x")
         raise OSError(code, "as a full disk would")
     assert not list(tmp_path.iterdir())
@@ -90,7 +94,10 @@ def test_a_symbolic_link_stands_for_its_target(tmp_path: Path) -> None:
 
 def test_a_directory_that_came_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with pytest.raises(OutputError, match="already exists"), new_directory(target, marker="m"):
+    with (
+        refused(OutputError, target, reason="exists"),
+        new_directory(target, marker="m"),
+    ):
         target.mkdir()
         (target / "m").write_text("another process")
     assert (target / "m").read_text() == "another process"

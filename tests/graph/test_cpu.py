@@ -1,4 +1,4 @@
-"""The CPU flavour: its structure, and its numbers against the float64 reference and the portable graph."""
+"""The CPU flavour: its structure, and its numbers against float64 and the portable graph."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,11 +17,12 @@ from mmvision_export import VisionEncoder
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import ExportError
 from mmvision_export.export.onnx_export import export_model_directory
-from mmvision_export.graph.cpu import cpu_graph_from_portable
+from mmvision_export.graph.cpu.flavour import cpu_graph_from_portable
 from mmvision_export.models.minimax_m3_vl import reference
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.random_weights import random_state_dict
 from mmvision_export.models.weights import WeightSource
+from tests.support.checkpoints import STATE, write_checkpoint
 from tests.support.configs import (
     GRIDS,
     HEAD_DIM_48,
@@ -32,8 +34,10 @@ from tests.support.configs import (
     relative_l2,
     run_graph,
 )
+from tests.support.errors import refused
 
-# What the portable graph is held to (test_onnx_export.py): float32's rounding over two layers measures 3e-7.
+# What the portable graph is held to (test_onnx_export.py): float32's rounding over two layers
+# measures 3e-7.
 TOLERANCE = 2e-6
 
 
@@ -46,11 +50,8 @@ def float64_state() -> dict[str, np.ndarray]:
 def small_blocks(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same graph in blocks of 20 patches, so that small batches have several, and padding."""
     path = tmp_path_factory.mktemp("blocks") / "model.cpu.onnx"
-    path.write_bytes(
-        cpu_graph_from_portable(
-            exported / "model.onnx", HEAD_DIM_80, block_patches=20
-        ).SerializeToString()
-    )
+    model = cpu_graph_from_portable(exported / "model.onnx", HEAD_DIM_80, block_patches=20)
+    path.write_bytes(ir.to_proto(model).SerializeToString())
     shutil.copyfile(exported / "model.onnx.data", path.parent / "model.onnx.data")
     return path
 
@@ -154,10 +155,70 @@ def test_only_float32_has_one(tmp_path: Path) -> None:
     assert not (tmp_path / "m" / "model.cpu.onnx").exists()
     with VisionEncoder.open(tmp_path / "m", backend="onnxruntime-cpu") as encoder:
         assert encoder.info["graph"] == "model.onnx"
-    with pytest.raises(
-        ExportError, match=r"only a float32 graph has a CPU flavour, model\.onnx takes float16"
-    ):
+    with pytest.raises(ExportError) as refused:
         cpu_graph_from_portable(tmp_path / "m" / "model.onnx", HEAD_DIM_80)
+    assert all(fact in str(refused.value) for fact in ("model.onnx", "float32", "float16"))
+
+
+def test_equal_tensors_of_different_modules(tmp_path: Path) -> None:
+    """Of a freshly initialised checkpoint, the tracer merges all layer norms' weights into one."""
+    state = {
+        name: torch.full_like(tensor, float(name.endswith("weight"))) if "norm" in name else tensor
+        for name, tensor in STATE.items()
+    }
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", state)
+    directory = tmp_path / "m"
+    export_model_directory(WeightSource(checkpoint=str(checkpoint)), directory)
+    initializers = ir.load(directory / "model.onnx").graph.initializers
+    assert "layers.1.layer_norm1.weight" not in initializers  # what the test is about
+
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    out = run_graph(directory / "model.cpu.onnx", pixels, rows)
+    float64 = arrays({name: tensor.double() for name, tensor in state.items()})
+    expected = reference.vision_encoder(float64, pixels, rows, HEAD_DIM_80)
+    assert relative_l2(out, expected) <= TOLERANCE
+    # The control: another layer's norm would be seen.
+    float64["vision_tower.vision_model.encoder.layers.1.layer_norm1.weight"] *= 1.1
+    wrong = reference.vision_encoder(float64, pixels, rows, HEAD_DIM_80)
+    assert relative_l2(out, wrong) > 1e-3
+
+
+@pytest.mark.parametrize("module", ["layers.1.layer_norm1", "patch_merge_mlp.linear_2"])
+def test_a_module_without_a_node_is_named(exported: Path, module: str, tmp_path: Path) -> None:
+    model = ir.load(exported / "model.onnx")
+    next(node for node in model.graph if node.name == module).name = "unknown"
+    (tmp_path / "model.onnx").write_bytes(ir.to_proto(model).SerializeToString())
+    with pytest.raises(ExportError) as refused:
+        cpu_graph_from_portable(tmp_path / "model.onnx", HEAD_DIM_80)
+    assert module in str(refused.value)
+
+
+def test_a_graph_of_other_operators_is_refused(tmp_path: Path) -> None:
+    graph = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 23]> g (float[n, d] pixel_values) => (float[n, d] y) '
+        "{ y = Identity (pixel_values) }"
+    )
+    onnx.save(graph, tmp_path / "model.onnx")
+    with pytest.raises(ExportError) as refused:
+        cpu_graph_from_portable(tmp_path / "model.onnx", HEAD_DIM_80)
+    assert all(f in str(refused.value) for f in ("VarlenAttention", "QKRotaryEmbedding", "none"))
+
+
+def test_nodes_have_the_names_of_their_outputs(exported: Path) -> None:
+    """Which a profiler's table shows."""
+    model = ir.load(exported / "model.cpu.onnx")
+    scans = [node for node in model.graph if node.op_type == "Scan"]
+    assert [scan.name for scan in scans] == [
+        "blocks.0.x_blocks",
+        "blocks.1.x_blocks",
+        "tokens_blocks",
+    ]
+    for scan, index in zip(scans, range(3), strict=True):
+        for node in scan.attributes["body"].as_graph():
+            assert node.name == node.outputs[0].name
+            assert (node.name or "").startswith(f"blocks.{index}.")
+    attention = [node.name for node in model.graph if node.op_type == "VarlenAttention"]
+    assert attention == ["layers.0.attention.attended", "layers.1.attention.attended"]
 
 
 def test_a_graph_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -165,7 +226,5 @@ def test_a_graph_of_something_else_is_refused(tmp_path: Path) -> None:
         '<ir_version: 10, opset_import: ["": 20]> g (float[n] x) => (float[n] y) { y = Relu (x) }'
     )
     onnx.save(other, tmp_path / "other.onnx")
-    with pytest.raises(
-        ExportError, match="has not the custom ops of an exported encoder, but none"
-    ):
+    with refused(ExportError, tmp_path / "other.onnx", "none"):
         cpu_graph_from_portable(tmp_path / "other.onnx", HEAD_DIM_80)

@@ -8,7 +8,7 @@ import pytest
 
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import PluginError
-from mmvision_export.kernels.kernels import (
+from mmvision_export.kernels.compile import (
     DTYPES,
     HEAD_DIMS,
     PORTABLE_PTX,

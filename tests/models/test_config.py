@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from mmvision_export.core.errors import ConfigError
+from mmvision_export.core.errors import ConfigError, Reason
 from mmvision_export.models.minimax_m3_vl.config import (
     EncoderConfig,
     config_from_dict,
     config_from_file,
 )
+from tests.support.errors import refused
 
 RELEASED: dict[str, Any] = {
     "model_type": "minimax_m3_vl",
@@ -166,17 +167,19 @@ def test_refusals_name_the_field(path: str, value: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "fact", "reason"),
     [
-        ("{", "not readable as JSON"),
-        ("[1]", "expected a JSON object, got list"),
-        (None, "no such file"),
+        ("{", "config.json", "unreadable"),
+        ("[1]", "list", None),
+        (None, "config.json", "missing"),
     ],
 )
-def test_unreadable_files(content: str | None, message: str, tmp_path: Path) -> None:
+def test_unreadable_files(
+    content: str | None, fact: str, reason: Reason | None, tmp_path: Path
+) -> None:
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=message):
+    with refused(ConfigError, tmp_path / "config.json", fact, reason=reason):
         config_from_file(tmp_path / "config.json")
 
 

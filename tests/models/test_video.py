@@ -22,6 +22,7 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
 from mmvision_export.models.minimax_m3_vl.video import VideoConfig, VideoSegment, sampled_indices
 from tests.support.configs import HEAD_DIM_80, relative_l2
+from tests.support.errors import refused
 from tests.support.images import from_transformers
 from tests.support.peers import run_peer, weights
 from tests.support.videos import moving, write_video
@@ -203,13 +204,13 @@ def test_progress_counts_segments(runtime: VisionEncoder, tmp_path: Path) -> Non
 
 def test_bad_videos(runtime: VisionEncoder, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
-    with pytest.raises(InputError, match="not a video in a format PyAV reads"):
+    with refused(InputError, tmp_path / "text.mp4", reason="unreadable"):
         list(runtime.encode_video(tmp_path / "text.mp4"))
-    with pytest.raises(InputError, match="no such file"):
+    with refused(InputError, tmp_path / "nothing.mp4", reason="missing"):
         list(runtime.encode_video(tmp_path / "nothing.mp4"))
-    with pytest.raises(InputError, match="fps must be a positive number, got 0"):
+    with refused(InputError, "fps", 0):
         list(runtime.encode_video(tmp_path / "nothing.mp4", fps=0))
     whole = write_video(tmp_path / "v.avi", moving(80)).read_bytes()
     (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cut.avi: (ends after|not a readable video)"):
+    with refused(InputError, tmp_path / "cut.avi"):
         list(runtime.encode_video(tmp_path / "cut.avi", fps=4))

@@ -14,7 +14,10 @@ from onnx import TensorProto, helper
 
 from mmvision_export.core.errors import ExportError
 from mmvision_export.models.minimax_m3_vl import reference
-from mmvision_export.ops.onnx_functions import ATTENTION_BODIES, AttentionBody, function_from_body
+from mmvision_export.ops.definition import OpDefinition
+from mmvision_export.ops.qk_rotary_embedding.onnx_op import QK_ROTARY_EMBEDDING
+from mmvision_export.ops.registry import OPS
+from mmvision_export.ops.varlen_attention.onnx_op import VARLEN_ATTENTION, AttentionBody
 from tests.support.configs import relative_l2
 
 SEGMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=7)
@@ -59,6 +62,10 @@ def session(
     )
 
 
+def named(value: OpDefinition | str) -> str:
+    return value if isinstance(value, str) else value.name
+
+
 def qkv(n: int, heads: int, head_dim: int, dtype: str) -> dict[str, Any]:
     values = np.random.default_rng(n).standard_normal((3, n, heads, head_dim)).astype(dtype)
     return dict(zip("qkv", values, strict=True))
@@ -67,9 +74,7 @@ def qkv(n: int, heads: int, head_dim: int, dtype: str) -> dict[str, Any]:
 Case = tuple[AttentionBody, int, str]
 BODIES: list[tuple[AttentionBody, int]] = [("attention", 23), ("matmul", 18), ("matmul", 23)]
 SESSIONS = {
-    (body, opset, dtype): session(
-        function_from_body("VarlenAttention", body, opset), dtype, 80**-0.5
-    )
+    (body, opset, dtype): session(VARLEN_ATTENTION.function(body, opset), dtype, 80**-0.5)
     for body, opset in BODIES
     for dtype in TYPES
 }
@@ -127,7 +132,7 @@ def test_rotation(n: int, half: int, dtype: str, opset: int) -> None:
     inputs = qkv(n, 3, 80, dtype)
     angles = np.random.default_rng(half).standard_normal((n, half)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
-    runner = session(function_from_body("QKRotaryEmbedding", "matmul", opset), dtype)
+    runner = session(QK_ROTARY_EMBEDDING.function("standard", opset), dtype)
     out = runner.run(None, {"q": inputs["q"], "k": inputs["k"], "cos": cos, "sin": sin})
     expected = reference.qk_rotary_embedding(inputs["q"], inputs["k"], cos, sin)
     for got, wanted in zip(out, expected, strict=True):
@@ -135,12 +140,11 @@ def test_rotation(n: int, half: int, dtype: str, opset: int) -> None:
         assert relative_l2(got, wanted) <= np.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("body", ATTENTION_BODIES)
-@pytest.mark.parametrize("op_type", ["VarlenAttention", "QKRotaryEmbedding"])
-def test_definitions_can_be_looked_up_by_a_plugin_registry(
-    op_type: str, body: AttentionBody
-) -> None:
-    function = function_from_body(op_type, body, 23)
+@pytest.mark.parametrize(
+    ("op", "body"), [(op, body) for op in OPS.values() for body in op.bodies], ids=named
+)
+def test_definitions_can_be_looked_up_by_a_plugin_registry(op: OpDefinition, body: str) -> None:
+    function = op.function(body, 23)
     defaults = {attribute.name: attribute.s for attribute in function.attribute_proto}
     assert defaults == {"plugin_namespace": b"mmvision", "plugin_version": b"1"}
     names = [node.name for node in function.node]
@@ -149,9 +153,25 @@ def test_definitions_can_be_looked_up_by_a_plugin_registry(
 
 
 def test_bodies_refuse_an_opset_that_is_too_low() -> None:
-    with pytest.raises(
-        ExportError, match="'attention' body of VarlenAttention needs opset 23 or later, got 22"
-    ):
-        function_from_body("VarlenAttention", "attention", 22)
-    with pytest.raises(ExportError, match="needs opset 18"):
-        function_from_body("VarlenAttention", "matmul", 17)
+    with pytest.raises(ExportError) as caught:
+        VARLEN_ATTENTION.function("attention", 22)
+    assert all(fact in str(caught.value) for fact in ("VarlenAttention", "'attention'", "23", "22"))
+    assert "'matmul'" in str(caught.value.hint)
+    with pytest.raises(ExportError) as caught:
+        VARLEN_ATTENTION.function("matmul", 17)
+    assert all(fact in str(caught.value) for fact in ("'matmul'", "18", "17"))
+    assert caught.value.hint is None
+
+
+def test_an_unknown_body_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ExportError) as caught:
+        VARLEN_ATTENTION.function("flash", 23)
+    assert "'flash'" in str(caught.value)
+    assert all(body in str(caught.value.hint) for body in VARLEN_ATTENTION.bodies)
+
+
+@pytest.mark.parametrize(("opset", "body"), [(18, "matmul"), (22, "matmul"), (23, "attention")])
+def test_the_best_portable_body_of_an_opset(opset: int, body: AttentionBody) -> None:
+    assert VARLEN_ATTENTION.portable_body(opset) == body
+    with pytest.raises(ExportError, match="18"):
+        VARLEN_ATTENTION.portable_body(17)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,34 @@ import pytest
 import torch
 from polygraphy.backend.base import BaseRunner
 
-from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts import manifest as manifest_module
+from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core import files
 from mmvision_export.core.compute_capability import ComputeCapability
-from mmvision_export.core.errors import CheckpointError, ManifestError, ParityError
+from mmvision_export.core.errors import BackendError, CheckpointError, ManifestError, ParityError
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.sample_batches import CHECK_GRIDS, PARITY_GRIDS, sample_batch
 from mmvision_export.models.weights import WeightSource
-from mmvision_export.parity.check import (
-    REFERENCE,
-    ParityResult,
-    _distances,
-    check_parity,
-    record_parity,
-)
-from mmvision_export.parity.runners import TorchRunner, input_metadata
+from mmvision_export.parity import candidates
+from mmvision_export.parity.check import check_parity
+from mmvision_export.parity.measuring import distances_from_runners, embeds_from_runner
+from mmvision_export.parity.result import REFERENCE, ParityResult, record_parity
+from mmvision_export.parity.runners import input_metadata
 from mmvision_export.parity.samples import samples_from_grids
+from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.checkpoints import LAYOUTS, STATE, write_checkpoint
+from tests.support.command import Command
 from tests.support.configs import HEAD_DIM_80, copy_of
+from tests.support.errors import refused
 from tests.support.faults import leak_between_images, rewrite, scale_weights, swap_rotation
+from tests.support.notes import Notes
 
 CHECK_SAMPLES = samples_from_grids(HEAD_DIM_80, CHECK_GRIDS)
-GRAPHS = {"model.onnx", "model.cpu.onnx", "model.fp16.onnx"}
+GRAPHS = {"model.onnx", "model.cpu.onnx", "model.openvino.onnx", "model.fp16.onnx"}
 
 
 def check(directory: Path, **options: Any) -> ParityResult:
@@ -53,6 +56,7 @@ def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -
     assert result.passed
     assert {row.runner for row in result.rows} == {
         "pytorch-fp32", "pytorch-fp16", *GRAPHS, "model.fp16.onnx (rounded)",
+        "model.openvino.onnx (OpenVINO)",
     }  # fmt: skip
     assert {row.sample for row in result.rows} == set(PARITY_GRIDS)
     for row in result.rows:
@@ -111,19 +115,17 @@ def test_checkpoint_is_loaded_again_and_must_be_the_same(tmp_path: Path) -> None
     assert check(directory).passed
 
     moved = checkpoint.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+    with refused(CheckpointError, checkpoint, reason="missing"):
         check(directory)
     assert check(directory, source=WeightSource(checkpoint=str(moved))).passed
 
     other = {name: tensor * 2 for name, tensor in STATE.items()}
     write_checkpoint(tmp_path / "other", LAYOUTS["released"](other))
-    with pytest.raises(ParityError, match="the weights have sha256"):
+    with refused(ParityError, "sha256", manifest.source["sha256"]):
         check(directory, source=WeightSource(checkpoint=str(tmp_path / "other")))
 
 
 def test_bf16_is_compared_by_rounding(tmp_path: Path) -> None:
-    from tests.support.notes import Notes
-
     export_model_directory(
         WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="bf16"
     )
@@ -145,7 +147,7 @@ def test_an_engine_outside_a_model_directory_has_nothing_to_be_compared_with(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "x.engine").write_bytes(b"engine")
-    with pytest.raises(ParityError, match="is not in the plans/ of a model directory"):
+    with refused(ParityError, tmp_path / "x.engine", "plans/"):
         check_parity(tmp_path / "x.engine")
 
 
@@ -167,7 +169,7 @@ def test_metrics_by_hand() -> None:
     assert bad.non_finite == 2
     assert np.isnan(bad.relative_l2)
     assert metrics(reference, np.array([[np.nan, 4.0], [1.0, 0.0]])).non_finite == 1
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match=r"\(1, 2\).*\(2, 2\)"):
         metrics(reference[:1], reference)
 
 
@@ -213,12 +215,15 @@ class Plain(Doubling):
 
 
 def test_grids_beyond_an_engines_profile_are_left_out_with_a_note() -> None:
-    from tests.support.notes import Notes
-
     notes = Notes()
-    found = _distances([Plain(name=REFERENCE), Doubling(name="engine")], CHECK_SAMPLES, notes)
+    with Plain(name=REFERENCE) as plain:
+        reference = embeds_from_runner(plain, CHECK_SAMPLES, progress=notes)
+    found = distances_from_runners(
+        [Doubling(name="engine")], CHECK_SAMPLES, reference=reference, progress=notes
+    )
     assert set(found["engine"]) == {"one block"}
     assert found["engine"]["one block"].metrics.relative_l2 == pytest.approx(1.0)
+    assert notes.advanced == len(CHECK_SAMPLES) + 1  # every sample, and the one that is taken
     assert notes.notes == ["engine does not take two sizes, which is beyond its profile"]
 
 
@@ -232,48 +237,108 @@ def test_two_processes_do_not_lose_each_others_results(exported: Path, tmp_path:
     assert manifest.parity["model.onnx"]["passed"] is True
 
 
-def test_one_engine_is_judged_as_the_graph_it_was_built_from(
-    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a GPU the engine's runner is replaced: by one that is right, and by one that is wrong."""
+PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+
+
+@pytest.fixture
+def engine(exported: Path, tmp_path: Path) -> Path:
+    """An engine in the plans/ of a model directory."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from mmvision_export.engine.build import build_engine
-    from mmvision_export.parity import check as parity
 
     directory = copy_of(exported, tmp_path / "m")
-    profile = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
-    engine, _ = build_engine(
+    built, _ = build_engine(
         directory,
         Manifest.read(directory),
-        profiles=[profile],
+        profiles=[PROFILE],
         backend="tensorrt-rtx",
         compute_capabilities=[ComputeCapability(8, 9)],
     )
+    return built
 
-    class Opened:
-        def close(self) -> None:
-            pass
 
-    monkeypatch.setattr(parity, "open_backend", lambda *_, **__: Opened())
-    for scale in (1.0, 1.01):
+class Opened:
+    """Stands in for an opened engine, which no machine without a GPU opens: PyTorch in float32, times a factor."""
 
-        class Stand(TorchRunner):
-            """Runs PyTorch in float32 under the engine's name."""
+    def __init__(self, factor: float) -> None:
+        self._encoder = WeightSource(random_config=HEAD_DIM_80, seed=1).load(torch.float32).encoder
+        self._factor = np.float32(factor)
+        self.closed = 0
 
-            factor = np.float32(scale)
+    def __call__(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            embeds = self._encoder(torch.from_numpy(pixel_values), torch.from_numpy(grid_thw))
+        return np.asarray(embeds.numpy() * self._factor)
 
-            def __init__(self, name: str, *_: Any) -> None:
-                encoder = (
-                    WeightSource(random_config=HEAD_DIM_80, seed=1).load(torch.float32).encoder
-                )
-                super().__init__(name, lambda: encoder, HEAD_DIM_80)
+    def close(self) -> None:
+        self.closed += 1
 
-            def infer_impl(self, feed_dict: Any) -> Any:
-                embeds = super().infer_impl(feed_dict)["image_embeds"]
-                return OrderedDict(image_embeds=embeds * self.factor)
 
-        monkeypatch.setattr(parity, "EngineRunner", Stand)
-        result = check_parity(engine, samples=CHECK_SAMPLES)
-        assert {row.subject for row in result.rows} == {None, f"plans/{engine.name}"}
-        assert result.passed is (scale == 1.0)
-        assert list(result.layers.graphs) == ["model.onnx"]
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_one_engine_is_judged_as_the_graph_it_was_built_from(
+    factor: float, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is right passes, and one that is wrong fails; either is opened once, and closed."""
+    stands: list[Opened] = []
+
+    def opened(path: Path, *, backend: str) -> Opened:
+        assert (path, backend) == (engine, "tensorrt-rtx")
+        stands.append(Opened(factor))
+        return stands[-1]
+
+    monkeypatch.setattr(VisionEncoder, "open", opened)
+    result = check_parity(engine, samples=CHECK_SAMPLES)
+    assert {row.subject for row in result.rows} == {None, f"plans/{engine.name}"}
+    assert result.passed is (factor == 1.0)
+    assert list(result.layers.graphs) == ["model.onnx"]
+    assert [stand.closed for stand in stands] == [1]
+
+
+def test_an_engine_that_does_not_open_is_passed_over_unless_it_was_asked_for(
+    engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu(*_: Any, **__: Any) -> None:
+        raise BackendError("made for another GPU")
+
+    monkeypatch.setattr(VisionEncoder, "open", no_gpu)
+    monkeypatch.setattr(candidates, "current_compute_capability", lambda: "8.6")
+    notes = Notes()
+    result = check_parity(
+        model_directory_of(engine) or engine, samples=CHECK_SAMPLES, progress=notes
+    )
+    assert {row.subject for row in result.rows} == {None, "model.onnx", "model.cpu.onnx"}
+    assert f"{engine.name} is not compared: made for another GPU" in notes.notes
+    # Whoever names it is told, before PyTorch has run.
+    notes = Notes()
+    with pytest.raises(BackendError):
+        check_parity(engine, samples=CHECK_SAMPLES, progress=notes)
+    assert notes.steps == []
+
+
+def test_each_file_is_hashed_each_graph_loaded_and_the_manifest_read_once(
+    mmvision: Command, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    derive_fp16(directory, Manifest.read(directory))
+    seen: Counter[str] = Counter()
+
+    def counted(module: Any, name: str) -> None:
+        before = getattr(module, name)
+
+        def call(path: Path, *rest: Any, **options: Any) -> Any:
+            seen[f"{name} {Path(path).name}"] += 1
+            return before(path, *rest, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(files, "sha256_of")
+    counted(ir, "load")
+    counted(manifest_module, "read_json")
+    assert mmvision("parity", "--model", str(directory)).code == 0
+    graphs = sorted(GRAPHS)
+    weights = ["model.onnx.data", "model.fp16.onnx.data"]
+    assert seen == {
+        **{f"load {name}": 1 for name in graphs},
+        **{f"sha256_of {name}": 1 for name in [*graphs, *weights]},
+        "read_json manifest.json": 2,  # once more to write the result beside what others wrote
+    }

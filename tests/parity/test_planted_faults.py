@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,11 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.weights import WeightSource
-from mmvision_export.parity.check import ParityResult, check_parity, record_parity
+from mmvision_export.parity.check import check_parity
+from mmvision_export.parity.jump import StageDistance
+from mmvision_export.parity.layers import GraphStages
 from mmvision_export.parity.report.page import record_from_parity
+from mmvision_export.parity.result import ParityResult, record_parity
 from mmvision_export.parity.samples import samples_from_grids
 from tests.support.checkpoints import FC1, LAYOUTS, STATE, write_checkpoint
 from tests.support.configs import HEAD_DIM_80, copy_of
@@ -28,6 +33,7 @@ from tests.support.faults import (
     swap_rotation,
 )
 
+DEEP = dataclasses.replace(HEAD_DIM_80, num_hidden_layers=12)
 SAMPLES = samples_from_grids(HEAD_DIM_80, {"two sizes": ((1, 3, 4), (2, 2, 2))})
 
 
@@ -59,6 +65,12 @@ def checked(directory: Path) -> ParityResult:
     return result
 
 
+def stages_before(graph: GraphStages, stage: str) -> list[StageDistance]:
+    """What is computed before a stage; names do not tell, `layers.10` sorts before `layers.2`."""
+    order = [row.stage for row in graph.stages]
+    return graph.stages[: order.index(stage)]
+
+
 @pytest.mark.parametrize(
     ("fault", "stage"),
     [
@@ -81,14 +93,35 @@ def test_the_layer_of_a_fault_is_named(
     assert graph.jump.stage == stage
     assert Manifest.read(directory).parity["model.onnx"]["layers"]["first_jump"]["stage"] == stage
     assert record_from_parity(result)["layers"]["graphs"]["model.onnx"]["jump"]["stage"] == stage
-    # What comes before it is as it should be.
-    before = [
-        row
-        for row in graph.stages
-        if row.stage < stage and not row.stage.startswith(("multi", "patch"))
-    ]
+    before = stages_before(graph, stage)
     assert before
     assert all(row.distance.relative_l2 < 1e-6 for row in before)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve layers, so that names of stages do not sort as the stages do."""
+    directory = tmp_path_factory.mktemp("deep") / "m"
+    export_model_directory(WeightSource(random_config=DEEP, seed=1), directory)
+    return directory
+
+
+@pytest.mark.parametrize("layer", [2, 10])
+def test_the_layer_of_a_fault_is_named_among_more_than_ten(
+    layer: int, deep: Path, tmp_path: Path
+) -> None:
+    directory = copy_of(deep, tmp_path / "m")
+    rewrite(directory, partial(scale_weights, layer=layer))
+    graph = check_parity(directory, samples=SAMPLES).layers.graphs["model.onnx"]
+    assert graph.jump is not None
+    assert graph.jump.stage == f"layers.{layer}"
+    before = stages_before(graph, f"layers.{layer}")
+    assert len(before) == 2 + layer  # the embedding, its norm, and the layers
+    assert all(row.distance.relative_l2 < 1e-6 for row in before)
+    # The control: from the fault on, nothing is as it should be.
+    after = graph.stages[len(before) :]
+    assert len(after) == DEEP.num_hidden_layers - layer + 2
+    assert all(row.distance.relative_l2 > 1e-6 for row in after)
 
 
 @pytest.mark.parametrize("change", [lambda _: None, same_order])

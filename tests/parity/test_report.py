@@ -21,6 +21,7 @@ from mmvision_export.parity.report.page import checked_report_path
 from mmvision_export.parity.samples import Sample
 from tests.support.command import Command
 from tests.support.configs import HEAD_DIM_80, batch, copy_of
+from tests.support.errors import refused
 from tests.support.faults import interleave_rotary_pairs, rewrite
 
 BROWSER = next(
@@ -129,7 +130,7 @@ def test_a_report_is_not_written_over(mmvision: Command, exported: Path, tmp_pat
     assert result.code == 1
     assert result.errors[0] == f"error: {page} already exists"
     assert page.read_text() == "mine"
-    with pytest.raises(OutputError, match=r"must end in \.html"):
+    with refused(OutputError, "--report", ".html", tmp_path / "report.pdf"):
         checked_report_path(tmp_path / "report.pdf", force=True)
 
 

@@ -16,9 +16,8 @@ import pytest
 
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError
+from mmvision_export.kernels.compile import plugins_root
 from mmvision_export.kernels.headers import cuda_headers
-from mmvision_export.kernels.kernels import plugins_root
-from mmvision_export.runtime.backends import cuda as cuda_module
 from mmvision_export.runtime.backends import cuda_driver, cuda_versions
 from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, Cuda, current_compute_capability
 from mmvision_export.runtime.backends.cuda_driver import (
@@ -163,7 +162,7 @@ def test_no_driver_too_old_a_driver_and_no_device_are_three_errors(
 
     # Only where there is none does it say so.
     found: dict[str, Callable[[], Any]] = {"driver": lambda: CudaDriver(fake_driver.library)}
-    monkeypatch.setattr(cuda_module.CudaDriver, "found", lambda: found["driver"]())
+    monkeypatch.setattr(CudaDriver, "found", lambda: found["driver"]())
     assert current_compute_capability() == ComputeCapability(8, 9)
     fake_driver.fail("cuInit", NO_DEVICE)
     assert current_compute_capability() is None

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
 from mmvision_export.core.errors import EngineError, InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.costs import FLOOR_PATCHES, Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedGrid
 from mmvision_export.runtime.launch_planner import (
-    FLOOR_PATCHES,
-    Costs,
+    ANY_SIZE,
     Launch,
     LaunchPlanner,
     fitting_grid,
@@ -25,9 +26,14 @@ from mmvision_export.runtime.launch_planner import (
     plan_launches,
 )
 from tests.support.configs import HEAD_DIM_80, batch, grids, relative_l2, run_graph
+from tests.support.errors import refused
 
 Grid = list[tuple[int, int, int]]
 FULL = EncoderConfig()
+
+
+def of(rows: Any) -> PackedGrid:
+    return PackedGrid(np.array(rows, dtype=np.int64), FULL.patches_per_token)
 
 
 def padded(pixels: np.ndarray, rows: np.ndarray, profile: Profile) -> tuple[np.ndarray, np.ndarray]:
@@ -98,16 +104,16 @@ def test_buckets_become_profiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("buckets", "message"),
+    ("buckets", "facts"),
     [
-        ([], "at least one bucket"),
-        ([0], "a positive multiple of 4 patches, got 0"),
-        ([256, 1022], "a positive multiple of 4 patches, got 1022"),
-        ([256, 256], "given once, got 256, 256"),
+        ([], ["bucket"]),
+        ([0], [4, 0]),
+        ([256, 1022], [4, 1022]),
+        ([256, 256], ["256, 256"]),
     ],
 )
-def test_bad_buckets(buckets: list[int], message: str) -> None:
-    with pytest.raises(EngineError, match=message):
+def test_bad_buckets(buckets: list[int], facts: list[object]) -> None:
+    with refused(EngineError, *facts):
         profiles_from_buckets(buckets, 8, FULL)
 
 
@@ -129,20 +135,40 @@ WIDE = Profile(min_patches=4, opt_patches=1024, max_patches=100_000, max_images=
 
 def test_masked_attention_is_cut_where_that_is_cheaper() -> None:
     large = np.array([(1, 32, 32)] * 4)
-    assert images(plan_launches(large, [WIDE], Costs(FULL, masked=False))) == [4]
-    assert images(plan_launches(large, [WIDE], Costs(FULL, masked=True))) == [1, 1, 1, 1]
+    assert images(plan_launches(of(large), [WIDE], Costs(FULL, masked=False))) == [4]
+    assert images(plan_launches(of(large), [WIDE], Costs(FULL, masked=True))) == [1, 1, 1, 1]
     # Many small ones cost less together: each launch costs at least what reading the weights does.
     small = np.array([(1, 4, 4)] * 16)
     assert FLOOR_PATCHES == 16 * 16
-    assert images(plan_launches(small, [WIDE], Costs(FULL, masked=True))) == [16]
+    assert images(plan_launches(of(small), [WIDE], Costs(FULL, masked=True))) == [16]
+
+
+@given(grid=grids(max_images=8))
+def test_a_graph_without_profiles_is_cut_as_if_every_cut_were_tried(grid: Grid) -> None:
+    """The planner looks back no further than a best cut can reach: that must not change what is best."""
+    costs = Costs(FULL, masked=True)
+    counts = of(grid).patches_per_image
+
+    def cost(cut: tuple[int, ...]) -> int:
+        parts = [counts[a:b] for a, b in itertools.pairwise(cut)]
+        return sum(costs.of(sum(part), sum(n * n for n in part)) for part in parts)
+
+    inner = range(1, len(grid))
+    cuts = [
+        (0, *chosen, len(grid))
+        for size in range(len(grid))
+        for chosen in itertools.combinations(inner, size)
+    ]
+    launches = plan_launches(of(grid), [ANY_SIZE], costs)
+    found = (0, *(launch.images.stop for launch in launches))
+    assert cost(found) == min(cost(cut) for cut in cuts)
+    assert LaunchPlanner([], costs)(of(grid)) == tuple(launches)
 
 
 def test_the_smallest_bucket_that_takes_it() -> None:
     profiles = profiles_from_buckets([1024, 256, 4096], 64, FULL)
     for patches, expected in ((4, 0), (256, 0), (260, 1), (1024, 1), (1028, 2)):
-        (launch,) = plan_launches(
-            np.array([(1, 2, patches // 2)]), profiles, Costs(FULL, masked=False)
-        )
+        (launch,) = plan_launches(of([(1, 2, patches // 2)]), profiles, Costs(FULL, masked=False))
         assert launch.profile == expected
 
 
@@ -163,7 +189,7 @@ def test_a_plan_covers_every_image_once_and_no_other_is_cheaper(
 ) -> None:
     grid, profiles, costs = plan
     rows = np.array(grid)
-    launches = plan_launches(rows, profiles, costs)
+    launches = plan_launches(of(rows), profiles, costs)
     assert [i for launch in launches for i in range(len(rows))[launch.images]] == list(
         range(len(rows))
     )
@@ -187,29 +213,24 @@ def test_a_plan_covers_every_image_once_and_no_other_is_cheaper(
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "facts"),
     [
-        (
-            (1, 70, 70),
-            r"image 1 has 4900 patches \(1225 image tokens, 980 x 980 pixels\), the engine takes at most 4096 \(1024 "
-            r"image tokens\); 896 x 896 pixels would fit",
-        ),
-        (
-            (4, 40, 32),
-            r"image 1 has 5120 patches \(1280 image tokens, 4 x 448 x 560 pixels\), .*; 392 x 476 pixels would fit",
-        ),
+        ((1, 70, 70), [4900, 1225, "980 x 980 pixels", 4096, 1024, "896 x 896 pixels"]),
+        ((4, 40, 32), [5120, 1280, "4 x 448 x 560 pixels", 4096, 1024, "392 x 476 pixels"]),
     ],
 )
-def test_too_large_images_are_refused_with_numbers(row: tuple[int, int, int], message: str) -> None:
+def test_too_large_images_are_refused_with_numbers(
+    row: tuple[int, int, int], facts: list[object]
+) -> None:
     profiles = profiles_from_buckets([256, 4096], 64, FULL)
-    with pytest.raises(InputError, match=message):
-        plan_launches(np.array([(1, 2, 2), row]), profiles, Costs(FULL, masked=False))
+    with refused(InputError, "image 1", *facts):
+        plan_launches(of([(1, 2, 2), row]), profiles, Costs(FULL, masked=False))
 
 
 def test_a_profile_too_small_for_its_frames() -> None:
-    with pytest.raises(InputError, match="no size with 4 temporal patches fits"):
+    with refused(InputError, "4 temporal patches"):
         plan_launches(
-            np.array([(4, 2, 2)]), profiles_from_buckets([8], 1, FULL), Costs(FULL, masked=False)
+            of([(4, 2, 2)]), profiles_from_buckets([8], 1, FULL), Costs(FULL, masked=False)
         )
 
 
@@ -218,7 +239,7 @@ def test_batches_below_the_least_size_are_refused() -> None:
     with pytest.raises(
         InputError, match="cannot be cut into launches that the engine takes \\(64 to 256 patches"
     ):
-        plan_launches(np.array([(1, 2, 2)]), profiles, Costs(FULL, masked=False))
+        plan_launches(of([(1, 2, 2)]), profiles, Costs(FULL, masked=False))
 
 
 @given(st.integers(1, 4), st.integers(1, 200), st.integers(1, 200), st.integers(1, 2000))
@@ -246,7 +267,7 @@ def test_random_batches_equal_runs_of_one_image(exported: Path) -> None:
         ]
         grid = [(t, h, w) if t * h * w <= 128 else (1, h, w) for t, h, w in grid]
         pixels, rows = batch(grid, HEAD_DIM_80, seed=rest)
-        launches = plan_launches(rows, profiles, Costs(HEAD_DIM_80, masked=True))
+        launches = plan_launches(of(rows), profiles, Costs(HEAD_DIM_80, masked=True))
         rest += len(launches) > 1
         pieces: list[Any] = []
         for launch in launches:
@@ -264,8 +285,8 @@ def test_a_plan_is_made_once_for_a_grid_and_anew_for_another() -> None:
     profiles = profiles_from_buckets([16, 64], 4, FULL)
     costs = Costs(FULL, masked=False)
     planner = LaunchPlanner(profiles, costs)
-    first, second = np.array([(1, 4, 4)] * 5), np.array([(1, 8, 8), (1, 2, 2)])
-    assert planner(first) is planner(first.copy())
+    first, second = of([(1, 4, 4)] * 5), of([(1, 8, 8), (1, 2, 2)])
+    assert planner(first) is planner(of(first.tuples()))
     for grid in (first, second, first):
         assert list(planner(grid)) == plan_launches(grid, profiles, costs)
     assert planner(first) != planner(second)
@@ -275,4 +296,13 @@ def test_a_refused_grid_is_refused_again() -> None:
     planner = LaunchPlanner(profiles_from_buckets([16], 1, FULL), Costs(FULL, masked=False))
     for _ in range(2):
         with pytest.raises(InputError, match="at most 16"):
-            planner(np.array([(1, 8, 8)]))
+            planner(of([(1, 8, 8)]))
+
+
+def test_a_profile_of_several_images_takes_launches_that_cost_would_cut() -> None:
+    """Cutting is free only where a launch of one image is allowed."""
+    grid, costs = of([(1, 24, 24)] * 3), Costs(FULL, masked=True)
+    several = Profile(min_patches=4, opt_patches=64, max_patches=4096, min_images=3, max_images=8)
+    assert images(plan_launches(grid, [several], costs)) == [3]
+    alone = dataclasses.replace(several, min_images=1)
+    assert images(plan_launches(grid, [alone], costs)) == [1, 1, 1]

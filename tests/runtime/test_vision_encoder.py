@@ -22,10 +22,11 @@ from mmvision_export import VisionEncoder
 from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
-from mmvision_export.models.minimax_m3_vl.preprocess import patches_from_images
+from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.models.weights import WeightSource
-from mmvision_export.runtime.backends import BACKENDS
+from mmvision_export.runtime.backends import AUTO_BACKENDS
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids, relative_l2, run_graph
+from tests.support.errors import refused
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_images_of_different_size_come_back_apart(runtime: VisionEncoder) -> Non
     ]
     together = runtime.encode_images(images)
     assert [len(tokens) for tokens in together] == [
-        patches_from_images([image], runtime.preprocessor)[1].prod() // 4 for image in images
+        batch_from_images([image], runtime.preprocessor).grid.num_tokens for image in images
     ]
     for image, tokens in zip(images, together, strict=True):
         (alone,) = runtime.encode_images([image])
@@ -77,7 +78,7 @@ def test_anything_with_dlpack_is_taken(runtime: VisionEncoder) -> None:
     np.testing.assert_array_equal(
         runtime(torch.from_numpy(pixels), torch.from_numpy(rows)), expected
     )
-    with pytest.raises(InputError, match="a Tensor cannot be read as a CPU array"):
+    with refused(InputError, "Tensor", "CPU array"):
         runtime(torch.from_numpy(pixels).to("meta"), rows)
 
 
@@ -94,22 +95,22 @@ def test_info(runtime: VisionEncoder, exported: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pixels", "grid", "message"),
+    ("pixels", "grid", "facts"),
     [
-        (np.zeros((16, 1176), np.float32), [[1, 4, 5]], "must be a multiple of 2"),
+        (np.zeros((16, 1176), np.float32), [[1, 4, 5]], ["grid_thw row 0", "w", 2, 5]),
         (
             np.zeros((16, 1176), np.float32),
             [[1, 4, 6]],
-            "adds up to 24 patches, but pixel_values has 16 rows",
+            ["grid_thw", 24, "pixel_values", 16],
         ),
-        (np.zeros((16, 1175), np.float32), [[1, 4, 4]], "must have shape"),
-        (np.zeros((16, 1176)), [[1, 4, 4]], "must be float32"),
-        (np.full((16, 1176), np.nan, np.float32), [[1, 4, 4]], "not finite"),
-        ([], [[1, 4, 4]], "must be float32"),
+        (np.zeros((16, 1175), np.float32), [[1, 4, 4]], ["pixel_values", 1176, [16, 1175]]),
+        (np.zeros((16, 1176)), [[1, 4, 4]], ["pixel_values", "float32", "float64"]),
+        (np.full((16, 1176), np.nan, np.float32), [[1, 4, 4]], ["pixel_values", "row 0"]),
+        ([], [[1, 4, 4]], ["pixel_values", "float32", "float64"]),
     ],
 )
-def test_bad_input(runtime: VisionEncoder, pixels: Any, grid: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
+def test_bad_input(runtime: VisionEncoder, pixels: Any, grid: Any, facts: list[object]) -> None:
+    with refused(InputError, *facts):
         runtime(pixels, grid)
 
 
@@ -117,7 +118,8 @@ def test_auto_says_what_was_passed_over(exported: Path) -> None:
     with VisionEncoder.open(exported) as encoder:
         assert encoder.info["backend"].startswith(("onnxruntime", "tensorrt"))
         if encoder.info["backend"] == "onnxruntime-cpu":
-            assert set(encoder.info["passed_over"]) == set(BACKENDS) - {"onnxruntime-cpu"}
+            before = AUTO_BACKENDS[: AUTO_BACKENDS.index("onnxruntime-cpu")]
+            assert set(encoder.info["passed_over"]) == set(before)
 
 
 def test_float16_directory(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_bfloat16_directory_is_refused_on_the_cpu(tmp_path: Path) -> None:
     export_model_directory(
         WeightSource(random_config=HEAD_DIM_80, seed=1), tmp_path / "m", precision="bf16"
     )
-    with pytest.raises(BackendError, match="no bf16 operators"):
+    with refused(BackendError, "bf16", "CPU"):
         VisionEncoder.open(tmp_path / "m", backend="onnxruntime-cpu")
 
 
@@ -142,23 +144,23 @@ def test_damaged_directories(exported: Path, tmp_path: Path, backend: str) -> No
     directory = copy_of(exported, tmp_path / "m")
     graph, data = directory / "model.onnx", directory / "model.onnx.data"
     graph.write_bytes(graph.read_bytes()[:-1] + b"x")
-    with pytest.raises(ManifestError, match=r"model\.onnx has sha256"):
+    with refused(ManifestError, graph, "sha256"):
         VisionEncoder.open(directory, backend=backend)
     graph.write_bytes((exported / "model.onnx").read_bytes())
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(ManifestError, match="the copy is incomplete|bytes, the manifest says"):
+    with refused(ManifestError, data, "bytes"):
         VisionEncoder.open(directory, backend=backend)
     data.unlink()
-    with pytest.raises(ManifestError, match=r"model\.onnx\.data is missing"):
+    with refused(ManifestError, data, reason="missing"):
         VisionEncoder.open(directory, backend=backend)
 
 
 def test_unknown_backend_and_directory(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(BackendError, match="no such backend: openvino"):
-        VisionEncoder.open(exported, backend="openvino")
-    with pytest.raises(ManifestError, match="no such model directory"):
+    with refused(BackendError, "backend", "coreml"):
+        VisionEncoder.open(exported, backend="coreml")
+    with refused(ManifestError, tmp_path / "nothing", reason="missing"):
         VisionEncoder.open(tmp_path / "nothing")
-    with pytest.raises(BackendError, match="neither a model directory nor an .engine"):
+    with refused(BackendError, ".engine"):
         VisionEncoder.open(exported / "model.onnx", backend="onnxruntime-cpu")
 
 
@@ -167,7 +169,7 @@ def test_malformed_preprocessor_config(exported: Path, tmp_path: Path) -> None:
 
     directory = copy_of(exported, tmp_path / "m")
     (directory / "preprocessor_config.json").write_text('{"resample": 0}')
-    with pytest.raises(ConfigError, match="resample"):
+    with refused(ConfigError, directory / "preprocessor_config.json", "resample", 0):
         VisionEncoder.open(directory, backend="onnxruntime-cpu")
 
 
@@ -187,15 +189,16 @@ def test_closing_twice_is_nothing_and_using_it_then_is_an_error(exported: Path) 
     encoder = VisionEncoder.open(exported, backend="onnxruntime-cpu")
     encoder.close()
     encoder.close()
-    with pytest.raises(BackendError, match="closed"):
+    with refused(BackendError, "encoder", "closed"):
         encoder(*batch(GRIDS["single"], HEAD_DIM_80))
 
 
 def test_unknown_attribute_of_the_package() -> None:
     import mmvision_export
 
-    with pytest.raises(AttributeError, match="has no attribute 'Encoder'"):
+    with pytest.raises(AttributeError) as caught:
         mmvision_export.Encoder  # noqa: B018
+    assert "'Encoder'" in str(caught.value)
 
 
 def test_arrays_come_back_as_they_were_given(runtime: VisionEncoder) -> None:
@@ -215,18 +218,18 @@ def test_one_value_that_is_not_finite_is_named(
 ) -> None:
     pixels = np.zeros((16, 1176), np.float32)
     pixels[place] = value
-    with pytest.raises(InputError, match=f"row {place[0]} holds values that are not finite"):
+    with refused(InputError, "pixel_values", f"row {place[0]}"):
         runtime(pixels, [[1, 4, 4]])
 
 
 def test_the_largest_finite_values_are_finite() -> None:
     """The check sums; no sum of finite values may overflow."""
-    from mmvision_export.runtime.grid import checked_pixel_values
+    from mmvision_export.models.minimax_m3_vl.packed_batch import checked_batch
 
     largest = np.full((4, 1176), np.finfo(np.float32).max)
-    assert checked_pixel_values(largest, HEAD_DIM_80, np.float32) is largest
+    assert checked_batch(largest, [(1, 2, 2)], HEAD_DIM_80, np.float32).pixel_values is largest
     with pytest.raises(InputError, match="row 0 holds values that are not finite in float16"):
-        checked_pixel_values(largest, HEAD_DIM_80, np.float16)
+        checked_batch(largest, [(1, 2, 2)], HEAD_DIM_80, np.float16)
 
 
 def test_threads_share_an_encoder(runtime: VisionEncoder) -> None:
@@ -249,9 +252,9 @@ def test_device_arrays_and_streams_are_refused_where_they_cannot_be_used(
             raise AssertionError("not asked for")
 
     pixels, rows = batch(GRIDS["single"], HEAD_DIM_80)
-    with pytest.raises(BackendError, match="onnxruntime-cpu does not take arrays on a CUDA device"):
+    with refused(BackendError, "onnxruntime-cpu", "CUDA device"):
         runtime(OnAGpu(), rows)
-    with pytest.raises(BackendError, match="onnxruntime-cpu does not take a CUDA stream"):
+    with refused(BackendError, "onnxruntime-cpu", "CUDA stream"):
         runtime(pixels, rows, stream=7)
 
 

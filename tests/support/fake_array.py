@@ -12,7 +12,7 @@ from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.device_array import _pointer_of, _Tensor
 from tests.support.fake_driver import FakeDriver
 
-_KINDS = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+_KINDS: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float16", "float32")}
 
 
 class Tensor:
@@ -66,7 +66,9 @@ class Tensor:
         return self.numpy()
 
     def new_empty(self, shape: tuple[int, ...], dtype: Any) -> Tensor:
-        kind = _KINDS.get(getattr(dtype, "__name__", str(dtype)), np.dtype(np.float16))
+        kind: np.dtype[Any] = _KINDS.get(
+            getattr(dtype, "__name__", str(dtype)), np.dtype(np.float16)
+        )
         return Tensor(self.driver, self.cuda, np.zeros(shape, kind), device=self.device)
 
     def __dlpack_device__(self) -> tuple[int, int]:

@@ -132,7 +132,7 @@ class FakeDriver:
 
         callback = _WORK(run)
         self._kept.append(callback)
-        array = (_Range * len(ranges))(*ranges)
+        array = (_Range * len(ranges))(*(_Range(*each) for each in ranges))
         return int(self.library.fakeLaunchWork(stream, callback, None, array, len(ranges)))
 
     def on_launch(self, kernel: OnLaunch) -> None:

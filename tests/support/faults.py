@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.files import file_record
-from mmvision_export.graph.files import save_cpu_graph
+from mmvision_export.graph.files import save_cpu_graph, save_openvino_graph
 from tests.support.configs import HEAD_DIM_80
 
 
@@ -24,13 +24,14 @@ def rewrite(directory: Path, change: Callable[[ir.Model], None]) -> None:
     ir.save(model, directory / "model.onnx", external_data="model.onnx.data")
     manifest = Manifest.read(directory)
     save_cpu_graph(directory, manifest.config)  # the weights lie elsewhere in their file now
-    for name in ("model.onnx", "model.cpu.onnx", "model.onnx.data"):
+    save_openvino_graph(directory)
+    for name in ("model.onnx", "model.cpu.onnx", "model.openvino.onnx", "model.onnx.data"):
         manifest.files[name] = file_record(directory / name)
     manifest.write(directory)
 
 
-def scale_weights(model: ir.Model) -> None:
-    value = model.graph.initializers["layers.1.mlp.fc1.weight"]
+def scale_weights(model: ir.Model, layer: int = 1) -> None:
+    value = model.graph.initializers[f"layers.{layer}.mlp.fc1.weight"]
     assert value.const_value is not None
     value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.001), name=value.name)
 
@@ -84,3 +85,18 @@ def gather(model: ir.Model, rotary: ir.Node, order: np.ndarray) -> None:
         model.graph.insert_after(rotary, after)
         for user, at in uses:
             user.replace_input_with(at, after.outputs[0])
+
+
+def statistics_in_float16(model: ir.Model) -> None:
+    """In a lowered graph, layer norms that are written as separate operators compute in float16."""
+    for node in model.graph:
+        inner = (node.name or "").rpartition(".")[2]
+        if node.op_type == "Cast" and inner in ("x_float", "weight_float", "bias_float"):
+            node.attributes.add(ir.AttrInt64("to", ir.DataType.FLOAT16))
+        elif inner == "epsilon":
+            epsilon = np.array(node.attributes.get_float("value_float"), np.float16)
+            node.attributes.clear()
+            node.attributes.add(ir.AttrTensor("value", ir.tensor(epsilon)))
+    for node in model.graph:  # the types follow
+        for output in node.outputs:
+            output.type = None

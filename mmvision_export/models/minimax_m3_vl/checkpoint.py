@@ -1,18 +1,22 @@
-"""The encoder's weights from a checkpoint folder: only its tensors, from only the shards that hold them.
+"""The encoder's weights from a checkpoint folder, and no others.
 
-Three layouts of names are understood, the released one (also SGLang's and vLLM's), transformers' and NeMo's; all are
-mapped to the released names, which are the encoder's own. The whole model has some 428 billion parameters: the index
-tells which shards have vision tensors, no other shard is opened, and in those no other tensor is read. Only safetensors
-are read: unpickling a file runs code from it.
+Three layouts of names are understood, the released one (also SGLang's and vLLM's), transformers'
+and NeMo's; all are mapped to the released names, which are the encoder's own. The whole model has
+some 428 billion parameters: the index tells which shards have vision tensors, no other shard is
+opened, and in those no other tensor is read. Only safetensors are read: unpickling a file runs code
+from it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,7 +68,8 @@ class Checkpoint:
     Attributes:
         config: The encoder's dimensions.
         state_dict: Weights under the released names.
-        sha256: Digest over every tensor's name, stored dtype, stored shape and stored bytes, in order of name.
+        sha256: Digest over every tensor's name, stored dtype, stored shape and stored bytes, in
+            order of name.
         shards: File names that were opened.
     """
 
@@ -75,7 +80,7 @@ class Checkpoint:
 
 
 def released_name(name: str) -> str | None:
-    """A stored tensor's name in the released layout, or None if it is not part of the vision encoder."""
+    """A stored tensor's released name, or None if it is not part of the vision encoder."""
     name = name.removeprefix("model.")
     for stored, released in _PREFIXES:
         if name.startswith(stored):
@@ -84,7 +89,7 @@ def released_name(name: str) -> str | None:
 
 
 def vision_shards(names_by_tensor: Mapping[str, str]) -> list[str]:
-    """The shard files, sorted, that hold a vision tensor; the argument is an index's `weight_map`."""
+    """The shard files, sorted, that hold a vision tensor, of an index's `weight_map`."""
     return sorted(
         {file for tensor, file in names_by_tensor.items() if released_name(tensor) is not None}
     )
@@ -94,19 +99,25 @@ def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of `model.safetensors.index.json`: file name by tensor name.
 
     Raises:
-        CheckpointError: The file is malformed, or names a shard outside its folder or not in safetensors.
+        CheckpointError: The file is malformed, or names a shard outside its folder or not in
+            safetensors.
     """
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         well_formed = all(isinstance(file, str) for file in weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a safetensors index: {error!r}") from error
+        raise CheckpointError(
+            f"{path}: not a safetensors index: {error!r}", reason="malformed"
+        ) from error
     if not well_formed:
-        raise CheckpointError(f"{path}: not a safetensors index: a file name is not a string")
+        raise CheckpointError(
+            f"{path}: not a safetensors index: a file name is not a string", reason="malformed"
+        )
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path}: a shard must be a .safetensors file beside the index, got {file!r}"
+                f"{path}: a shard must be a .safetensors file beside the index, got {file!r}",
+                reason="unsafe",
             )
     return dict(weight_map)
 
@@ -117,86 +128,153 @@ def checkpoint_from_folder(
     """Load the vision encoder's weights, each tensor converted to `dtype` as it is read.
 
     Args:
-        folder: Holds `config.json` and either `model.safetensors.index.json` with its shards or `model.safetensors`.
+        folder: Holds `config.json` and either `model.safetensors.index.json` with its shards or
+            `model.safetensors`.
         dtype: Type of the loaded weights.
         progress: Told the tensors read.
 
     Raises:
         ConfigError: The config is missing or not implemented.
-        CheckpointError: Files are missing or malformed, or the tensors are not exactly the encoder's: the error lists
-            all that are missing, unexpected, of another shape, or not finite.
+        CheckpointError: Files are missing or malformed, or the tensors are not exactly the
+            encoder's: the error lists all that are missing, unexpected, of another shape, or not
+            finite.
     """
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: no such checkpoint folder",
             hint="name a folder or a hub id with --checkpoint",
+            reason="missing",
         )
     config = config_from_file(folder / CONFIG)
     shards = _shards_of(folder)
-    expected = _expected_shapes(config)
+    reader = _TensorReader(config, dtype)
     progress = progress or Progress()
-    progress.step("reading weights", total=len(expected))
-
-    state: dict[str, Tensor] = {}
-    digests: dict[str, bytes] = {}
-    unexpected: list[str] = []
-    mis_shaped: list[str] = []
-    not_finite: list[str] = []
-    out_of_range: list[str] = []
+    progress.step("reading weights", total=len(reader.expected))
     for shard in shards:
-        try:
-            with safe_open(folder / shard, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    name = released_name(stored)
-                    if name is None:
-                        continue
-                    shape = torch.Size(file.get_slice(stored).get_shape())
-                    if name not in expected or name in digests:
-                        unexpected.append(stored)
-                        continue
-                    stored_shapes = _stored_shapes(name, expected[name], config)
-                    if shape not in stored_shapes:
-                        wanted = " or ".join(str(list(candidate)) for candidate in stored_shapes)
-                        mis_shaped.append(f"{stored}: expected {wanted}, got {list(shape)}")
-                        digests[name] = b""
-                        continue
-                    tensor = file.get_tensor(stored)
-                    if tensor.dtype not in _FLOAT_TYPES:
-                        mis_shaped.append(
-                            f"{stored}: expected bfloat16, float16 or float32, got {tensor.dtype}"
-                        )
-                        digests[name] = b""
-                        continue
-                    digests[name] = digest_of_tensor(tensor)
-                    if not _is_finite(tensor):
-                        not_finite.append(stored)
-                    # A copy in any case, so that no tensor keeps the shard mapped.
-                    state[name] = tensor.to(dtype, copy=True).reshape(expected[name])
-                    if stored not in not_finite and not _is_finite(state[name]):
-                        out_of_range.append(f"{stored} (largest magnitude {tensor.abs().max():g})")
-                    progress.advance()
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder / shard} is missing", hint="it holds vision tensors: download it"
-            ) from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{folder / shard}: not a readable safetensors file: {error}"
-            ) from error
+        for tensor in _vision_tensors(folder / shard):
+            if reader.take(tensor):
+                progress.advance()
+    reader.refuse_problems(folder)
+    return Checkpoint(config, reader.state, digest_of_tensors(reader.digests), shards)
 
-    _refuse(
-        folder,
-        missing=sorted(set(expected) - set(digests)),
-        unexpected=unexpected,
-        mis_shaped=mis_shaped,
-        not_finite=not_finite,
-    )
-    if out_of_range:
+
+@dataclasses.dataclass(frozen=True)
+class _StoredTensor:
+    """A vision tensor in an open shard: its values are not read yet.
+
+    Attributes:
+        stored: Its name in the shard.
+        name: Its released name.
+    """
+
+    stored: str
+    name: str
+    shape: torch.Size
+    read: Callable[[], Tensor]
+
+
+def _vision_tensors(shard: Path) -> Iterator[_StoredTensor]:
+    """The vision tensors of a shard. Each can be read until the next is asked for.
+
+    Raises:
+        CheckpointError: The shard is missing, or not readable.
+    """
+    with _shard_errors(shard), safe_open(shard, framework="pt") as file:
+        for stored in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            name = released_name(stored)
+            if name is not None:
+                shape = torch.Size(file.get_slice(stored).get_shape())
+                yield _StoredTensor(
+                    stored, name, shape, functools.partial(_read, shard, file, stored)
+                )
+
+
+def _read(shard: Path, file: Any, stored: str) -> Tensor:
+    with _shard_errors(shard):
+        tensor: Tensor = file.get_tensor(stored)
+    return tensor
+
+
+@contextlib.contextmanager
+def _shard_errors(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
         raise CheckpointError(
-            f"{folder}: weights outside the range of {dtype}: {', '.join(out_of_range)}",
-            hint="export with --bf16, whose range is float32's",
-        )
-    return Checkpoint(config, state, digest_of_tensors(digests), shards)
+            f"{shard} is missing", hint="it holds vision tensors: download it", reason="missing"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{shard}: not a readable safetensors file: {error}", reason="unreadable"
+        ) from error
+
+
+class _TensorReader:
+    """Takes stored tensors one by one, and notes what is wrong with them.
+
+    Attributes:
+        expected: Shape by name of every parameter of the encoder.
+        state: What was taken, in the type asked for.
+        digests: Of the stored tensors; empty for one that was found but not taken.
+    """
+
+    def __init__(self, config: EncoderConfig, dtype: torch.dtype) -> None:
+        self.expected = _expected_shapes(config)
+        self.state: dict[str, Tensor] = {}
+        self.digests: dict[str, bytes] = {}
+        self._config = config
+        self._dtype = dtype
+        self._unexpected: list[str] = []
+        self._mis_shaped: list[str] = []
+        self._not_finite: list[str] = []
+        self._out_of_range: list[str] = []
+
+    def take(self, tensor: _StoredTensor) -> bool:
+        """Whether the tensor is one of the encoder's, and of a shape and type it can have."""
+        stored, name = tensor.stored, tensor.name
+        if name not in self.expected or name in self.digests:
+            self._unexpected.append(stored)
+            return False
+        self.digests[name] = b""
+        shapes = _stored_shapes(name, self.expected[name], self._config)
+        if tensor.shape not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            self._mis_shaped.append(f"{stored}: expected {wanted}, got {list(tensor.shape)}")
+            return False
+        values = tensor.read()
+        if values.dtype not in _FLOAT_TYPES:
+            self._mis_shaped.append(
+                f"{stored}: expected bfloat16, float16 or float32, got {values.dtype}"
+            )
+            return False
+        self.digests[name] = digest_of_tensor(values)
+        # A copy in any case, so that no tensor keeps the shard mapped.
+        self.state[name] = values.to(self._dtype, copy=True).reshape(self.expected[name])
+        if not _is_finite(values):
+            self._not_finite.append(stored)
+        elif not _is_finite(self.state[name]):
+            self._out_of_range.append(f"{stored} (largest magnitude {values.abs().max():g})")
+        return True
+
+    def refuse_problems(self, folder: Path) -> None:
+        """Raise one error for all that was wrong, if anything was."""
+        problems = {
+            "missing": sorted(set(self.expected) - set(self.digests)),
+            "unexpected": self._unexpected,
+            "mis-shaped": self._mis_shaped,
+            "not-finite": self._not_finite,
+        }
+        lines = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
+        if lines:
+            raise CheckpointError(
+                "\n  ".join([f"{folder}: the tensors are not those of the config", *lines])
+            )
+        if self._out_of_range:
+            raise CheckpointError(
+                f"{folder}: weights outside the range of {self._dtype}: "
+                f"{', '.join(self._out_of_range)}",
+                hint="export with --bf16, whose range is float32's",
+            )
 
 
 def encoder_from_state_dict(
@@ -223,11 +301,12 @@ def _shards_of(folder: Path) -> list[str]:
     )
     if pickles:
         raise CheckpointError(
-            f"{folder} has no safetensors, only {', '.join(pickles)}: pickled files are refused, since loading "
-            "one runs code from it",
+            f"{folder} has no safetensors, only {', '.join(pickles)}: pickled files are refused, "
+            "since loading one runs code from it",
             hint="convert the checkpoint with save_pretrained(..., safe_serialization=True)",
+            reason="unsafe",
         )
-    raise CheckpointError(f"{folder} holds neither {INDEX} nor {SINGLE}")
+    raise CheckpointError(f"{folder} holds neither {INDEX} nor {SINGLE}", reason="missing")
 
 
 def _expected_shapes(config: EncoderConfig) -> dict[str, torch.Size]:
@@ -247,7 +326,8 @@ def _stored_shapes(name: str, expected: torch.Size, config: EncoderConfig) -> li
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The extremes rather than isfinite(), which makes temporaries as large as the tensor. NaN is passed on to both.
+    # The extremes rather than isfinite(), which makes temporaries as large as the tensor. NaN is
+    # passed on to both.
     low, high = torch.aminmax(tensor)
     return bool(low.isfinite() and high.isfinite())
 
@@ -266,13 +346,3 @@ def digest_of_tensor(tensor: Tensor) -> bytes:
     return hashlib.sha256(
         header + hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).digest()
     ).digest()
-
-
-def _refuse(folder: Path, **problems: Sequence[str]) -> None:
-    lines = [
-        f"{kind.replace('_', '-')}: {', '.join(names)}" for kind, names in problems.items() if names
-    ]
-    if lines:
-        raise CheckpointError(
-            "\n  ".join([f"{folder}: the tensors are not those of the config", *lines])
-        )

@@ -149,10 +149,10 @@ def config_from_file(path: Path) -> EncoderConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            f"{path}: no such file", hint="a checkpoint folder holds config.json"
+            f"{path}: no such file", hint="a checkpoint folder holds config.json", reason="missing"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+        raise ConfigError(f"{path}: not readable as JSON: {error}", reason="unreadable") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
     try:

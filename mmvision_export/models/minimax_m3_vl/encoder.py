@@ -17,7 +17,8 @@ from mmvision_export.models.minimax_m3_vl.positions import (
     inverse_frequencies,
     positions_from_grid,
 )
-from mmvision_export.ops.torch_ops import qk_rotary_embedding, varlen_attention
+from mmvision_export.ops.qk_rotary_embedding.torch_op import qk_rotary_embedding
+from mmvision_export.ops.varlen_attention.torch_op import varlen_attention
 
 __all__ = ["VisionEncoderModule"]
 

@@ -7,6 +7,7 @@ both antialiased on 8-bit images: a fraction of a level on average.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,14 +21,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mmvision_export.core.errors import ConfigError, InputError
 from mmvision_export.core.files import read_json
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 
 __all__ = [
     "PREPROCESSOR",
     "PreprocessorConfig",
+    "batch_from_images",
     "image_from_file",
     "patches_from_frames",
     "patches_from_image",
-    "patches_from_images",
     "smart_resize",
 ]
 
@@ -82,6 +84,21 @@ class PreprocessorConfig:
                 raise ConfigError(f"{name} must be three numbers, got {values!r}")
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std must be positive, got {self.image_std!r}")
+        # So that what is made of images needs no other check.
+        if not np.isfinite(self.normalised_levels).all():
+            raise ConfigError(
+                "rescale_factor, image_mean and image_std must give finite float32 values, got "
+                f"{factor!r}, {self.image_mean!r} and {self.image_std!r}"
+            )
+
+    @functools.cached_property
+    def normalised_levels(self) -> npt.NDArray[np.float32]:
+        """What each 8-bit level becomes in each channel, `[3, 256]`."""
+        scaled = np.arange(256) * self.rescale_factor
+        mean, std = np.array(self.image_mean)[:, None], np.array(self.image_std)[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):
+            levels: npt.NDArray[np.float32] = ((scaled - mean) / std).astype(np.float32)
+        return levels
 
     @property
     def factor(self) -> int:
@@ -233,13 +250,15 @@ def image_from_file(path: Path) -> Image.Image:
                 image.load()
                 return rgb_from_image(ImageOps.exif_transpose(image))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file", reason="missing") from None
     except InputError as error:
         raise InputError(f"{path}: {error}", hint=error.hint) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path}: not an image in a format Pillow reads") from error
+        raise InputError(
+            f"{path}: not an image in a format Pillow reads", reason="unreadable"
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image: {error}") from error
+        raise InputError(f"{path}: not a readable image: {error}", reason="unreadable") from error
 
 
 def rgb_from_image(image: Image.Image) -> Image.Image:
@@ -313,13 +332,7 @@ def patches_from_frames(
     height, width = smart_resize(frames[0].height, frames[0].width, config)
     merge, side, depth = config.merge_size, config.patch_size, config.temporal_patch_size
     t, h, w = -(-len(frames) // depth), height // side, width // side
-    # An 8-bit level has only 256 normalised values: look them up. [3, 256]
-    scaled = np.arange(256) * config.rescale_factor
-    normalised = (scaled - np.array(config.image_mean)[:, None]) / np.array(config.image_std)[
-        :, None
-    ]
-    table = normalised.astype(np.float32)
-
+    table = config.normalised_levels
     patches = np.empty((t, h * w, 3, depth, side * side), dtype=np.float32)
     for index, frame in enumerate(frames):
         image = (
@@ -339,31 +352,26 @@ def patches_from_frames(
     return patches.reshape(t * h * w, -1), (t, h, w)
 
 
-def patches_from_images(
+def batch_from_images(
     images: Iterable[Image.Image], config: PreprocessorConfig, *, names: Sequence[str] | None = None
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Pack several images, of any sizes, into one batch.
+) -> PackedBatch:
+    """Pack several images, of any sizes, into one batch of float32 patches.
 
     Args:
         images: Any Pillow images.
         config: The preprocessing.
         names: What an error calls each of them; `image 0` and so on if None.
 
-    Returns:
-        pixel_values `[num_patches, 3*T*P*P]` float32 and grid_thw `[num_images, 3]` int64.
-
     Raises:
         InputError: No images, or one cannot be processed; the message says which.
     """
-    pieces, rows = [], []
+    pieces = []
     for index, image in enumerate(images):
         try:
-            patches, row = patches_from_image(image, config)
+            pieces.append(patches_from_image(image, config))
         except (InputError, OSError, ValueError) as error:
             name = f"image {index}" if names is None else names[index]
             raise InputError(f"{name}: {error}", hint=getattr(error, "hint", None)) from error
-        pieces.append(patches)
-        rows.append(row)
     if not pieces:
-        raise InputError("no images were given")
-    return np.concatenate(pieces), np.array(rows, dtype=np.int64)
+        raise InputError("no images were given", reason="missing")
+    return PackedBatch.of_images(pieces, config.merge_size**2)

@@ -19,12 +19,12 @@ from PIL import Image
 from mmvision_export.core.errors import BackendError, InputError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
 
 __all__ = ["VideoConfig", "VideoSegment", "encoded_segments", "sampled_indices"]
 
 _MAX_FRAME_PIXELS = 768 * 28 * 28
-_GROUP_PATCHES = 4096  # of a call where the engine sets no limit
 
 
 class Encoder(Protocol):
@@ -34,9 +34,9 @@ class Encoder(Protocol):
     def config(self) -> EncoderConfig: ...
 
     @property
-    def max_patches(self) -> int | None: ...
+    def patches_per_call(self) -> int: ...
 
-    def __call__(self, pixel_values: Any, grid_thw: Any) -> Any: ...
+    def encode(self, batch: PackedBatch) -> npt.NDArray[np.floating]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,31 +126,24 @@ def encoded_segments(
             _sampled_frames(path, container, stream, indices), per_patch * per_segment
         ):
             pending.append(patches_from_frames(frames, config.frame))
-            size = len(pending[0][0])
-            together = max(1, (encoder.max_patches or _GROUP_PATCHES) // size)
-            if len(pending) < together and done + len(pending) < num_segments:
+            gathered, one_more = len(pending), len(pending[0][0])
+            is_last = done + gathered == num_segments
+            if not is_last and (gathered + 1) * one_more <= encoder.patches_per_call:
                 continue
-            for embeds, (_, row) in zip(_encoded(encoder, pending), pending, strict=True):
+            batch = PackedBatch.of_images(pending, encoder.config.patches_per_token)
+            pending = []
+            for row, embeds in zip(
+                batch.grid.tuples(), batch.grid.split(encoder.encode(batch)), strict=True
+            ):
                 first = done * per_segment
                 times = tuple(seconds[(first + t) * per_patch] for t in range(row[0]))
                 yield VideoSegment(done, times, row, embeds)
                 done += 1
                 progress.advance()
-            pending = []
     if done < num_segments:
         raise InputError(
             f"{path}: ends after {done} of {num_segments} segments", hint="the file is truncated"
         )
-
-
-def _encoded(
-    encoder: Encoder, pending: list[tuple[npt.NDArray[np.float32], tuple[int, int, int]]]
-) -> list[npt.NDArray[np.floating]]:
-    grid = np.array([row for _, row in pending])
-    image_embeds = encoder(np.concatenate([patches for patches, _ in pending]), grid)
-    return np.split(
-        image_embeds, np.cumsum(grid.prod(axis=1) // encoder.config.patches_per_token)[:-1]
-    )
 
 
 def _batched(frames: Iterator[Image.Image], size: int) -> Iterator[list[Image.Image]]:
@@ -172,11 +165,13 @@ def _opened(path: Path) -> Any:
             f"PyAV is not installed: {error}", hint="pip install '.[video]'"
         ) from error
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file", reason="missing")
     try:
         container = av.open(str(path))
     except (av.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: not a video in a format PyAV reads: {error}") from error
+        raise InputError(
+            f"{path}: not a video in a format PyAV reads: {error}", reason="unreadable"
+        ) from error
     if not container.streams.video:
         container.close()
         raise InputError(f"{path}: has no video stream")

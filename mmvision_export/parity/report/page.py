@@ -12,9 +12,9 @@ from typing import Any
 from mmvision_export.core.errors import OutputError, ParityError
 from mmvision_export.core.files import new_files
 from mmvision_export.core.precision import PRECISIONS
-from mmvision_export.parity.check import ParityResult, ParityRow
 from mmvision_export.parity.jump import EXCESS
 from mmvision_export.parity.magnitudes import FLOAT16_MAX, NEAR_OVERFLOW
+from mmvision_export.parity.result import ParityResult, ParityRow
 from mmvision_export.version import __version__
 
 __all__ = ["checked_report_path", "record_from_parity", "write_report"]

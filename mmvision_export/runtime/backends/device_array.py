@@ -17,7 +17,7 @@ import numpy as np
 
 from mmvision_export.core.errors import InputError
 
-__all__ = ["DeviceArray", "device_array", "device_of", "empty_like"]
+__all__ = ["DeviceArray", "device_array", "device_of", "empty_like", "library_of"]
 
 _CUDA = 2  # kDLCUDA
 _KINDS = {0: "i", 1: "u", 2: "f"}  # kDLInt, kDLUInt, kDLFloat
@@ -121,6 +121,12 @@ def device_array(array: Any, *, name: str, stream: int) -> DeviceArray:
     return DeviceArray(address, shape, dtype, tensor.device.device_id, (array, capsule))
 
 
+def library_of(array: Any) -> Any:
+    """The top package that an array's class comes from, as `torch`; imported, since there is an array."""
+    package, _, _ = type(array).__module__.partition(".")
+    return sys.modules[package]
+
+
 def empty_like(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """A new array of the same library on the same device, not filled.
 
@@ -129,7 +135,7 @@ def empty_like(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     Raises:
         InputError: The library is neither torch nor CuPy.
     """
-    library = sys.modules[type(array).__module__.partition(".")[0]]
+    library = library_of(array)
     if hasattr(array, "new_empty"):  # torch
         return array.new_empty(shape, dtype=getattr(library, dtype.name))
     if hasattr(array, "__array_namespace__"):  # CuPy

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.backends.pinned_rows import PinnedRows
@@ -120,8 +121,7 @@ class Lane:
     def run(
         self,
         plan: Sequence[Launch],
-        pixel_values: npt.NDArray[np.floating] | DeviceArray,
-        grid_thw: npt.NDArray[np.int64],
+        batch: PackedBatch,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
         *,
         stream: int | None,
@@ -130,20 +130,20 @@ class Lane:
 
         Args:
             plan: From `plan_launches`.
-            pixel_values: `[num_patches, patch_dim]`.
-            grid_thw: `[num_images, 3]`.
+            batch: In host memory, or with a `DeviceArray` for its patches.
             image_embeds: `[num_image_tokens, text_hidden_size]`, filled.
-            stream: A stream of the caller's, or None. With one, and all arrays on the device, this returns
-                before the embeddings are there; what the caller puts into that stream comes after them.
+            stream: A stream of the caller's, or None. With one, and all arrays on the device, this
+                returns before the embeddings are there; what the caller puts into that stream comes
+                after them.
         """
-        on_device = [isinstance(array, DeviceArray) for array in (pixel_values, image_embeds)]
+        on_device = [isinstance(array, DeviceArray) for array in (batch.pixel_values, image_embeds)]
         joined = LEGACY_STREAM if stream is None and any(on_device) else stream
         if joined is not None:
             self._cuda.record(self._arrived, joined)
             self._cuda.wait(self._stream, self._arrived)
         try:
             for launch in plan:
-                self._launch(launch, pixel_values, grid_thw[launch.images], image_embeds)
+                self._launch(launch, batch, image_embeds)
             self._cuda.record(self._done, self._stream)
             if stream is not None:
                 self._cuda.wait(stream, self._done)
@@ -158,13 +158,13 @@ class Lane:
     def _launch(
         self,
         launch: Launch,
-        pixel_values: npt.NDArray[np.floating] | DeviceArray,
-        rows: npt.NDArray[np.int64],
+        batch: PackedBatch,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
     ) -> None:
         stream = self._stream
         profile = self._profiles[launch.profile]
         first, num_patches = launch.patches.start, launch.patches.stop - launch.patches.start
+        pixel_values, rows = batch.pixel_values, batch.grid.rows[launch.images]
         rows = np.concatenate([rows, padding_rows(num_patches, len(rows), profile, self._config)])
         padded = profile.max_patches if profile.is_bucket else num_patches
         target = self._addresses["pixel_values"]

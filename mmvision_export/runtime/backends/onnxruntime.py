@@ -12,9 +12,10 @@ import numpy.typing as npt
 from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
-from mmvision_export.runtime.backends import BackendName, BackendOptions
-from mmvision_export.runtime.backends.cpu_kernels import find_cpu_kernels, register_cpu_kernels
-from mmvision_export.runtime.grid import batch_in_groups
+from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
+from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -31,13 +32,10 @@ __all__ = [
 _ERRORS_ONLY = 3  # ONNX Runtime's severity; its warnings are about its own constant folding
 PROVIDERS = {
     "onnxruntime-cpu": "CPUExecutionProvider",
+    "onnxruntime-amx": "CPUExecutionProvider",
     "onnxruntime-cuda": "CUDAExecutionProvider",
     "onnxruntime-tensorrt": "TensorrtExecutionProvider",
 }
-# On a CPU the images of a batch are run in groups of at most this many patches. The portable graph's attention is
-# masked, so that its work and memory grow with the square of what it is given at once: at full size it is a tenth of
-# all work at 1024 patches, and two thirds at 20,000 (sixteen photographs), where the scores alone take 27 GB.
-_CPU_GROUP_PATCHES = 1024
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -49,8 +47,13 @@ class OnnxRuntimeBackend:
         BackendError: ONNX Runtime is not installed, lacks the provider, or cannot load the graph.
     """
 
-    name: BackendName
+    name: str
     profiles: Sequence[Profile] = ()
+
+    @classmethod
+    def open(cls, path: Path, options: BackendOptions) -> OnnxRuntimeBackend:
+        """See `Backend.open`."""
+        return cls(path, options)
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
         manifest = Manifest.read(directory)
@@ -78,13 +81,14 @@ class OnnxRuntimeBackend:
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
         import onnxruntime
 
-        self.info: dict[str, Any] = {
-            "model": str(directory),
-            "graph": graph,
-            "precision": options.flavour or manifest.precision,
-            "weights_sha256": manifest.record_of(DATA).sha256,
-            "onnxruntime": onnxruntime.__version__,
-        }
+        self.info = BackendInfo(
+            runtime="onnxruntime",
+            version=onnxruntime.__version__,
+            precision=options.flavour or manifest.precision,
+            weights_sha256=manifest.record_of(DATA).sha256,
+            model=str(directory),
+            graph=graph,
+        )
 
     def _graph_name(self, manifest: Manifest) -> str:
         """The file of a model directory that this backend runs: the one place where a backend chooses a flavour."""
@@ -95,16 +99,13 @@ class OnnxRuntimeBackend:
             graph, provider=PROVIDERS[self.name], device=options.device, threads=options.threads
         )
 
-    def run(
-        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.floating]:
+    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
         if self._session is None:
             raise BackendError("the encoder is closed")
+        feeds = {"pixel_values": batch.pixel_values, "grid_thw": batch.grid.rows}
         try:
-            (image_embeds,) = self._session.run(
-                None, {"pixel_values": pixel_values, "grid_thw": grid_thw}
-            )
+            (image_embeds,) = self._session.run(None, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise BackendError(f"ONNX Runtime failed: {error}") from error
         result: npt.NDArray[np.floating] = image_embeds
@@ -116,27 +117,14 @@ class OnnxRuntimeBackend:
 
 
 class CpuBackend(OnnxRuntimeBackend):
-    """ONNX Runtime's CPU provider, on every machine, with the CPU flavour of the graph and kernels of ours for it."""
+    """ONNX Runtime's CPU provider, on every machine, with the CPU flavour of the graph."""
 
-    name: BackendName = "onnxruntime-cpu"
+    name = "onnxruntime-cpu"
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
         super().__init__(directory, options)
-        self.info["cpu_kernels"] = self._kernels_found
-
-    def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
-        kernels, self._kernels_found = (
-            find_cpu_kernels(graph.parent) if options.cpu_kernels else (None, "no: left out")
-        )
-        if self._masked and kernels is not None:
-            # They are float32's, and the portable graph's operators of these names may be of another type.
-            kernels, self._kernels_found = (
-                None,
-                f"no: they are for {CPU_GRAPH} and what is made from it",
-            )
-        return create_session(
-            graph, provider=PROVIDERS[self.name], threads=options.threads, kernels=kernels
-        )
+        # The work and memory of masked attention grow with the square of a launch, so that a batch is cut.
+        self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
 
     def _graph_name(self, manifest: Manifest) -> str:
         if manifest.precision == "bf16":
@@ -146,15 +134,14 @@ class CpuBackend(OnnxRuntimeBackend):
             )
         return CPU_GRAPH if CPU_GRAPH in manifest.files else GRAPH
 
-    def run(
-        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.floating]:
+    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
         if not self._masked:
-            return super().run(pixel_values, grid_thw)
-        # Only masked attention has to be kept short.
-        groups = batch_in_groups(pixel_values, grid_thw, _CPU_GROUP_PATCHES)
-        pieces = [super(CpuBackend, self).run(*group) for group in groups]
+            return super().run(batch)
+        pieces = [
+            super(CpuBackend, self).run(batch.images(launch.images))
+            for launch in self._plan(batch.grid)
+        ]
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -184,7 +171,7 @@ def create_session(
     behind: Sequence[str] = (),
     weights_in: Path | None = None,
     entries: Mapping[str, str] | None = None,
-    kernels: Path | None = None,
+    operators: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on exactly the provider asked for.
 
@@ -197,7 +184,7 @@ def create_session(
         behind: Providers for the operators that this one does not take.
         weights_in: Folder of the weights of a model in memory.
         entries: More of the session's configuration.
-        kernels: Library of kernels for operators of the graph, from `find_cpu_kernels`.
+        operators: Library of operators for nodes of the graph; the caller has verified it.
 
     Raises:
         BackendError: ONNX Runtime is not installed, has no such provider, cannot use it, or cannot load the graph.
@@ -215,8 +202,11 @@ def create_session(
         )
     for key, value in (entries or {}).items():
         options.add_session_config_entry(key, value)
-    if kernels is not None:
-        register_cpu_kernels(options, kernels)
+    if operators is not None:
+        try:
+            options.register_custom_ops_library(str(operators.resolve()))
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise BackendError(f"ONNX Runtime cannot use {operators}: {error}") from error
     source, name = (str(graph), str(graph)) if isinstance(graph, Path) else (graph, "the graph")
     place = {} if provider.startswith("CPU") else {"device_id": str(device)}
     providers = [

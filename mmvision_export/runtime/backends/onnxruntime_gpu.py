@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmvision_export.artifacts.manifest import PLANS
 from mmvision_export.core.errors import BackendError
-from mmvision_export.runtime.backends import BackendName, BackendOptions
+from mmvision_export.runtime.backends.backend import BackendOptions
 from mmvision_export.runtime.backends.onnxruntime import (
     PROVIDERS,
     OnnxRuntimeBackend,
@@ -30,7 +30,7 @@ _RTX_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 class CudaBackend(OnnxRuntimeBackend):
     """ONNX Runtime's CUDA provider: kernel by kernel, nothing to build."""
 
-    name: BackendName = "onnxruntime-cuda"
+    name = "onnxruntime-cuda"
 
 
 class TensorRTProviderBackend(OnnxRuntimeBackend):
@@ -39,7 +39,7 @@ class TensorRTProviderBackend(OnnxRuntimeBackend):
     See https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html for the options.
     """
 
-    name: BackendName = "onnxruntime-tensorrt"
+    name = "onnxruntime-tensorrt"
 
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
         cache = str(graph.parent / PLANS / "onnxruntime-tensorrt")
@@ -63,7 +63,7 @@ class RtxBackend(OnnxRuntimeBackend):
     See https://nvidia.github.io/TensorRT-RTX-EP-ABI/ for the options.
     """
 
-    name: BackendName = "onnxruntime-rtx"
+    name = "onnxruntime-rtx"
 
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
         devices = rtx_devices()

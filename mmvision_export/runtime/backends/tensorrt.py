@@ -24,12 +24,15 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
 from mmvision_export.core.precision import PRECISIONS
-from mmvision_export.runtime.backends import BackendName
+from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
+from mmvision_export.runtime.backends.engines import open_fitting
 from mmvision_export.runtime.backends.launch_lane import Lane
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
-from mmvision_export.runtime.launch_planner import Costs, LaunchPlanner
+from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -71,31 +74,38 @@ class TensorRTBackend:
 
     Args:
         engine: The engine file.
+        options: How.
         module: `tensorrt`, or what has its API.
         cuda: The device.
         manifest: Of the model directory the engine lies in, if it does.
-        streams: Lanes, that is calls that can run at once. The weights are shared, activations are not.
-        cuda_graphs: Whether launches in a bucket are captured once and replayed.
-        capture_on_open: Whether they are captured here, rather than in the first call that has one.
 
     Raises:
         ManifestError: The engine is not for this machine or graph.
         BackendError: TensorRT or CUDA refused a step.
     """
 
-    name: BackendName = "tensorrt"
+    name = "tensorrt"
     kind: ClassVar[TensorRTName] = "tensorrt"
+
+    @classmethod
+    def open(cls, path: Path, options: BackendOptions) -> TensorRTBackend:
+        """See `Backend.open`."""
+        module, cuda = import_tensorrt(cls.kind), Cuda(options.device)
+        return open_fitting(
+            path,
+            lambda engine, manifest: cls(
+                engine, options, module=module, cuda=cuda, manifest=manifest
+            ),
+        )
 
     def __init__(
         self,
         engine: Path,
+        options: BackendOptions,
         *,
         module: Any,
         cuda: Cuda,
         manifest: Manifest | None,
-        streams: int = 1,
-        cuda_graphs: bool = True,
-        capture_on_open: bool = False,
     ) -> None:
         record = EngineRecord.read(engine)
         compute_capability = cuda.compute_capability()
@@ -110,61 +120,60 @@ class TensorRTBackend:
             compute_capability=compute_capability,
             manifest=manifest,
         )
-        plan = record.verified_bytes(engine)
         self.config = record.config
         self.profiles: Sequence[Profile] = record.profiles
         self.dtype: np.dtype[Any] = np.dtype(PRECISIONS[record.precision].io_dtype)
         self._plan = LaunchPlanner(
             self.profiles, Costs(record.config, masked=record.attention.masked)
         )
-        self._capture_on_open = capture_on_open
-        self._cuda_graphs = cuda_graphs and any(profile.is_bucket for profile in record.profiles)
-        self.info: dict[str, Any] = {
-            "engine": str(engine),
-            "precision": record.precision,
-            "weights_sha256": record.graph.data_sha256,
-            "attention": str(record.attention),
-            "splitting": "batches are cut between images where counted operations say that is cheaper: attention is "
+        self._cuda_graphs = options.cuda_graphs and any(p.is_bucket for p in record.profiles)
+        self.info = BackendInfo(
+            runtime="tensorrt",
+            version=str(record.tensorrt_version),
+            precision=record.precision,
+            weights_sha256=record.graph.data_sha256,
+            engine=str(engine),
+            attention=str(record.attention),
+            splitting="batches are cut between images where counted operations say that is cheaper: attention is "
             + (
                 "masked and costs the square of a launch"
                 if record.attention.masked
                 else "packed and costs the square of an image"
             ),
-            "tensorrt": str(record.tensorrt_version),
-            "compute_capability": str(compute_capability),
-            "cuda_graphs": self._cuda_graphs,
-            "profiles": [f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
-            "streams": streams,
-        }
+            compute_capability=str(compute_capability),
+            cuda_graphs=self._cuda_graphs,
+            profiles=[f"{p.min_patches} to {p.max_patches} patches" for p in record.profiles],
+            streams=options.streams,
+        )
         self.device = cuda.device
         self._cuda = cuda
         self._engine: trt.ICudaEngine | None = None
         self._lanes: queue.LifoQueue[Lane] = queue.LifoQueue()
         self._num_lanes = 0
         self._cleanup = contextlib.ExitStack()
-        if record.plugin_library is not None:
-            load_plugin_library(
-                module, record.plugin_library.verify(engine), record.plugin_library.record.sha256
-            )
-            self.info["plugin_library"] = record.plugin_library.name
         try:
-            self._open(engine, plan, module, streams)
+            self._open(engine, record, module, options)
         except BaseException:
             with contextlib.suppress(BackendError):  # the first error is the one to report
                 self.close()
             raise
 
-    def _open(self, path: Path, plan: bytes, module: Any, streams: int) -> None:
+    def _open(self, path: Path, record: EngineRecord, module: Any, options: BackendOptions) -> None:
+        plan = record.verified_bytes(path)
+        if (plugins := record.plugin_library) is not None:
+            load_plugin_library(module, plugins.verify(path), plugins.record.sha256)
+            self.info.plugin_library = plugins.name
         self._cuda.use()
         self._logger = _logger(module)
         runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
         self._engine = self._checked(runtime.deserialize_cuda_engine(plan), f"deserialise {path}")
+        del plan  # as large as the engine, whose contexts need the room
         built = self._engine.num_optimization_profiles
         if built != len(self.profiles):
             raise BackendError(
                 f"{path} has {built} optimization profiles, its sidecar says {len(self.profiles)}"
             )
-        for _ in range(streams):
+        for _ in range(options.streams):
             lane = Lane(
                 self._cuda,
                 self._checked,
@@ -175,7 +184,7 @@ class TensorRTBackend:
             )
             self._cleanup.callback(lane.close)
             lane.open(self._engine, lambda: self._new_context(module))
-            if self._capture_on_open:
+            if options.capture_on_open:
                 lane.capture_all()
                 self._note_refusals(lane)
             self._lanes.put(lane)
@@ -194,33 +203,30 @@ class TensorRTBackend:
         )
         return context
 
-    def run(
-        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.floating]:
+    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        tokens = len(pixel_values) // self.config.patches_per_token
-        image_embeds = np.empty((tokens, self.config.text_hidden_size), dtype=self.dtype)
-        self.run_into(image_embeds, pixel_values, grid_thw, stream=None)
+        shape = (batch.grid.num_tokens, self.config.text_hidden_size)
+        image_embeds = np.empty(shape, dtype=self.dtype)
+        self.run_into(image_embeds, batch, stream=None)
         return image_embeds
 
     def run_into(
         self,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
-        pixel_values: npt.NDArray[np.floating] | DeviceArray,
-        grid_thw: npt.NDArray[np.int64],
+        batch: PackedBatch,
         *,
         stream: int | None,
     ) -> None:
         """See `DeviceBackend.run_into`."""
-        plan = self._plan(grid_thw)
+        plan = self._plan(batch.grid)
         with self._lane() as lane:
             self._cuda.use()
-            lane.run(plan, pixel_values, grid_thw, image_embeds, stream=stream)
+            lane.run(plan, batch, image_embeds, stream=stream)
             self._note_refusals(lane)
 
     def _note_refusals(self, lane: Lane) -> None:
         if lane.refusals:
-            self.info["captures_refused"] = {
+            self.info.captures_refused = {
                 f"{self.profiles[index].max_patches} patches": reason
                 for index, reason in lane.refusals.items()
             }

@@ -9,7 +9,7 @@ from mmvision_export.artifacts.build_target import TensorRTName
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import BackendError, OutputError
 from mmvision_export.core.files import new_files
-from mmvision_export.runtime.backends import BackendName
+from mmvision_export.runtime.backends.backend import BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
 
@@ -26,48 +26,30 @@ class TensorRTRTXBackend(TensorRTBackend):
 
     CUDA graphs are TensorRT-RTX's own: it captures a shape once the shape's kernels are compiled, which a caller cannot
     see (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html).
-
-    Args:
-        kernels: Default: eager for an engine with buckets, whose few shapes are known; lazy otherwise.
-        runtime_cache: File of compiled kernels, read if it is there and fits, and written on closing. Default: beside
-            the engine. Like the engine, it is executable content.
     """
 
-    name: BackendName = "tensorrt-rtx"
+    name = "tensorrt-rtx"
     kind: ClassVar[TensorRTName] = "tensorrt-rtx"
 
     def __init__(
         self,
         engine: Path,
+        options: BackendOptions,
         *,
         module: Any,
         cuda: Cuda,
         manifest: Manifest | None,
-        streams: int = 1,
-        cuda_graphs: bool = True,
-        capture_on_open: bool = False,
-        kernels: KernelStrategy | None = None,
-        runtime_cache: Path | None = None,
     ) -> None:
-        if kernels is not None and kernels not in KERNEL_STRATEGIES:
+        if options.kernels is not None and options.kernels not in KERNEL_STRATEGIES:
             raise BackendError(
-                f"kernels must be one of {', '.join(KERNEL_STRATEGIES)}, got {kernels!r}"
+                f"kernels must be one of {', '.join(KERNEL_STRATEGIES)}, got {options.kernels!r}"
             )
-        self._kernels = kernels
-        self._cache_file = (
-            engine.with_suffix(".rtxcache") if runtime_cache is None else runtime_cache
-        )
+        self._kernels: KernelStrategy | None = options.kernels
+        # Read if it is there and fits, written on closing. Like the engine, it is executable content.
+        self._cache_file = Path(options.runtime_cache or engine.with_suffix(".rtxcache"))
         self._cache: Any = None
         self._cached = b""
-        super().__init__(
-            engine,
-            module=module,
-            cuda=cuda,
-            manifest=manifest,
-            streams=streams,
-            cuda_graphs=cuda_graphs,
-            capture_on_open=capture_on_open,
-        )
+        super().__init__(engine, options, module=module, cuda=cuda, manifest=manifest)
 
     @property
     def _captures(self) -> bool:
@@ -92,22 +74,22 @@ class TensorRTRTXBackend(TensorRTBackend):
             self._cache = self._checked(config.create_runtime_cache(), "create a runtime cache")
             self._read_cache()
         self._checked(config.set_runtime_cache(self._cache), "use the runtime cache")
-        self.info["kernels"] = kernels
+        self.info.kernels = kernels
         return self._checked(self._engine.create_execution_context(config), "create a context")
 
     def _read_cache(self) -> None:
         try:
             self._cached = self._cache_file.read_bytes()
         except FileNotFoundError:
-            self.info["runtime_cache"] = f"{self._cache_file}: new"
+            self.info.runtime_cache = f"{self._cache_file}: new"
             return
         except OSError as error:
-            self.info["runtime_cache"] = f"{self._cache_file}: not readable, {error.strerror}"
+            self.info.runtime_cache = f"{self._cache_file}: not readable, {error.strerror}"
             return
         # TensorRT-RTX checks that it fits this GPU, driver and version.
         fits = self._cache.deserialize(self._cached)
         self._logger.errors.clear()
-        self.info["runtime_cache"] = (
+        self.info.runtime_cache = (
             f"{self._cache_file}: {'read' if fits else 'of another machine or version, not used'}"
         )
         if not fits:
@@ -126,4 +108,4 @@ class TensorRTRTXBackend(TensorRTBackend):
                 with new_files(self._cache_file.parent, name=self._cache_file.name) as new:
                     (new / self._cache_file.name).write_bytes(content)
             except OutputError as error:
-                self.info["runtime_cache"] = str(error)
+                self.info.runtime_cache = str(error)

@@ -1,0 +1,109 @@
+"""What every command does around its work: signals, errors in words, and exit codes.
+
+It needs neither typer nor rich, so that `python -m mmvision_export.run` works without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from mmvision_export.core.errors import message_and_hint, print_error
+from mmvision_export.core.progress import Progress
+
+__all__ = ["INTERRUPTED", "ProgressLine", "exit_code_of", "print_failure"]
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 and SIGINT's number."""
+
+
+def print_failure(error: Exception) -> int:
+    """Print an error and what to do about it, and give its exit code."""
+    print_error(*message_and_hint(error))
+    return 1
+
+
+def exit_code_of(
+    work: Callable[[], int],
+    *,
+    verbose: bool,
+    on_error: Callable[[Exception], int] = print_failure,
+) -> int:
+    """Do the work of a command, and say in words why it ended if it did not end well.
+
+    SIGTERM interrupts as Ctrl-C does, so that a killed command cleans up what it was writing. What is
+    no `Exception`, such as the SystemExit of wrong usage, passes through.
+
+    Args:
+        work: Gives its exit code, or raises.
+        verbose: Let errors pass, with their traceback.
+        on_error: Prints an error and gives its exit code.
+
+    Returns:
+        What `work` or `on_error` gave; 130 if it was interrupted, whatever they gave.
+    """
+    received: list[int] = []
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    with _handled_by(interrupt):
+        try:
+            code = work()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except BaseException as error:
+            # An interrupt may arrive as the error of a library that was in the middle of something.
+            if not received:
+                if verbose or not isinstance(error, Exception):
+                    raise
+                return on_error(error)
+    if received or code == INTERRUPTED:
+        print_error("interrupted; what was not finished is not kept")
+        return INTERRUPTED
+    return code
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+class ProgressLine(Progress):
+    """One line on standard error that counts, where that is a terminal."""
+
+    def __init__(self) -> None:
+        self._text, self._total, self._done = "", 0.0, 0.0
+
+    def step(self, description: str, total: float | None = None) -> None:
+        """See `Progress.step`."""
+        self._text, self._total, self._done = description, total or 0.0, 0.0
+        self._draw()
+
+    def advance(self, amount: float = 1.0) -> None:
+        """See `Progress.advance`."""
+        self._done += amount
+        self._draw()
+
+    def _draw(self) -> None:
+        if not sys.stderr.isatty():
+            return
+        end = "\n" if self._done >= self._total else ""
+        filled = int(30 * self._done / self._total) if self._total else 0
+        bar = "#" * filled + "." * (30 - filled)
+        print(
+            f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )

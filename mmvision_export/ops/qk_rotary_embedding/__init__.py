@@ -1,0 +1,1 @@
+"""Partial rotary position embedding of q and k."""

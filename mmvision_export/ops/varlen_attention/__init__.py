@@ -1,0 +1,1 @@
+"""Attention inside each segment of a packed sequence."""

@@ -1,0 +1,190 @@
+"""What a backend is: one runtime with a model loaded into it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.errors import BackendError
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.backends.device_array import DeviceArray
+
+__all__ = ["Backend", "BackendInfo", "BackendOptions", "DeviceBackend"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackendOptions:
+    """How a model is opened; each backend uses what concerns it.
+
+    Attributes:
+        backend: A name of `BACKENDS`, or `auto` for the first that works here.
+        device: CUDA device.
+        threads: Threads of the CPU backend; its own choice if None.
+        streams: Calls that a TensorRT engine runs at once; more wait. Each has a stream and activations of
+            its own, weights are shared. ONNX Runtime takes calls of any number of threads.
+        cuda_graphs: Whether a TensorRT engine with buckets is run by one CUDA graph for each bucket.
+        capture_on_open: Whether those are captured when it is opened, rather than in the first call of
+            each bucket.
+        kernels: When TensorRT-RTX specialises kernels to a shape: `lazy`, `eager` or `none`. Default: eager
+            for an engine with buckets, else lazy.
+        runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default
+            beside the engine, and a folder for `onnxruntime-rtx`.
+        flavour: Which graph of the directory a CPU backend runs, as `cpu-int8`; the best exact one if None.
+        kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default the one
+            in the model directory's own `plugins/`. Executable content, as an engine is.
+        precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
+
+    Raises:
+        BackendError: A number is out of range.
+    """
+
+    backend: str = "auto"
+    device: int = 0
+    threads: int | None = None
+    streams: int = 1
+    cuda_graphs: bool = True
+    capture_on_open: bool = False
+    kernels: Any = None
+    runtime_cache: str | Path | None = None
+    flavour: str | None = None
+    kernel_library: str | Path | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "streams"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BackendError(f"{name} must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class BackendInfo:
+    """Facts about what runs. None where a fact is not of this backend.
+
+    Attributes:
+        runtime: Package that runs the model, as `onnxruntime` or `tensorrt`.
+        version: Its version.
+        precision: Of the graph or engine; of OpenVINO, what it computes in.
+        weights_sha256: Of the file of weights, or of the one an engine was built from.
+        model: The model directory.
+        graph: File name of the graph.
+        engine: The engine file.
+        attention: How the engine does attention.
+        splitting: How batches are cut.
+        compute_capability: Of the GPU.
+        cuda_graphs: Whether buckets are run by CUDA graphs.
+        captures_refused: Buckets that could not be captured and run without a graph, and why.
+        profiles: Accepted sizes, for people.
+        streams: Calls at once.
+        plugin_library: Name of the library beside the engine.
+        kernels: TensorRT-RTX's kernel strategy.
+        runtime_cache: TensorRT-RTX's file, and whether it was read.
+        kernel_library: The library of operators for ONNX Runtime.
+        cpu: Which CPU, in OpenVINO's words.
+        threads: Of OpenVINO's pool.
+        chosen: Why `auto` took this backend.
+        passed_over: What `auto` did not take, and why.
+    """
+
+    runtime: str
+    version: str
+    precision: str
+    weights_sha256: str
+    model: str | None = None
+    graph: str | None = None
+    engine: str | None = None
+    attention: str | None = None
+    splitting: str | None = None
+    compute_capability: str | None = None
+    cuda_graphs: bool | None = None
+    captures_refused: dict[str, str] | None = None
+    profiles: list[str] | None = None
+    streams: int | None = None
+    plugin_library: str | None = None
+    kernels: str | None = None
+    runtime_cache: str | None = None
+    kernel_library: str | None = None
+    cpu: str | None = None
+    threads: int | None = None
+    chosen: str | None = None
+    passed_over: dict[str, str] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what is known, the version under the runtime's name."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        return {known.pop("runtime"): known.pop("version"), **known}
+
+
+class Backend(Protocol):
+    """A model loaded into one runtime. Safe for use by several threads.
+
+    Attributes:
+        name: In the registry.
+        config: The encoder's dimensions.
+        dtype: Float type of `pixel_values` and `image_embeds`.
+        profiles: Sizes of one launch, empty for any. A batch may have any number of images; each must fit one.
+        info: What runs.
+    """
+
+    name: str
+    config: EncoderConfig
+    dtype: np.dtype[Any]
+    profiles: Sequence[Profile]
+    info: BackendInfo
+
+    @classmethod
+    def open(cls, path: Path, options: BackendOptions) -> Backend:
+        """Load a model directory or an engine file.
+
+        Raises:
+            BackendError: The runtime is not installed, or does not work here.
+            ManifestError: The files are missing, damaged, or not for this machine.
+        """
+
+    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+        """Run a batch in host memory whose patches are in `dtype`.
+
+        Returns:
+            `[num_image_tokens, text_hidden_size]` in `dtype`, a new array.
+
+        Raises:
+            InputError: An image does not fit, or no cut of the batch does.
+            BackendError: The runtime failed.
+        """
+
+    def close(self) -> None:
+        """Free what is held. The backend cannot be used afterwards."""
+
+
+@runtime_checkable
+class DeviceBackend(Protocol):
+    """A backend that reads and writes device memory, and runs in a stream of the caller's.
+
+    Attributes:
+        device: Index of its CUDA device.
+    """
+
+    device: int
+
+    def run_into(
+        self,
+        image_embeds: npt.NDArray[np.floating] | DeviceArray,
+        batch: PackedBatch,
+        *,
+        stream: int | None,
+    ) -> None:
+        """As `Backend.run`, filling an array.
+
+        Args:
+            image_embeds: `[num_image_tokens, text_hidden_size]` in `dtype`, filled.
+            batch: In host memory, or with a `DeviceArray` for its patches.
+            stream: Handle of a CUDA stream, or None for one of the backend's own. With one, and an array on the device
+                to fill, it returns once the work is in the stream.
+        """

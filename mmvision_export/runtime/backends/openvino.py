@@ -1,0 +1,180 @@
+"""OpenVINO on the CPU: the flavour of the graph that it can read, in float32 or bfloat16."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mmvision_export.artifacts.manifest import DATA, OPENVINO_GRAPH, Manifest
+from mmvision_export.artifacts.profile import Profile
+from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
+from mmvision_export.runtime.launch_planner import LaunchPlanner
+
+if TYPE_CHECKING:
+    import openvino
+
+__all__ = ["PRECISIONS", "OpenVinoBackend", "cpu_capabilities", "import_openvino"]
+
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+"""What it can compute in: our name -> OpenVINO's."""
+
+_DEVICE = "CPU"
+_TELEMETRY = "openvino_telemetry"
+
+
+def import_openvino() -> Any:
+    """The module `openvino`, without its telemetry.
+
+    `import openvino` sends an event to Google Analytics, and writes a client id and a count of
+    uses under the home folder (`openvino/tools/ovc/__init__.py`, `openvino_telemetry/main.py`).
+    Only the variables of CI services turn that off. Where the package `openvino_telemetry` is
+    missing, OpenVINO takes its own stub: so the package is hidden while OpenVINO is imported.
+
+    Raises:
+        BackendError: OpenVINO is not installed, or its libraries cannot be loaded.
+    """
+    if (loaded := sys.modules.get("openvino")) is not None:
+        return loaded
+    hidden = {
+        name: module for name, module in sys.modules.items() if name.partition(".")[0] == _TELEMETRY
+    }
+    # None makes an import of that name fail (docs.python.org/3/reference/import.html, 5.3.1).
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("openvino")
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"OpenVINO cannot be imported: {error}", hint="pip install '.[openvino]'"
+        ) from error
+    finally:
+        del sys.modules[_TELEMETRY]
+        sys.modules.update(hidden)
+
+
+def cpu_capabilities(core: openvino.Core) -> tuple[str, ...]:
+    """The types that this CPU computes in, as OpenVINO names them: `FP32`, `BF16`, ..."""
+    return tuple(core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"))
+
+
+class OpenVinoBackend:
+    """A model directory's `model.openvino.onnx` in OpenVINO, on the CPU. See `Backend`.
+
+    Its attention is masked and costs the square of a launch, so the planner cuts a batch between
+    images: work grows linearly with the number of images.
+
+    Calls of several threads take turns, launch by launch: each launch uses the whole thread pool.
+
+    Raises:
+        ManifestError: Files of the directory are missing or not those of its manifest.
+        BackendError: OpenVINO is not installed or cannot load the graph, or the CPU lacks the
+            precision.
+    """
+
+    name = "openvino"
+    profiles: Sequence[Profile] = ()
+
+    def __init__(self, directory: Path, options: BackendOptions) -> None:
+        precision = options.precision or "fp32"
+        if precision not in PRECISIONS:
+            raise BackendError(
+                f"{self.name} computes in {' or '.join(PRECISIONS)}, got {precision!r}"
+            )
+        manifest = Manifest.read(directory)
+        _refuse_without_graph(directory, manifest)
+        openvino: Any = import_openvino()
+        core = openvino.Core()
+        device = str(core.get_property(_DEVICE, "FULL_DEVICE_NAME"))
+        if precision == "bf16" and "BF16" not in (found := cpu_capabilities(core)):
+            raise BackendError(
+                f"bf16 needs a CPU with products of bfloat16, which this one ({device}) has not: "
+                f"OpenVINO finds {', '.join(found)}",
+                hint="leave the precision out: fp32 runs on every CPU",
+            )
+        # The graph is small and hashed in full; of the weights only the size is compared.
+        manifest.verify(directory, [OPENVINO_GRAPH])
+        manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
+        settings: dict[str, Any] = {
+            # Where the CPU has bfloat16, that would be the default.
+            "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+        }
+        if options.threads is not None:
+            settings["INFERENCE_NUM_THREADS"] = options.threads
+        try:
+            # Weights are mapped from their file; kernels keep copies in the order they need.
+            compiled = core.compile_model(str(directory / OPENVINO_GRAPH), _DEVICE, settings)
+        except Exception as error:  # OpenVINO's exceptions have no common base
+            raise BackendError(f"OpenVINO cannot load {OPENVINO_GRAPH}: {error}") from error
+        # What a CPU has not, it replaces by float32 without a word.
+        if (chosen := compiled.get_property("INFERENCE_PRECISION_HINT")) != getattr(
+            openvino.Type, PRECISIONS[precision]
+        ):
+            raise BackendError(f"OpenVINO computes in {chosen} here, not in {precision}")
+        self.config = manifest.config
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+        self._request: Any = compiled.create_infer_request()
+        self._turn = threading.Lock()
+        self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+        self.info = BackendInfo(
+            runtime="openvino",
+            version=openvino.__version__.partition("-")[0],
+            precision=precision,
+            weights_sha256=manifest.record_of(DATA).sha256,
+            model=str(directory),
+            graph=OPENVINO_GRAPH,
+            cpu=device,
+            threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
+        )
+
+    @classmethod
+    def open(cls, path: Path, options: BackendOptions) -> OpenVinoBackend:
+        """See `Backend.open`."""
+        return cls(path, options)
+
+    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+        """See `Backend.run`."""
+        pieces = [self._launch(batch.images(launch.images)) for launch in self._plan(batch.grid)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _launch(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+        with self._turn:
+            if self._request is None:
+                raise BackendError("the encoder is closed")
+            try:
+                # The inputs are read in place.
+                results = self._request.infer(
+                    [batch.pixel_values, batch.grid.rows], share_inputs=True
+                )
+            except Exception as error:  # OpenVINO's exceptions have no common base
+                raise BackendError(f"OpenVINO failed: {error}") from error
+            image_embeds: npt.NDArray[np.floating] = results[0]
+            return image_embeds
+
+    def close(self) -> None:
+        """See `Backend.close`. Waits for the launch that is running."""
+        with self._turn:
+            self._request = None
+
+
+def _refuse_without_graph(directory: Path, manifest: Manifest) -> None:
+    if manifest.precision != "fp32":
+        raise BackendError(
+            f"openvino runs float32 models, {directory} is {manifest.precision}",
+            hint="export with --fp32; bf16 is then a precision of the backend",
+        )
+    if OPENVINO_GRAPH not in manifest.files:
+        raise ManifestError(
+            f"{directory} has no {OPENVINO_GRAPH}: it was exported before there was one",
+            hint="export it again, or choose --backend onnxruntime-cpu",
+        )

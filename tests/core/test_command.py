@@ -1,0 +1,94 @@
+"""How commands end: exit codes, messages, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+
+from mmvision_export.core.command import INTERRUPTED, ProgressLine, exit_code_of
+from mmvision_export.core.errors import InputError
+
+
+def fail(error: BaseException) -> Callable[[], NoReturn]:
+    def work() -> NoReturn:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("code", [0, 1, 7])
+def test_the_code_of_the_work(capsys: pytest.CaptureFixture[str], code: int) -> None:
+    assert exit_code_of(lambda: code, verbose=False) == code
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_is_printed_with_its_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(fail(InputError("x.jpg", hint="do that")), verbose=False) == 1
+    assert capsys.readouterr().err == "error: x.jpg\nhint: do that\n"
+    assert exit_code_of(fail(ZeroDivisionError("by 0")), verbose=False) == 1
+    assert "ZeroDivisionError: by 0" in capsys.readouterr().err
+
+
+def test_a_command_may_answer_errors_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code_of(fail(InputError("x")), verbose=False, on_error=lambda _: 5) == 5
+    assert capsys.readouterr().err == ""
+
+
+def test_verbose_lets_errors_pass_but_not_interrupts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError):
+        exit_code_of(fail(InputError("x")), verbose=True)
+    assert exit_code_of(fail(KeyboardInterrupt()), verbose=True) == INTERRUPTED
+    assert capsys.readouterr().err.startswith("error: interrupted")
+
+
+def test_wrong_usage_passes() -> None:
+    with pytest.raises(SystemExit) as caught:
+        exit_code_of(fail(SystemExit(2)), verbose=False)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ends", ["as it is", "as another error", "as if nothing were"])
+def test_signals_interrupt_whatever_a_library_makes_of_them(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals, ends: str
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    cleaned = []
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        except KeyboardInterrupt:
+            if ends == "as it is":
+                raise
+            if ends == "as another error":
+                raise RuntimeError("a library was in the middle of something") from None
+        finally:
+            cleaned.append(number)
+        return 0
+
+    assert exit_code_of(work, verbose=False) == INTERRUPTED
+    assert cleaned == [number]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    # The caller's handlers are back.
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_line_counts_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ProgressLine()
+    line.step("encoding", total=2)
+    line.advance()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    line.step("encoding", total=2)
+    line.advance()
+    line.advance()
+    drawn = capsys.readouterr().err.split("\r")[1:]
+    assert [text.rpartition("] ")[2] for text in drawn] == ["0/2", "1/2", "2/2\n"]
