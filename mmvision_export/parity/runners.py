@@ -65,7 +65,9 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
         self._config = config
 
     def activate_impl(self) -> None:
-        self._encoder = VisionEncoder.open(self._path, backend=self._backend_name)
+        self._encoder = VisionEncoder.open(
+            self._path, backend=self._backend_name, refuse_non_finite=False
+        )
 
     def deactivate_impl(self) -> None:
         self._encoder.close()

@@ -64,9 +64,12 @@ class VisionEncoder:
     ```
     """
 
-    def __init__(self, backend: Backend, preprocessor: PreprocessorConfig) -> None:
+    def __init__(
+        self, backend: Backend, preprocessor: PreprocessorConfig, *, refuse_non_finite: bool = True
+    ) -> None:
         self._backend = backend
         self._preprocessor = preprocessor
+        self._refuse_non_finite = refuse_non_finite
 
     @classmethod
     def open(
@@ -88,7 +91,8 @@ class VisionEncoder:
             TypeError: There is no such field.
         """
         path = Path(path)
-        opened = open_backend(path, dataclasses.replace(options or BackendOptions(), **changes))
+        options = dataclasses.replace(options or BackendOptions(), **changes)
+        opened = open_backend(path, options)
         try:
             directory = model_directory_of(path)
             preprocessor = PreprocessorConfig.for_encoder(opened.config)
@@ -97,7 +101,7 @@ class VisionEncoder:
         except BaseException:
             opened.close()
             raise
-        return cls(opened, preprocessor)
+        return cls(opened, preprocessor, refuse_non_finite=options.refuse_non_finite)
 
     @property
     def config(self) -> EncoderConfig:
@@ -172,7 +176,7 @@ class VisionEncoder:
         backend = self._device_backend("a CUDA stream")
         image_embeds = np.empty((batch.grid.num_tokens, self.config.text_hidden_size), self.dtype)
         backend.run_into(image_embeds, batch, stream=_handle_of(stream))
-        _refuse_not_finite(image_embeds, batch)
+        self._checked(image_embeds, batch)
         return _as_given(image_embeds, pixel_values)
 
     def encode(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
@@ -186,8 +190,12 @@ class VisionEncoder:
             BackendError: The runtime failed.
         """
         image_embeds = self._backend.run(batch.of_type(self.dtype))
-        _refuse_not_finite(image_embeds, batch)
+        self._checked(image_embeds, batch)
         return image_embeds
+
+    def _checked(self, image_embeds: npt.NDArray[np.floating], batch: PackedBatch) -> None:
+        if self._refuse_non_finite:
+            _refuse_not_finite(image_embeds, batch)
 
     def _encode_on_device(self, pixel_values: Any, grid_thw: Any, stream: Any) -> Any:
         backend = self._device_backend("arrays on a CUDA device")

@@ -113,8 +113,7 @@ def test_plugins_where_they_can_be(way: str, library: Path) -> None:
         ({"config": HEAD_DIM_48}, ["head_dim", "64, 80", 48]),
         (
             {"compute_capabilities": (ComputeCapability(7, 5),)},
-            EngineError,
-            r"from compute capability 8\.0 on, not 7\.5",
+            ["compute capability", "8.0", "7.5"],
         ),
         ({"version": "11.0.0.1"}, ["TensorRT", "10.3", "11.0.0.1"]),
     ],

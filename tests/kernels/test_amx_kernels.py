@@ -31,6 +31,7 @@ from mmvision_export.models.minimax_m3_vl import reference
 from mmvision_export.models.random_weights import random_state_dict
 from mmvision_export.parity.check import check_parity
 from mmvision_export.parity.samples import samples_from_grids
+from mmvision_export.runtime.backends import onnxruntime_amx
 from mmvision_export.runtime.backends.onnxruntime import create_session
 from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY, cpu_has_amx
 from tests.support.amx import put_library
@@ -379,7 +380,7 @@ def test_the_command_says_how_to_use_what_it_built(mmvision: Command) -> None:
     assert Path("here", AMX_LIBRARY).is_file()
     said = " ".join(result.out.split())
     assert f"--backend onnxruntime-amx --kernel-library here/{AMX_LIBRARY}" in said
-    assert ("no AMX" in said) != cpu_has_amx()
+    assert ("no AMX" in said) != onnxruntime_amx.cpu_has_amx()
 
 
 @X86

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mmvision_export import VisionEncoder
 from mmvision_export.core.errors import InputError
 from mmvision_export.core.progress import Progress
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
 from mmvision_export.models.minimax_m3_vl.video import VideoConfig, VideoSegment, sampled_indices
 from tests.support.configs import HEAD_DIM_80, relative_l2
@@ -173,8 +174,8 @@ def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.config = HEAD_DIM_80
 
-        def run(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
-            return np.zeros((len(pixel_values) // 4, self.config.text_hidden_size), np.float32)
+        def run(self, batch: PackedBatch) -> np.ndarray:
+            return np.zeros((batch.grid.num_tokens, self.config.text_hidden_size), np.float32)
 
     peaks = []
     for count in (160, 640):

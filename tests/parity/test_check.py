@@ -13,10 +13,9 @@ import pytest
 import torch
 from polygraphy.backend.base import BaseRunner
 
-from mmvision_export.artifacts import manifest as manifest_module
 from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.artifacts.profile import Profile
-from mmvision_export.core import files
+from mmvision_export.core import files, records
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, CheckpointError, ManifestError, ParityError
 from mmvision_export.core.metrics import metrics
@@ -297,8 +296,12 @@ def test_one_engine_is_judged_as_the_graph_it_was_built_from(
 def test_an_engine_that_does_not_open_is_passed_over_unless_it_was_asked_for(
     engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_gpu(*_: Any, **__: Any) -> None:
-        raise BackendError("made for another GPU")
+    opened = VisionEncoder.open
+
+    def no_gpu(path: Path, **options: Any) -> VisionEncoder:
+        if path.suffix == ".engine":
+            raise BackendError("made for another GPU")
+        return opened(path, **options)
 
     monkeypatch.setattr(VisionEncoder, "open", no_gpu)
     monkeypatch.setattr(candidates, "current_compute_capability", lambda: "8.6")
@@ -306,7 +309,12 @@ def test_an_engine_that_does_not_open_is_passed_over_unless_it_was_asked_for(
     result = check_parity(
         model_directory_of(engine) or engine, samples=CHECK_SAMPLES, progress=notes
     )
-    assert {row.subject for row in result.rows} == {None, "model.onnx", "model.cpu.onnx"}
+    assert {row.subject for row in result.rows} == {
+        None,
+        "model.onnx",
+        "model.cpu.onnx",
+        "model.openvino.onnx",
+    }
     assert f"{engine.name} is not compared: made for another GPU" in notes.notes
     # Whoever names it is told, before PyTorch has run.
     notes = Notes()
@@ -333,12 +341,13 @@ def test_each_file_is_hashed_each_graph_loaded_and_the_manifest_read_once(
 
     counted(files, "sha256_of")
     counted(ir, "load")
-    counted(manifest_module, "read_json")
+    counted(records, "read_json")
     assert mmvision("parity", "--model", str(directory)).code == 0
     graphs = sorted(GRAPHS)
     weights = ["model.onnx.data", "model.fp16.onnx.data"]
     assert seen == {
         **{f"load {name}": 1 for name in graphs},
         **{f"sha256_of {name}": 1 for name in [*graphs, *weights]},
-        "read_json manifest.json": 2,  # once more to write the result beside what others wrote
+        "sha256_of model.openvino.onnx": 2,  # OpenVINO opens the directory as it is deployed
+        "read_json manifest.json": 3,  # so it does the manifest; and once more to write the result
     }

@@ -79,7 +79,7 @@ def test_a_passing_report_of_real_images(mmvision: Command, exported: Path, tmp_
     assert console_errors(dom) == []
     assert "PASS." in dom.stdout
     assert "FAIL" not in dom.stdout
-    assert dom.stdout.count("<svg") == 6  # errors, magnitudes, and a map each for four runners
+    assert dom.stdout.count("<svg") == 8  # errors, magnitudes, and a map each for six runners
     assert "wide.png: as encoded" in dom.stdout
 
     browse(page, f"--screenshot={tmp_path / 'page.png'}")

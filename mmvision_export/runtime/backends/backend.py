@@ -40,6 +40,7 @@ class BackendOptions:
         kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default the one
             in the model directory's own `plugins/`. Executable content, as an engine is.
         precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
+        refuse_non_finite: Whether embeddings that are not finite are an error; parity measures them.
 
     Raises:
         BackendError: A number is out of range.
@@ -56,6 +57,7 @@ class BackendOptions:
     flavour: str | None = None
     kernel_library: str | Path | None = None
     precision: str | None = None
+    refuse_non_finite: bool = True
 
     def __post_init__(self) -> None:
         for name in ("threads", "streams"):
