@@ -66,8 +66,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     model.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)"
     )
-    model.add_argument("--capture-on-open", action="store_true", help="capture the CUDA graphs of an engine with buckets "
-                       "when it is opened, so that no later call does")  # fmt: skip
+    model.add_argument("--capture-on-open", action="store_true", help="capture the CUDA graphs of an engine with "
+                       "buckets when it is opened, so that no later call does")  # fmt: skip
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
     model.add_argument("--precision", choices=("fp32", "bf16"), help="what openvino computes in "

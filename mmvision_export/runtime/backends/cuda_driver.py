@@ -151,6 +151,10 @@ class CudaDriver:
         self.call(symbol, result, *arguments)
         return result.value or 0
 
+    def has(self, symbol: str) -> bool:
+        """Whether the library exports a symbol, of `SIGNATURES` or not."""
+        return hasattr(self._library, symbol)
+
     def check(self, symbol: str, result: int) -> None:
         """Turn a CUresult other than success into an error with the driver's name and text for it."""
         if result == 0:
