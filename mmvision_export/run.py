@@ -66,6 +66,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     model.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: the runtime's choice)"
     )
+    model.add_argument("--capture-on-open", action="store_true", help="capture the CUDA graphs of an engine with "
+                       "buckets when it is opened, so that no later call does")  # fmt: skip
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
     model.add_argument("--precision", choices=("fp32", "bf16"), help="what openvino computes in "
@@ -166,6 +168,7 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,
+        capture_on_open=arguments.capture_on_open,
         flavour=arguments.flavour,
         kernel_library=arguments.kernel_library,
         precision=arguments.precision,

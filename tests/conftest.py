@@ -37,14 +37,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from mmvision_export.runtime.backends.cuda import current_compute_capability
+    from mmvision_export.core.errors import BackendError
+    from mmvision_export.runtime.backends.cuda import Cuda
 
-    no_gpu = current_compute_capability() is None
+    try:
+        Cuda(0)
+        no_gpu = ""
+    except BackendError as error:
+        no_gpu = f"no CUDA GPU here, never run: {error}"
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and no_gpu and not config.getoption("--require-gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here: never run"))
+            item.add_marker(pytest.mark.skip(reason=no_gpu))
 
 
 @pytest.fixture(scope="session")

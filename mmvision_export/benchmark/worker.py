@@ -145,21 +145,18 @@ def _open_backend(
 
 def _with_cuda_events(encoder: Run) -> Run:
     """Keep the time between two CUDA events around each call, in milliseconds, in `run.device_ms`. Never run."""
-    from cuda.bindings import runtime as cuda
+    from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, Cuda
 
-    def checked(result: Any) -> Any:
-        if int(result[0]):
-            raise BackendError(f"CUDA failed with {result[0]}")
-        return result[1] if len(result) > 1 else None
-
-    first, last = checked(cuda.cudaEventCreate()), checked(cuda.cudaEventCreate())
+    cuda = Cuda(0)
+    cuda.use()
+    first, last = cuda.new_event(timing=True), cuda.new_event(timing=True)
 
     def run(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
-        checked(cuda.cudaEventRecord(first, 0))
+        cuda.record(first, LEGACY_STREAM)
         out = encoder(pixel_values, grid_thw)
-        checked(cuda.cudaEventRecord(last, 0))
-        checked(cuda.cudaEventSynchronize(last))
-        run.device_ms = checked(cuda.cudaEventElapsedTime(first, last))  # type: ignore[attr-defined]
+        cuda.record(last, LEGACY_STREAM)
+        cuda.wait_here(last)
+        run.device_ms = cuda.elapsed_ms(first, last)  # type: ignore[attr-defined]
         return out
 
     return run

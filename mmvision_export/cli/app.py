@@ -21,6 +21,7 @@ from mmvision_export.cli.build import build_engine, build_plugins
 from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import Verbose, one_precision, the_model
 from mmvision_export.cli.quantize import quantize
+from mmvision_export.cli.verify_gpu import verify_gpu
 from mmvision_export.core.command import exit_code_of, print_failure
 from mmvision_export.core.errors import print_error
 from mmvision_export.models.minimax_m3_vl.config import Preset
@@ -275,6 +276,7 @@ app.command()(quantize)
 app.command("build-plugins")(build_plugins)
 app.command("build-engine")(build_engine)
 app.command()(benchmark)
+app.command("verify-gpu")(verify_gpu)
 
 
 @app.command(
@@ -327,6 +329,7 @@ def doctor(
     for name, version in report.packages.items():
         table.add_row(name, version or "-", style=None if version else "dim")
     console.print(table)
+    console.print(f"\n[bold]CUDA driver[/]\n  {escape(report.driver)}")
     for row in report.backends:
         console.print(
             f"\n[bold]{row.name}[/]\n  build engines: {escape(row.builds)}\n  run: {escape(row.runs)}"

@@ -13,6 +13,11 @@ from mmvision_export.core.errors import MmvisionError
 from mmvision_export.engine.target import supported_by_rtx
 from mmvision_export.runtime.backends import AUTO_BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
+from mmvision_export.runtime.backends.cuda_versions import (
+    describe_driver,
+    refuse_newer_cuda,
+    tensorrt_cuda,
+)
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
 
 __all__ = ["BackendReport", "Report", "choice_for", "examine"]
@@ -25,8 +30,10 @@ _PACKAGES = (
     "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "openvino",
     "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "tensorrt-rtx-cu12",
     "tensorrt-rtx-cu13",
-    "cuda-bindings",
     "av",
     "torch",
     "onnx",
@@ -55,9 +62,10 @@ class BackendReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Packages by name (None where not installed), and every backend that `auto` may take."""
+    """Packages by name (None where not installed), the driver, and every backend that `auto` may take."""
 
     packages: dict[str, str | None]
+    driver: str
     backends: list[BackendReport]
 
 
@@ -71,6 +79,7 @@ def examine() -> Report:
             packages[name] = None
     return Report(
         packages,
+        _reason(lambda _: describe_driver(Cuda(0)), ""),
         [
             BackendReport(name, _reason(_builds, name), _reason(_runs, name))
             for name in AUTO_BACKENDS
@@ -105,7 +114,11 @@ def _builds(backend: str) -> str:
 def _runs(backend: str) -> str:
     if backend.startswith("tensorrt"):
         import_tensorrt(backend)
-        return f"yes, on compute capability {Cuda(0).compute_capability()}"
+        cuda = Cuda(0)
+        refuse_newer_cuda(cuda, backend)
+        made_with = tensorrt_cuda(backend)
+        of_cuda = "" if made_with is None else f" with CUDA {made_with[1]}"
+        return f"yes{of_cuda}, on compute capability {cuda.compute_capability()}"
     if backend == "onnxruntime-rtx":
         from mmvision_export.runtime.backends.onnxruntime_gpu import rtx_devices
 

@@ -278,7 +278,8 @@ def _compile(
         tile=tile,
         rows=rows,
         function=compiled.metadata.name,
-        num_warps=num_warps,
+        # Triton may add warps to those it is asked for, to specialise them.
+        num_warps=compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
         registers=registers,
         spills=instructions["STL"] + instructions["LDL"],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.kernels.compile import PORTABLE_PTX
-from mmvision_export.kernels.resources import CompiledKernel
+from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel
 
 __all__ = ["write_embedded_kernels"]
 
@@ -57,7 +57,8 @@ def write_embedded_kernels(kernels: Sequence[CompiledKernel], folder: Path) -> N
     """
     images: list[tuple[str, bytes, str]] = []
     for kernel in kernels:
-        reach = "kEXACT" if kernel.target.endswith("a") else "kSAME_MAJOR"
+        integrated = ARCHITECTURES[kernel.compute_capability].is_integrated
+        reach = "kEXACT" if integrated or kernel.target.endswith("a") else "kSAME_MAJOR"
         images.append((_name(kernel, "cubin"), kernel.cubin, _row(kernel, "cubin", reach)))
         if kernel.compute_capability == PORTABLE_PTX:
             images.append(

@@ -28,6 +28,7 @@ class Architecture:
         warps_per_sm: Most resident warps.
         tensor_core: The instruction (SASS) its matrix products have to be made of.
         cuda: First major version of CUDA that knows it, or 12 if earlier: a driver of that version loads its binaries.
+        is_integrated: Whether it is in a chip with the CPU. Its binaries run on no other, and no other's on it.
 
     References:
         CUDA C++ Programming Guide, "Compute Capabilities", table "Technical Specifications per Compute Capability".
@@ -40,6 +41,7 @@ class Architecture:
     warps_per_sm: int
     tensor_core: str
     cuda: int = 12
+    is_integrated: bool = False
 
 
 ARCHITECTURES: dict[ComputeCapability, Architecture] = {
@@ -47,14 +49,49 @@ ARCHITECTURES: dict[ComputeCapability, Architecture] = {
     for a in (
         Architecture(ComputeCapability(8, 0), "A100", 163 * _KB, 164 * _KB, 64, "HMMA"),
         Architecture(ComputeCapability(8, 6), "RTX 30, A10, A40", 99 * _KB, 100 * _KB, 48, "HMMA"),
-        Architecture(ComputeCapability(8, 7), "Jetson Orin", 163 * _KB, 164 * _KB, 48, "HMMA"),
+        Architecture(
+            ComputeCapability(8, 7),
+            "Jetson Orin",
+            163 * _KB,
+            164 * _KB,
+            48,
+            "HMMA",
+            is_integrated=True,
+        ),
         Architecture(ComputeCapability(8, 9), "RTX 40, L4, L40", 99 * _KB, 100 * _KB, 48, "HMMA"),
         Architecture(ComputeCapability(9, 0), "H100, H200", 227 * _KB, 228 * _KB, 64, "HGMMA"),
         Architecture(ComputeCapability(10, 0), "B200", 227 * _KB, 228 * _KB, 64, "UTCHMMA"),
+        # CUDA 13 calls Thor 11.0; what runs with a driver of CUDA 12 calls it 10.1.
         Architecture(
-            ComputeCapability(11, 0), "Jetson Thor", 227 * _KB, 228 * _KB, 48, "UTCHMMA", cuda=13
+            ComputeCapability(10, 1),
+            "Thor, CUDA 12",
+            227 * _KB,
+            228 * _KB,
+            48,
+            "UTCHMMA",
+            is_integrated=True,
+        ),
+        Architecture(ComputeCapability(10, 3), "B300", 227 * _KB, 228 * _KB, 64, "UTCHMMA"),
+        Architecture(
+            ComputeCapability(11, 0),
+            "Jetson Thor",
+            227 * _KB,
+            228 * _KB,
+            48,
+            "UTCHMMA",
+            cuda=13,
+            is_integrated=True,
         ),
         Architecture(ComputeCapability(12, 0), "RTX 50", 99 * _KB, 100 * _KB, 48, "HMMA"),
+        Architecture(
+            ComputeCapability(12, 1),
+            "DGX Spark",
+            99 * _KB,
+            100 * _KB,
+            48,
+            "HMMA",
+            is_integrated=True,
+        ),
     )
 }
 """By compute capability. HMMA is `mma.sync`, HGMMA `wgmma`, UTCHMMA `tcgen05.mma`."""

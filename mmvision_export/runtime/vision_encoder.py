@@ -37,6 +37,7 @@ from mmvision_export.runtime.backends import (
     DeviceBackend,
     open_backend,
 )
+from mmvision_export.runtime.backends.cuda import LEGACY_STREAM
 from mmvision_export.runtime.backends.device_array import (
     device_array,
     device_of,
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     from mmvision_export.models.minimax_m3_vl.video import VideoSegment
 
 __all__ = ["VisionEncoder"]
-
-_LEGACY_STREAM = 1  # how DLPack names CUDA's default stream
 
 
 class VisionEncoder:
@@ -202,7 +201,7 @@ class VisionEncoder:
         backend = self._device_backend("arrays on a CUDA device")
         handle = None if stream is None else _handle_of(stream)
         source = device_array(
-            pixel_values, name="pixel_values", stream=_LEGACY_STREAM if handle is None else handle
+            pixel_values, name="pixel_values", stream=LEGACY_STREAM if handle is None else handle
         )
         if source.device != backend.device:
             raise InputError(
@@ -221,7 +220,7 @@ class VisionEncoder:
         shape = (grid.num_tokens, self.config.text_hidden_size)
         result = empty_like(pixel_values, shape, self.dtype)
         target = device_array(
-            result, name="image_embeds", stream=_LEGACY_STREAM if handle is None else handle
+            result, name="image_embeds", stream=LEGACY_STREAM if handle is None else handle
         )
         backend.run_into(target, PackedBatch(source, grid), stream=handle)
         return result
@@ -346,12 +345,16 @@ def _as_given(result: npt.NDArray[np.floating], given: Any) -> Any:
 
 
 def _handle_of(stream: Any) -> int:
-    """The handle of a stream object of torch, CuPy or CUDA Python."""
+    """The handle of a stream object of torch, CuPy or CUDA Python; never 0, the default stream's other name."""
     if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
+        return int(stream.__cuda_stream__()[1]) or LEGACY_STREAM
     for attribute in ("cuda_stream", "ptr"):
         if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        return stream
-    raise InputError(f"stream must be a CUDA stream or its handle, got {type(stream).__name__}")
+            return int(getattr(stream, attribute)) or LEGACY_STREAM
+    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
+        return stream or LEGACY_STREAM
+    given = stream if isinstance(stream, int) else type(stream).__name__
+    raise InputError(
+        f"stream must be a CUDA stream or its handle, got {given}",
+        hint="as torch.cuda.current_stream()",
+    )

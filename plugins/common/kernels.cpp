@@ -24,17 +24,26 @@ int32_t deviceAttribute(CUdevice device, CUdevice_attribute attribute) {
     return value;
 }
 
-bool runsOn(EmbeddedKernel const& kernel, int32_t sm, int32_t sharedLimit) {
-    if (static_cast<int32_t>(kernel.sharedBytes) > sharedLimit) {
+struct Gpu {
+    int32_t sm;
+    int32_t sharedLimit;
+    bool isIntegrated;
+};
+
+bool runsOn(EmbeddedKernel const& kernel, Gpu const& gpu) {
+    if (static_cast<int32_t>(kernel.sharedBytes) > gpu.sharedLimit) {
         return false;
     }
     switch (kernel.reach) {
         case Reach::kEXACT:
-            return kernel.sm == sm;
+            return kernel.sm == gpu.sm;
+        // CUDA C++ Programming Guide, "Binary Compatibility": among desktop GPUs only, not on
+        // Tegra, nor between the two.
         case Reach::kSAME_MAJOR:
-            return kernel.sm / 10 == sm / 10 && kernel.sm <= sm;
+            return kernel.sm == gpu.sm ||
+                   (!gpu.isIntegrated && kernel.sm / 10 == gpu.sm / 10 && kernel.sm <= gpu.sm);
         case Reach::kLATER:
-            return kernel.sm <= sm;
+            return kernel.sm <= gpu.sm;
     }
     return false;
 }
@@ -45,10 +54,10 @@ std::pair<bool, int32_t> rank(EmbeddedKernel const& kernel) {
 }
 
 EmbeddedKernel const& select(KernelKey const& key, CUdevice device) {
-    int32_t const sm = 10 * deviceAttribute(device, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +
-                       deviceAttribute(device, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
-    int32_t const sharedLimit =
-        deviceAttribute(device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN);
+    Gpu const gpu{10 * deviceAttribute(device, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) +
+                      deviceAttribute(device, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+                  deviceAttribute(device, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+                  deviceAttribute(device, CU_DEVICE_ATTRIBUTE_INTEGRATED) != 0};
 
     EmbeddedKernel const* best = nullptr;
     std::string architectures;
@@ -60,15 +69,16 @@ EmbeddedKernel const& select(KernelKey const& key, CUdevice device) {
         }
         architectures += (architectures.empty() ? "" : ", ") + std::to_string(kernel.sm) +
                          (kernel.reach == Reach::kLATER ? " and later (PTX)" : "");
-        if (runsOn(kernel, sm, sharedLimit) && (best == nullptr || rank(*best) < rank(kernel))) {
+        if (runsOn(kernel, gpu) && (best == nullptr || rank(*best) < rank(kernel))) {
             best = &kernel;
         }
     }
     if (best == nullptr) {
-        throw Error("this library has no kernel for compute capability " + std::to_string(sm / 10) +
-                    "." + std::to_string(sm % 10) + ", " + dtypeName(key.dtype) + ", head_dim " +
-                    std::to_string(key.headDim) + "; it has it for: " +
-                    (architectures.empty() ? "no architecture" : architectures));
+        throw Error(
+            "this library has no kernel for compute capability " + std::to_string(gpu.sm / 10) +
+            "." + std::to_string(gpu.sm % 10) + ", " + dtypeName(key.dtype) + ", head_dim " +
+            std::to_string(key.headDim) +
+            "; it has it for: " + (architectures.empty() ? "no architecture" : architectures));
     }
     return *best;
 }

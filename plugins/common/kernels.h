@@ -13,8 +13,8 @@ namespace mmvision {
 
 // Which binaries a GPU can run.
 enum class Reach : int32_t {
-    kSAME_MAJOR = 0,  // a cubin for this and later minor versions of its architecture
-    kEXACT = 1,       // a cubin with features of one architecture (sm_90a): no other
+    kSAME_MAJOR = 0,  // a cubin for this and later minor versions, but on integrated GPUs
+    kEXACT = 1,       // a cubin of an integrated GPU, or of one architecture (sm_90a): no other
     kLATER = 2,       // PTX, compiled by the driver for this and every later GPU
 };
 

@@ -273,13 +273,19 @@ TEST_CASE("building picks the best kernel for the GPU, or fails and says what th
         int32_t gpu;
         int32_t sm;
         bool isPtx;
+        bool isIntegrated{false};
     };
     // The test's library has kernels for 8.0, 8.7, 9.0 and 11.0; its PTX is for 8.0.
-    for (Case const& one : {Case{80, 80, false}, Case{86, 80, false}, Case{87, 87, false},
-                            Case{89, 87, false}, Case{90, 90, false}, Case{100, 80, true},
-                            Case{103, 80, true}, Case{110, 110, false}, Case{120, 80, true}}) {
+    for (Case const& one :
+         {Case{80, 80, false}, Case{86, 80, false}, Case{87, 87, false, true}, Case{89, 80, false},
+          Case{90, 90, false}, Case{100, 80, true}, Case{103, 80, true},
+          Case{110, 110, false, true}, Case{120, 80, true}, Case{121, 80, true, true},
+          // Integrated GPUs take binaries of their own architecture alone, and PTX.
+          Case{86, 80, true, true}, Case{80, 80, false, true}}) {
         CAPTURE(one.gpu);
-        fake::setCurrent(fake::makeContext(one.gpu, 227 * 1024));
+        CUcontext const context = fake::makeContext(one.gpu, 227 * 1024);
+        fake::setIntegrated(context, one.isIntegrated);
+        fake::setCurrent(context);
         Instance const plugin = createAttention();
         REQUIRE(configure(plugin, attentionInputs(-1, -1), 1) == kOK);
         CHECK(fake::loadedModules() == 1);

@@ -99,7 +99,9 @@ TEST_CASE("attention is launched with its grid, block, shared memory and every a
         Batch const batch{attentionInputs(one.patches, one.segments, one.headDim, one.type), 1};
         REQUIRE(batch.prepare(plugin) == kOK);
         fake::clear();
-        auto* const stream = address<cudaStream_t>(0x77);
+        CUstream stream = nullptr;
+        REQUIRE(cuStreamCreate(&stream, CU_STREAM_NON_BLOCKING) == CUDA_SUCCESS);
+        fake::clear();
         REQUIRE(batch.enqueue(plugin, stream) == kOK);
 
         REQUIRE(fake::launches().size() == 1);
@@ -113,7 +115,9 @@ TEST_CASE("attention is launched with its grid, block, shared memory and every a
         CHECK(launch.grid[2] == 1);
         CHECK(launch.block[0] == 256);
         CHECK(launch.sharedBytes > 0);
-        CHECK(reinterpret_cast<uintptr_t>(launch.stream) == 0x77);
+        CHECK(launch.stream == stream);
+        CHECK(cuStreamSynchronize(stream) == CUDA_SUCCESS);
+        CHECK(cuStreamDestroy(stream) == CUDA_SUCCESS);
         REQUIRE(launch.arguments.size() == 10);
         for (size_t i = 0; i < 4; ++i) {
             CHECK(argument<uintptr_t>(launch, i) == 0x1000 * (i + 1));

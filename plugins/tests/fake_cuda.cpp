@@ -1,49 +1,58 @@
+// Errors, devices and contexts, and what tests ask of the stand-in.
 #include "fake_cuda.h"
 
+#include "fake_state.h"
+
+#include <cstdlib>
+#include <cstring>
 #include <map>
-#include <memory>
-#include <mutex>
-#include <set>
-#include <stdexcept>
-
-struct CUctx_st {
-    int32_t sm;
-    int32_t sharedLimit;
-    CUdevice device;
-};
-
-struct CUfunc_st {
-    CUmod_st* module;
-    fake::ImageKernel kernel;
-    uint32_t sharedLimit;
-};
-
-struct CUmod_st {
-    CUctx_st* context;
-    fake::Image image;
-    std::vector<std::unique_ptr<CUfunc_st>> functions;
-};
+#include <sstream>
 
 namespace {
 
-constexpr uint32_t kSHARED_WITHOUT_ASKING = 48U * 1024U;
-constexpr uint32_t kMAX_GRID_YZ = 65535;
-constexpr uint32_t kMAX_GRID_X = 0x7FFFFFFFU;
+constexpr int32_t kDRIVER_VERSION = 12060;
+constexpr int32_t kSHARED_LIMIT = 227 * 1024;
 
-std::mutex gMutex;
-std::vector<std::unique_ptr<CUctx_st>> gContexts;
-std::map<CUmodule, std::unique_ptr<CUmod_st>> gModules;
-std::map<std::string, CUresult> gFaults;
+std::map<std::string, CUresult> gFaults;   // of the next call
+std::map<std::string, CUresult> gPlanted;  // of every call
 std::vector<std::string> gCalls;
-std::vector<fake::Launch> gLaunches;
+std::vector<std::string> gBroken;
+int32_t gDriverVersion = kDRIVER_VERSION;
 
 thread_local std::vector<CUcontext> gCurrent;
-thread_local CUstreamCaptureMode gCaptureMode = CU_STREAM_CAPTURE_MODE_GLOBAL;
-thread_local bool gIsCapturing = false;
 
-// Records a call; gives the fault planted for it, if any.
+// Devices by their compute capabilities (FAKE_CUDA_DEVICES="87,90"), for a process that calls
+// nothing else here.
+void devicesFromEnvironment() {
+    char const* const text = std::getenv("FAKE_CUDA_DEVICES");  // NOLINT(concurrency-mt-unsafe)
+    if (text == nullptr || !fake::contexts().empty()) {
+        return;
+    }
+    std::istringstream list{text};
+    for (std::string sm; std::getline(list, sm, ',');) {
+        fake::makeContext(std::stoi(sm), kSHARED_LIMIT);
+    }
+}
+
+}  // namespace
+
+namespace fake {
+
+std::recursive_mutex& mutex() {
+    static std::recursive_mutex sMutex;
+    return sMutex;
+}
+
+std::vector<std::unique_ptr<CUctx_st>>& contexts() {
+    static std::vector<std::unique_ptr<CUctx_st>> sContexts;
+    return sContexts;
+}
+
 CUresult called(std::string const& function) {
     gCalls.push_back(function);
+    if (auto const planted = gPlanted.find(function); planted != gPlanted.end()) {
+        return planted->second;
+    }
     auto const fault = gFaults.find(function);
     if (fault == gFaults.end()) {
         return CUDA_SUCCESS;
@@ -53,22 +62,33 @@ CUresult called(std::string const& function) {
     return result;
 }
 
-bool canRun(fake::Image const& image, int32_t sm) {
-    if (image.isPtx) {
-        return image.sm <= sm && !image.isExact;
-    }
-    return image.isExact ? image.sm == sm : image.sm / 10 == sm / 10 && image.sm <= sm;
+CUcontext current() {
+    return gCurrent.empty() ? nullptr : gCurrent.back();
 }
 
-}  // namespace
+CUresult broken(std::string const& rule, CUresult result) {
+    gBroken.push_back(rule);
+    return result;
+}
 
-#define FAKE_CALL(name)                                               \
-    std::lock_guard<std::mutex> const lock{gMutex};                   \
-    if (CUresult const fault = called(name); fault != CUDA_SUCCESS) { \
-        return fault;                                                 \
-    }
+}  // namespace fake
 
 extern "C" {
+
+CUresult cuInit(unsigned int flags) {
+    FAKE_CALL("cuInit")
+    devicesFromEnvironment();
+    if (flags != 0) {
+        return CUDA_ERROR_INVALID_VALUE;
+    }
+    return fake::contexts().empty() ? CUDA_ERROR_NO_DEVICE : CUDA_SUCCESS;
+}
+
+CUresult cuDriverGetVersion(int* version) {
+    FAKE_CALL("cuDriverGetVersion")
+    *version = gDriverVersion;
+    return CUDA_SUCCESS;
+}
 
 CUresult cuGetErrorName(CUresult error, char const** text) {
     static std::map<CUresult, char const*> const sNames{
@@ -76,10 +96,23 @@ CUresult cuGetErrorName(CUresult error, char const** text) {
         {CUDA_ERROR_OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY"},
         {CUDA_ERROR_NOT_FOUND, "CUDA_ERROR_NOT_FOUND"},
         {CUDA_ERROR_INVALID_PTX, "CUDA_ERROR_INVALID_PTX"},
+        {CUDA_ERROR_NO_DEVICE, "CUDA_ERROR_NO_DEVICE"},
+        {CUDA_ERROR_INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT"},
+        {CUDA_ERROR_INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE"},
+        {CUDA_ERROR_ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+        {CUDA_ERROR_LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED"},
+        {CUDA_ERROR_STUB_LIBRARY, "CUDA_ERROR_STUB_LIBRARY"},
+        {CUDA_ERROR_SYSTEM_DRIVER_MISMATCH, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"},
+        {CUDA_ERROR_NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU"},
+        {CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+        {CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"},
+        {CUDA_ERROR_STREAM_CAPTURE_ISOLATION, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION"},
+        {CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"},
+        {CUDA_ERROR_CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT"},
         {CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"}};
     auto const found = sNames.find(error);
     *text = found == sNames.end() ? nullptr : found->second;
-    return CUDA_SUCCESS;
+    return found == sNames.end() ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 
 CUresult cuGetErrorString(CUresult, char const** text) {
@@ -87,9 +120,90 @@ CUresult cuGetErrorString(CUresult, char const** text) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuDeviceGetCount(int* count) {
+    FAKE_CALL("cuDeviceGetCount")
+    *count = static_cast<int>(fake::contexts().size());
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+    FAKE_CALL("cuDeviceGet")
+    if (ordinal < 0 || static_cast<size_t>(ordinal) >= fake::contexts().size()) {
+        return CUDA_ERROR_INVALID_DEVICE;
+    }
+    *device = ordinal;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetName(char* name, int size, CUdevice) {
+    FAKE_CALL("cuDeviceGetName")
+    std::strncpy(name, "stand-in", static_cast<size_t>(size));
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceTotalMem(size_t* size, CUdevice) {
+    FAKE_CALL("cuDeviceTotalMem")
+    *size = size_t{1} << 30U;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
+    FAKE_CALL("cuDeviceGetAttribute")
+    CUctx_st const& context = *fake::contexts().at(static_cast<size_t>(device));
+    switch (attribute) {
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+            *value = context.sm / 10;
+            return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
+            *value = context.sm % 10;
+            return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
+            *value = context.sharedLimit;
+            return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_INTEGRATED:
+            *value = context.isIntegrated ? 1 : 0;
+            return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+            *value = 1;
+            return CUDA_SUCCESS;
+        case CU_DEVICE_ATTRIBUTE_CLOCK_RATE:
+            *value = 1;
+            return CUDA_SUCCESS;
+        default:
+            return CUDA_ERROR_INVALID_VALUE;
+    }
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+    FAKE_CALL("cuDevicePrimaryCtxRetain")
+    *context = fake::contexts().at(static_cast<size_t>(device)).get();
+    ++(*context)->holders;
+    return CUDA_SUCCESS;
+}
+
+CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
+    std::lock_guard<std::recursive_mutex> const lock{fake::mutex()};
+    CUresult const fault = fake::called("cuDevicePrimaryCtxRelease");
+    CUctx_st& context = *fake::contexts().at(static_cast<size_t>(device));
+    if (context.holders == 0) {
+        return fake::broken("a context that nobody holds was released", CUDA_ERROR_INVALID_CONTEXT);
+    }
+    --context.holders;
+    return fault;
+}
+
+CUresult cuCtxSetCurrent(CUcontext context) {
+    FAKE_CALL("cuCtxSetCurrent")
+    if (context != nullptr && context->holders == 0) {
+        return CUDA_ERROR_INVALID_CONTEXT;
+    }
+    fake::setCurrent(context);
+    return CUDA_SUCCESS;
+}
+
 CUresult cuCtxGetCurrent(CUcontext* context) {
     FAKE_CALL("cuCtxGetCurrent")
-    *context = gCurrent.empty() ? nullptr : gCurrent.back();
+    *context = fake::current();
     return CUDA_SUCCESS;
 }
 
@@ -110,128 +224,74 @@ CUresult cuCtxPopCurrent(CUcontext* context) {
 }
 
 CUresult cuCtxGetDevice(CUdevice* device) {
-    FAKE_CALL("cuCtxGetDevice")
-    if (gCurrent.empty()) {
-        return CUDA_ERROR_INVALID_CONTEXT;
-    }
-    *device = gCurrent.back()->device;
+    FAKE_CALL_IN_CONTEXT("cuCtxGetDevice")
+    *device = fake::current()->device;
     return CUDA_SUCCESS;
 }
 
-CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice device) {
-    FAKE_CALL("cuDeviceGetAttribute")
-    CUctx_st const& context = *gContexts.at(static_cast<size_t>(device));
-    switch (attribute) {
-        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
-            *value = context.sm / 10;
-            return CUDA_SUCCESS;
-        case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR:
-            *value = context.sm % 10;
-            return CUDA_SUCCESS;
-        case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
-            *value = context.sharedLimit;
-            return CUDA_SUCCESS;
-        default:
-            return CUDA_ERROR_INVALID_VALUE;
+// For tests in Python, by ctypes.
+
+int fakeAddDevice(int sm, int isIntegrated) {
+    CUcontext const context = fake::makeContext(sm, kSHARED_LIMIT);
+    context->isIntegrated = isIntegrated != 0;
+    return context->device;
+}
+
+void fakeSetDevice(int device, int sm, int isIntegrated) {
+    fake::contexts().at(static_cast<size_t>(device))->sm = sm;
+    fake::contexts().at(static_cast<size_t>(device))->isIntegrated = isIntegrated != 0;
+}
+
+void fakeSetDriverVersion(int version) {
+    gDriverVersion = version;
+}
+
+// Every call of a function gives this result from now on; none does for CUDA_SUCCESS.
+void fakeFail(char const* function, int result) {
+    std::lock_guard<std::recursive_mutex> const lock{fake::mutex()};
+    gPlanted.erase(function);
+    if (result != CUDA_SUCCESS) {
+        gPlanted[function] = static_cast<CUresult>(result);
     }
 }
 
-CUresult cuModuleLoadDataEx(CUmodule* module, void const* data, unsigned int numOptions,
-                            CUjit_option* options, void** values) {
-    FAKE_CALL("cuModuleLoadDataEx")
-    if (gCurrent.empty()) {
-        return CUDA_ERROR_INVALID_CONTEXT;
+int fakeIsDeviceMemory(uintptr_t address, size_t size) {
+    std::lock_guard<std::recursive_mutex> const lock{fake::mutex()};
+    return fake::isDeviceMemory({address, size}) ? 1 : 0;
+}
+
+// Writes what is held, what was called and which rules were broken, as JSON; gives the length,
+// which may not fit.
+size_t fakeReport(char* text, size_t size) {
+    std::lock_guard<std::recursive_mutex> const lock{fake::mutex()};
+    fake::Held held{};
+    fake::countStreams(held);
+    fake::countMemory(held);
+    fake::countModules(held);
+    for (auto const& context : fake::contexts()) {
+        held.contexts += static_cast<size_t>(context->holders);
     }
-    if (gIsCapturing && gCaptureMode != CU_STREAM_CAPTURE_MODE_RELAXED) {
-        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-    }
-    auto loaded = std::make_unique<CUmod_st>();
-    loaded->context = gCurrent.back();
-    try {
-        loaded->image = fake::readImage(data);
-    } catch (std::runtime_error const& error) {
-        if (numOptions == 2 && options[0] == CU_JIT_ERROR_LOG_BUFFER) {
-            std::string(error.what())
-                .copy(static_cast<char*>(values[0]), reinterpret_cast<size_t>(values[1]) - 1);
+    std::ostringstream json;
+    json << R"({"held": {"streams": )" << held.streams << R"(, "events": )" << held.events
+         << R"(, "graphs": )" << held.graphs << R"(, "executables": )" << held.executables
+         << R"(, "device_buffers": )" << held.deviceBuffers << R"(, "pinned_buffers": )"
+         << held.pinnedBuffers << R"(, "modules": )" << held.modules << R"(, "contexts": )"
+         << held.contexts << "}";
+    auto const list = [&json](char const* name, std::vector<std::string> const& entries) {
+        json << ", \"" << name << "\": [";
+        for (size_t i = 0; i < entries.size(); ++i) {
+            json << (i == 0 ? "\"" : ", \"") << entries[i] << '"';
         }
-        return CUDA_ERROR_INVALID_IMAGE;
+        json << ']';
+    };
+    list("calls", gCalls);
+    list("broken", gBroken);
+    json << '}';
+    std::string const report = json.str();
+    if (report.size() < size) {
+        std::memcpy(text, report.c_str(), report.size() + 1);
     }
-    if (!canRun(loaded->image, loaded->context->sm)) {
-        return CUDA_ERROR_NO_BINARY_FOR_GPU;
-    }
-    *module = loaded.get();
-    gModules[*module] = std::move(loaded);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuModuleUnload(CUmodule module) {
-    FAKE_CALL("cuModuleUnload")
-    if (gModules.count(module) == 0 || gCurrent.empty() || gCurrent.back() != module->context) {
-        return CUDA_ERROR_INVALID_HANDLE;
-    }
-    gModules.erase(module);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, char const* name) {
-    FAKE_CALL("cuModuleGetFunction")
-    for (fake::ImageKernel const& kernel : module->image.kernels) {
-        if (kernel.function == name) {
-            module->functions.push_back(
-                std::make_unique<CUfunc_st>(CUfunc_st{module, kernel, kSHARED_WITHOUT_ASKING}));
-            *function = module->functions.back().get();
-            return CUDA_SUCCESS;
-        }
-    }
-    return CUDA_ERROR_NOT_FOUND;
-}
-
-CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
-    FAKE_CALL("cuFuncSetAttribute")
-    if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES ||
-        value > function->module->context->sharedLimit) {
-        return CUDA_ERROR_INVALID_VALUE;
-    }
-    function->sharedLimit = static_cast<uint32_t>(value);
-    return CUDA_SUCCESS;
-}
-
-CUresult cuLaunchKernel(CUfunction function, unsigned int gridX, unsigned int gridY,
-                        unsigned int gridZ, unsigned int blockX, unsigned int blockY,
-                        unsigned int blockZ, unsigned int sharedBytes, CUstream stream,
-                        void** arguments, void** extra) {
-    FAKE_CALL("cuLaunchKernel")
-    if (gModules.count(function->module) == 0 || gCurrent.empty() ||
-        gCurrent.back() != function->module->context) {
-        return CUDA_ERROR_INVALID_HANDLE;
-    }
-    bool const isEmpty = gridX == 0 || gridY == 0 || gridZ == 0;
-    bool const isTooLarge = gridX > kMAX_GRID_X || gridY > kMAX_GRID_YZ || gridZ > kMAX_GRID_YZ;
-    if (isEmpty || isTooLarge || extra != nullptr ||
-        blockX * blockY * blockZ != function->kernel.threads ||
-        sharedBytes > function->sharedLimit) {
-        return CUDA_ERROR_INVALID_VALUE;
-    }
-    fake::Launch launch{function->module->context,
-                        function->module->image,
-                        function->kernel.function,
-                        {gridX, gridY, gridZ},
-                        {blockX, blockY, blockZ},
-                        sharedBytes,
-                        stream,
-                        {}};
-    for (size_t i = 0; i < function->kernel.parameterSizes.size(); ++i) {
-        auto const* const bytes = static_cast<unsigned char const*>(arguments[i]);
-        launch.arguments.emplace_back(bytes, bytes + function->kernel.parameterSizes[i]);
-    }
-    gLaunches.push_back(std::move(launch));
-    return CUDA_SUCCESS;
-}
-
-CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
-    FAKE_CALL("cuThreadExchangeStreamCaptureMode")
-    std::swap(*mode, gCaptureMode);
-    return CUDA_SUCCESS;
+    return report.size();
 }
 
 }  // extern "C"
@@ -239,10 +299,11 @@ CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
 namespace fake {
 
 CUcontext makeContext(int32_t sm, int32_t sharedLimit) {
-    std::lock_guard<std::mutex> const lock{gMutex};
-    auto const device = static_cast<CUdevice>(gContexts.size());
-    gContexts.push_back(std::make_unique<CUctx_st>(CUctx_st{sm, sharedLimit, device}));
-    return gContexts.back().get();
+    std::lock_guard<std::recursive_mutex> const lock{mutex()};
+    auto const device = static_cast<CUdevice>(contexts().size());
+    contexts().push_back(
+        std::make_unique<CUctx_st>(CUctx_st{sm, sharedLimit, device, isTegra(sm), 0}));
+    return contexts().back().get();
 }
 
 void setCurrent(CUcontext context) {
@@ -252,39 +313,25 @@ void setCurrent(CUcontext context) {
     }
 }
 
-void setCapturing(bool capturing) {
-    gIsCapturing = capturing;
-}
-
-CUstreamCaptureMode captureMode() {
-    return gCaptureMode;
+void setIntegrated(CUcontext context, bool isIntegrated) {
+    context->isIntegrated = isIntegrated;
 }
 
 void failNext(std::string const& function, CUresult result) {
-    std::lock_guard<std::mutex> const lock{gMutex};
+    std::lock_guard<std::recursive_mutex> const lock{mutex()};
     gFaults[function] = result;
 }
 
 std::vector<std::string> calls() {
-    std::lock_guard<std::mutex> const lock{gMutex};
+    std::lock_guard<std::recursive_mutex> const lock{mutex()};
     return gCalls;
 }
 
-std::vector<Launch> launches() {
-    std::lock_guard<std::mutex> const lock{gMutex};
-    return gLaunches;
-}
-
 void clear() {
-    std::lock_guard<std::mutex> const lock{gMutex};
+    std::lock_guard<std::recursive_mutex> const lock{mutex()};
     gCalls.clear();
-    gLaunches.clear();
     gFaults.clear();
-}
-
-int32_t loadedModules() {
-    std::lock_guard<std::mutex> const lock{gMutex};
-    return static_cast<int32_t>(gModules.size());
+    clearLaunches();
 }
 
 }  // namespace fake

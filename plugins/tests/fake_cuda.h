@@ -1,8 +1,7 @@
-// A stand-in for libcuda.so.1: it enforces the driver's rules at the calls that the plugins make,
-// and records launches.
-//
-// It exports those calls and no others: a plugin that allocated or waited would not find the
-// function.
+// A stand-in for libcuda.so.1, for C++ and Python: it enforces the driver's rules, does the work of
+// a stream only when somebody waits for it, counts what is not freed, and records launches.
+// FAKE_CUDA_DEVICES and FAKE_CUDA_REFUSES_CAPTURES set it up for a process that knows nothing of
+// it.
 #pragma once
 
 #include "cubin.h"
@@ -30,6 +29,9 @@ struct Launch {
 // One GPU with one context.
 CUcontext makeContext(int32_t sm, int32_t sharedLimit);
 
+// A GPU that shares the host's memory, as a Jetson's does.
+void setIntegrated(CUcontext context, bool isIntegrated);
+
 // For the calling thread, as the driver has it.
 void setCurrent(CUcontext context);
 
@@ -44,6 +46,7 @@ void failNext(std::string const& function, CUresult result);
 std::vector<std::string> calls();
 std::vector<Launch> launches();
 void clear();
+void clearLaunches();
 
 int32_t loadedModules();
 

@@ -230,7 +230,8 @@ def test_what_build_plugins_refuses(
         build_plugins(output=library.parent)
     assert "--force" in str(caught.value.hint)
     with pytest.raises(
-        PluginError, match=r"--sm 75: there are kernels for 80, 86, 87, 89, 90, 100, 110, 120"
+        PluginError,
+        match=r"--sm 75: there are kernels for 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121",
     ):
         build_plugins(compute_capabilities=[ComputeCapability(7, 5)], output=tmp_path)
     with pytest.raises(PluginError, match="--head-dim 72: there are kernels for 16, 32"):

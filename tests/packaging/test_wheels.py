@@ -66,16 +66,10 @@ def _cuda_majors(packages: dict[str, str]) -> set[int]:
     return named | {int(version.partition(".")[0]) for version in own}
 
 
-# cuda-bindings follows the newest CUDA, whatever the driver is. It goes when the driver is called without it.
-CUDA_BINDINGS = pytest.mark.xfail(strict=True, reason="cuda-bindings brings CUDA 13")
-
-
 # What runs on the target: none of it may bring a CUDA of its own, but the extras that are named for one.
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("platform", [X86, ARM])
-@pytest.mark.parametrize(
-    "extra", ["cpu", pytest.param("engine", marks=CUDA_BINDINGS), "openvino", "plugins", "video"]
-)
+@pytest.mark.parametrize("extra", ["cpu", "engine", "openvino", "plugins", "video"])
 def test_extras_for_every_machine_have_wheels_and_bring_no_cuda(
     extra: str, platform: str, python: str
 ) -> None:
@@ -94,10 +88,10 @@ def test_extras_of_a_build_machine_have_wheels(extra: str, platform: str, python
 @pytest.mark.parametrize(
     ("extra", "platform", "cuda"),
     [
-        pytest.param("tensorrt-cu12", X86, 12, marks=CUDA_BINDINGS),
+        ("tensorrt-cu12", X86, 12),
         ("tensorrt-cu13", X86, 13),
         ("tensorrt-cu13", "aarch64-manylinux_2_39", 13),
-        pytest.param("rtx-cu12", X86, 12, marks=CUDA_BINDINGS),
+        ("rtx-cu12", X86, 12),
         ("rtx", X86, 13),
         ("rtx", "aarch64-manylinux_2_39", 13),
     ],

@@ -5,11 +5,12 @@ What a GPU computes has never been seen by these tests; that is for the test mar
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import dataclasses
+import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,22 @@ from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 from mmvision_export.runtime.backends import BackendOptions
-from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
-from mmvision_export.runtime.backends.device_array import _pointer_of, _Tensor
+from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, current_compute_capability
+from mmvision_export.runtime.backends.device_array import device_array
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend, import_tensorrt
 from mmvision_export.runtime.backends.tensorrt_rtx import TensorRTRTXBackend
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
 from tests.support.engines import write_engine
 from tests.support.errors import refused
-from tests.support.fake_gpu import Cache, Context, Runtime, TensorRT, expected_embeds
+from tests.support.fake_array import Tensor
+from tests.support.fake_driver import (
+    SUCCESS,
+    FakeDriver,
+    fake_driver,  # noqa: F401 - a fixture
+    stand_in,  # noqa: F401 - a fixture
+)
+from tests.support.fake_gpu import Cache, Context, TensorRT, expected_embeds
 
 DYNAMIC = [Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)]
 BUCKETS = profiles_from_buckets([64, 256], 8, HEAD_DIM_80)
@@ -49,10 +57,14 @@ class Machine:
     """A fake GPU machine with one engine."""
 
     def __init__(
-        self, folder: Path, kind: str = "tensorrt", profiles: Sequence[Profile] = DYNAMIC
+        self,
+        driver: FakeDriver,
+        folder: Path,
+        kind: str = "tensorrt",
+        profiles: Sequence[Profile] = DYNAMIC,
     ) -> None:
         self.kind = kind
-        self.cuda = Runtime()
+        self.driver = driver
         limits = [
             {
                 "pixel_values": (p.min_patches, p.max_patches),
@@ -60,13 +72,13 @@ class Machine:
             }
             for p in profiles
         ]
-        self.trt = TensorRT(self.cuda, HEAD_DIM_80.text_hidden_size, limits)
+        self.trt = TensorRT(driver, HEAD_DIM_80.text_hidden_size, limits)
         self.engine = write_engine(
             folder, config=HEAD_DIM_80, backend=kind, profiles=tuple(profiles)
         )
 
     def open(self, **options: Any) -> TensorRTBackend:
-        cuda = Cuda(0, runtime=self.cuda)
+        cuda = self.driver.cuda()
         return KINDS[self.kind](
             self.engine, BackendOptions(**options), module=self.trt, cuda=cuda, manifest=None
         )
@@ -75,27 +87,34 @@ class Machine:
         return VisionEncoder(self.open(**options), PreprocessorConfig())
 
     def holds_nothing(self) -> bool:
-        return self.cuda.holds_nothing()
+        return self.driver.holds_nothing()
 
 
 @pytest.fixture(params=[(kind, sizes) for kind in KINDS for sizes in SIZES], ids="-".join)
 def machine(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    fake_driver: FakeDriver,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Machine:
     monkeypatch.setattr(
         "mmvision_export.runtime.backends.tensorrt.current_platform", lambda: "linux-x86_64"
     )
     kind, sizes = request.param
-    return Machine(tmp_path, kind, SIZES[sizes])
+    return Machine(fake_driver, tmp_path, kind, SIZES[sizes])
 
 
 @pytest.fixture
-def bucketed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+def bucketed(
+    fake_driver: FakeDriver,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Machine:
     """TensorRT with buckets, where graphs are captured here."""
     monkeypatch.setattr(
         "mmvision_export.runtime.backends.tensorrt.current_platform", lambda: "linux-x86_64"
     )
-    return Machine(tmp_path, "tensorrt", BUCKETS)
+    return Machine(fake_driver, tmp_path, "tensorrt", BUCKETS)
 
 
 def check(encoder: VisionEncoder, grid: list[tuple[int, int, int]], seed: int = 0) -> None:
@@ -124,23 +143,23 @@ def test_batches_of_any_size(machine: Machine) -> None:
 
 def test_nothing_is_allocated_after_opening(machine: Machine) -> None:
     with machine.encoder() as encoder:
-        before = machine.cuda.log.count("cudaMalloc")
+        before = machine.driver.count("cuMemAlloc")
         for _ in range(10):
             check(encoder, [(1, 8, 8)])
             check(encoder, [(1, 2, 2)])
-        assert machine.cuda.log.count("cudaMalloc") == before
+        assert machine.driver.count("cuMemAlloc") == before
 
 
 def test_one_graph_for_each_bucket_captured_once_and_replayed(bucketed: Machine) -> None:
     with bucketed.encoder() as encoder:
         for count in range(1, 6):
             check(encoder, [(1, 2, 2)] * count, seed=count)
-        log = bucketed.cuda.log
-        assert (log.count("cudaStreamBeginCapture"), log.count("cudaGraphLaunch")) == (1, 4)
+        count_of = bucketed.driver.count
+        assert (count_of("cuStreamBeginCapture"), count_of("cuGraphLaunch")) == (1, 4)
         for size in (10, 12, 16):
             check(encoder, [(1, size, size)], seed=size)
-        assert (log.count("cudaStreamBeginCapture"), log.count("cudaGraphLaunch")) == (2, 6)
-        assert len(bucketed.cuda.executables) == 2
+        assert (count_of("cuStreamBeginCapture"), count_of("cuGraphLaunch")) == (2, 6)
+        assert bucketed.driver.held("executables") == 2
     assert bucketed.holds_nothing()
 
 
@@ -149,16 +168,13 @@ def test_without_graphs_every_launch_is_enqueued(bucketed: Machine) -> None:
         for _ in range(3):
             check(encoder, [(1, 6, 8)])
         assert encoder.info["cuda_graphs"] is False
-    assert "cudaStreamBeginCapture" not in bucketed.cuda.log
+    assert bucketed.driver.count("cuStreamBeginCapture") == 0
 
 
 def test_profiles_share_the_memory_for_activations(bucketed: Machine) -> None:
     with bucketed.encoder():
         # Three buffers and one for activations: the largest bucket's.
-        assert len(bucketed.cuda.memory) == 4
-        assert max(map(bucketed.trt.memory_bytes, range(2))) in {
-            len(m) for m in bucketed.cuda.memory.values()
-        }
+        assert bucketed.driver.held("device_buffers") == 4
 
 
 def test_an_image_beyond_the_profiles(machine: Machine) -> None:
@@ -214,33 +230,37 @@ def test_failing_to_run_is_an_error_and_not_the_end(machine: Machine, call: str)
 
 
 CUDA_CALLS = [
-    "cudaSetDevice",
-    "cudaDeviceGetAttribute",
-    "cudaStreamCreate",
-    "cudaEventCreateWithFlags",
-    "cudaMalloc",
-    "cudaStreamWaitEvent",
-    "cudaMemcpyAsync",
-    "cudaEventRecord",
-    "cudaStreamSynchronize",
+    "cuDevicePrimaryCtxRetain",
+    "cuCtxSetCurrent",
+    "cuDeviceGetAttribute",
+    "cuStreamCreate",
+    "cuEventCreate",
+    "cuMemAlloc",
+    "cuMemHostAlloc",
+    "cuEventSynchronize",
+    "cuMemcpyHtoDAsync",
+    "cuMemcpyDtoHAsync",
+    "cuEventRecord",
+    "cuStreamSynchronize",
+    "cuStreamDestroy",
+    "cuMemFree",
+    "cuMemFreeHost",
 ]
-GRAPH_CALLS = [
-    "cudaMemsetAsync",
-    "cudaStreamBeginCapture",
-    "cudaStreamEndCapture",
-    "cudaGraphInstantiate",
-    "cudaGraphDestroy",
-    "cudaGraphLaunch",
+CAPTURE_CALLS = [
+    "cuStreamBeginCapture",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphDestroy",
 ]
 
 
 def fails_and_frees(machine: Machine, call: str) -> None:
-    machine.cuda.fail = call
-    with refused(BackendError, call, "cudaErrorMemoryAllocation", "out of memory"):
+    machine.driver.fail(call)
+    with refused(BackendError, call, "CUDA_ERROR_OUT_OF_MEMORY"):
         with machine.encoder() as encoder:
             for _ in range(2):
                 encoder(*batch(GRIDS["three"], HEAD_DIM_80))
-    assert call in machine.cuda.log
+    machine.driver.fail(call, SUCCESS)
     assert machine.holds_nothing()
 
 
@@ -249,51 +269,88 @@ def test_cuda_errors_are_named_and_free_everything(machine: Machine, call: str) 
     fails_and_frees(machine, call)
 
 
-@pytest.mark.parametrize("call", GRAPH_CALLS)
-def test_errors_of_graphs_are_named_and_free_everything(bucketed: Machine, call: str) -> None:
+@pytest.mark.parametrize("call", ["cuMemsetD8Async", "cuGraphLaunch"])
+def test_errors_in_buckets_are_named_and_free_everything(bucketed: Machine, call: str) -> None:
     fails_and_frees(bucketed, call)
 
 
-def test_a_refusal_during_capture_ends_the_capture(bucketed: Machine) -> None:
+@pytest.mark.parametrize("call", CAPTURE_CALLS)
+def test_a_capture_that_fails_costs_no_result_and_is_tried_once(
+    bucketed: Machine, call: str
+) -> None:
     with bucketed.encoder() as encoder:
-        begin = bucketed.cuda.cudaStreamBeginCapture
+        bucketed.driver.fail(call)
+        for seed in range(3):
+            check(encoder, [(1, 4, 4)], seed)
+        assert bucketed.driver.count("cuStreamBeginCapture") == 1
+        assert bucketed.driver.count("cuGraphLaunch") == 0
+        reasons = encoder.info["captures_refused"]
+        assert list(reasons) == ["64 patches"]
+        assert f"{call} failed with CUDA_ERROR_OUT_OF_MEMORY" in reasons["64 patches"]
+        # Another bucket is another capture.
+        bucketed.driver.fail(call, SUCCESS)
+        check(encoder, [(1, 16, 16)])
+        check(encoder, [(1, 16, 16)])
+        assert bucketed.driver.count("cuGraphLaunch") == 1
+    assert bucketed.holds_nothing()
 
-        def begin_and_fail(stream: int, mode: int) -> tuple[int]:
-            bucketed.trt.fail = "execute_async_v3"
-            return begin(stream, mode)
 
-        bucketed.cuda.cudaStreamBeginCapture = begin_and_fail  # type: ignore[method-assign,assignment]
-        with refused(BackendError, "reason of execute_async_v3"):
-            check(encoder, [(1, 4, 4)])
-        bucketed.trt.fail = None
-        bucketed.cuda.cudaStreamBeginCapture = begin  # type: ignore[method-assign]
+def test_an_engine_that_cannot_be_captured_runs_without_graphs(bucketed: Machine) -> None:
+    """As one whose loop asks the host: TensorRT says no, and the capture is broken."""
+    bucketed.driver.refuse_captures()
+    with bucketed.encoder() as encoder:
+        for seed, grid in enumerate([[(1, 4, 4)], [(1, 16, 16)]] * 2):
+            check(encoder, grid, seed)
+        assert bucketed.driver.count("cuStreamBeginCapture") == 2
+        assert sorted(encoder.info["captures_refused"]) == ["256 patches", "64 patches"]
+        assert "Cuda Runtime (900)" in encoder.info["captures_refused"]["64 patches"]
+    assert bucketed.holds_nothing()
+
+
+def test_all_buckets_can_be_captured_when_opening(bucketed: Machine) -> None:
+    with bucketed.encoder(capture_on_open=True, streams=2) as encoder:
+        assert bucketed.driver.held("executables") == 4
+        for seed, grid in enumerate([[(1, 4, 4)], [(1, 16, 16)]] * 2):
+            check(encoder, grid, seed)
+        assert bucketed.driver.count("cuStreamBeginCapture") == 4
+    bucketed.driver.refuse_captures()
+    with bucketed.encoder(capture_on_open=True) as encoder:
+        assert len(encoder.info["captures_refused"]) == 2
         check(encoder, [(1, 4, 4)])
     assert bucketed.holds_nothing()
 
 
-@pytest.mark.parametrize("rule", ["allocate", "synchronize", "other stream", "before it ran"])
-def test_the_stand_in_sees_broken_rules_of_capture(bucketed: Machine, rule: str) -> None:
-    """The control of the tests above."""
-    cuda = Cuda(0, runtime=bucketed.cuda)
-    stream, other = cuda.new_stream(), cuda.new_stream()
+def test_the_default_stream_of_another_thread_breaks_no_capture(
+    bucketed: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = bucketed.driver.cuda()
+    cuda.use()
     memory = cuda.allocate(16)
-    context = Context(bucketed.trt)
-    context.profile, context.memory = 0, (memory, 16)
-    context.shapes = {"pixel_values": (64, 1176), "grid_thw": (9, 3)}
-    context.addresses = dict.fromkeys(("pixel_values", "grid_thw", "image_embeds"), memory)
-    broken: dict[str, Callable[[], Any]] = {
-        "allocate": lambda: cuda.allocate(16),
-        "synchronize": lambda: cuda.synchronize(stream),
-        "other stream": lambda: cuda.zero(memory, 16, other),
-        "before it ran": lambda: context.execute_async_v3(stream),
-    }
-    with pytest.raises(AssertionError):
-        cuda.captured(broken[rule], stream)
+    execute = Context.execute_async_v3
+
+    def disturbed(context: Context, stream: int) -> bool:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(cuda.use).result()
+            pool.submit(cuda.zero, memory, 16, LEGACY_STREAM).result()
+        return execute(context, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", disturbed)
+    with bucketed.encoder() as encoder:
+        check(encoder, [(1, 4, 4)])
+        assert "captures_refused" not in encoder.info
+    # The control: on a blocking stream it does.
+    monkeypatch.setattr("mmvision_export.runtime.backends.cuda._NON_BLOCKING", 0)
+    with bucketed.encoder() as encoder:
+        check(encoder, [(1, 4, 4)])
+        assert "IMPLICIT" in encoder.info["captures_refused"]["64 patches"]
+    cuda.synchronize(LEGACY_STREAM)
+    cuda.free(memory)
+    cuda.close()
 
 
 def test_a_second_failure_while_freeing_does_not_hide_the_first(machine: Machine) -> None:
     machine.trt.fail = "create_execution_context"
-    machine.cuda.fail = "cudaStreamDestroy"
+    machine.driver.fail("cuStreamDestroy")
     with refused(BackendError, "reason of create_execution_context"):
         machine.open()
 
@@ -314,10 +371,10 @@ def test_closed(machine: Machine) -> None:
 
 
 def test_a_foreign_engine_is_never_deserialised(machine: Machine) -> None:
-    machine.cuda.capability = (12, 0)
+    machine.driver.set_device(sm=120)
     with refused(ManifestError, "compute capability", "8.6, 8.9", "12.0"):
         machine.open()
-    machine.cuda.capability = (8, 9)
+    machine.driver.set_device(sm=89)
     machine.engine.write_bytes(b"executable Content")
     with refused(ManifestError, machine.engine, "sha256"):
         machine.open()
@@ -340,7 +397,7 @@ def test_the_bytes_that_were_hashed_are_those_deserialised(
     machine.encoder().close()
     assert machine.trt.deserialised == [b"executable content"]
     # The control: what is there now is refused.
-    with pytest.raises(ManifestError, match="sha256"):
+    with refused(ManifestError, machine.engine, "sha256"):
         machine.open()
     assert len(machine.trt.deserialised) == 1
 
@@ -375,7 +432,7 @@ def test_the_plugin_library_is_loaded_before_the_engine(
 def test_threads_share_an_encoder(machine: Machine) -> None:
     """Each gets its own result, from as many lanes as there are streams."""
     with machine.encoder(streams=2) as encoder:
-        assert len(machine.cuda.streams) == 2
+        assert machine.driver.held("streams") == 2
 
         def work(seed: int) -> None:
             check(encoder, [(1, 2, 2 + 2 * (seed % 7)), (1, 4, 4)], seed)
@@ -415,103 +472,194 @@ def test_closing_waits_for_running_calls_and_tells_waiting_ones(machine: Machine
     assert machine.holds_nothing()
 
 
-class Tensor:
-    """A device array of a library like torch, in the fake device's memory."""
-
-    def __init__(self, cuda: Runtime, host: np.ndarray, device: int = 0) -> None:
-        self.cuda, self.device = cuda, device
-        self.shape, self.dtype = host.shape, host.dtype
-        _, self.address = cuda.cudaMalloc(host.nbytes)
-        cuda.region(self.address, host.nbytes)[:] = host.reshape(-1).view(np.uint8)
-        self.asked_for: list[int] = []
-
-    def numpy(self) -> np.ndarray:
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
-        values: np.ndarray = (
-            self.cuda.region(self.address, size).view(self.dtype).reshape(self.shape).copy()
-        )
-        return values
-
-    def cpu(self) -> np.ndarray:
-        return self.numpy()
-
-    def new_empty(self, shape: tuple[int, ...], dtype: Any) -> Tensor:
-        return Tensor(self.cuda, np.zeros(shape, dtype))
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.device
-
-    def __dlpack__(self, *, stream: int) -> Any:
-        # NumPy's capsule of the same bytes, told that they are on a GPU.
-        self.asked_for.append(stream)
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
-        capsule = (
-            self.cuda.region(self.address, size).view(self.dtype).reshape(self.shape).__dlpack__()
-        )
-        tensor = ctypes.cast(_pointer_of(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
-        tensor.device.device_type, tensor.device.device_id = self.__dlpack_device__()
-        return capsule
+def tensor(machine: Machine, host: np.ndarray, **options: Any) -> Tensor:
+    return Tensor(machine.driver, machine.driver.cuda(), host, **options)
 
 
-@pytest.mark.parametrize("own_stream", [False, True])
-def test_device_arrays_go_in_and_out_without_the_host(
-    machine: Machine, own_stream: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "tests.float16", np.float16, raising=False
-    )  # what its library calls the type
-    pixels, rows = batch([(1, 6, 8), (1, 2, 2), (1, 8, 10)] * 3, HEAD_DIM_80)
+class Stream:
+    """As torch has it."""
+
+    def __init__(self, handle: int) -> None:
+        self.cuda_stream = handle
+
+
+MANY = [(1, 6, 8), (1, 2, 2), (1, 8, 10)] * 3
+
+
+@pytest.fixture
+def named_like_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.float16", np.float16, raising=False)
+
+
+@pytest.mark.usefixtures("named_like_torch")
+@pytest.mark.parametrize("whose", ["none", "default", "legacy", "per thread", "own"])
+def test_device_arrays_go_in_and_out_without_the_host(machine: Machine, whose: str) -> None:
+    """The patches are still being written, in the stream that is given, when the encoder is called."""
+    pixels, rows = batch(MANY, HEAD_DIM_80)
     half = pixels.astype(np.float16)
+    cuda = machine.driver.cuda()
+    cuda.use()
+    own = cuda.new_stream()
+    # torch's current stream has handle 0 by default, which is DLPack's 1.
+    handle = {"none": 0, "default": 0, "legacy": 1, "per thread": 2, "own": own}[whose]
     with machine.encoder() as encoder:
-        stream = Cuda(0, runtime=machine.cuda).new_stream() if own_stream else None
-        patches, grid = Tensor(machine.cuda, half), Tensor(machine.cuda, rows)
-        synchronised = machine.cuda.log.count("cudaStreamSynchronize")
-        out = encoder(patches, grid, stream=stream)
+        patches = tensor(machine, half, written_by=handle)
+        grid = tensor(machine, rows)
+        waited = machine.driver.count("cuStreamSynchronize")
+        out = encoder(patches, grid, stream=None if whose == "none" else Stream(handle))
         assert isinstance(out, Tensor)
-        np.testing.assert_array_equal(
-            out.numpy(), expected_embeds(half, HEAD_DIM_80.text_hidden_size)
-        )
-        assert patches.asked_for == [stream or 1]
-        if own_stream and not encoder.info["cuda_graphs"]:
-            assert machine.cuda.log.count("cudaStreamSynchronize") == synchronised
+        assert patches.asked_for == [handle or 1]
+        expected = expected_embeds(half, HEAD_DIM_80.text_hidden_size)
+        if whose != "none":
+            if not encoder.info["cuda_graphs"] or machine.kind == "tensorrt-rtx":
+                assert machine.driver.count("cuStreamSynchronize") == waited
+                assert not np.array_equal(out.numpy(), expected)  # it has not waited
+            cuda.synchronize(handle)
+        np.testing.assert_array_equal(out.numpy(), expected)
+
+
+@pytest.mark.usefixtures("named_like_torch")
+def test_calls_in_streams_of_the_callers_follow_each_other(machine: Machine) -> None:
+    """One lane, two streams, nothing waited for until the end: each result is its own."""
+    cuda = machine.driver.cuda()
+    cuda.use()
+    streams = [cuda.new_stream(), cuda.new_stream()]
+    batches = [batch(MANY, HEAD_DIM_80, seed) for seed in range(6)]
+    with machine.encoder() as encoder:
+        given = [
+            tensor(machine, pixels.astype(np.float16), written_by=streams[i % 2])
+            for i, (pixels, _) in enumerate(batches)
+        ]
+        outs = [
+            encoder(patches, rows, stream=streams[i % 2])
+            for i, (patches, (_, rows)) in enumerate(zip(given, batches, strict=True))
+        ]
+        for stream in reversed(streams):
+            cuda.synchronize(stream)
+        for (pixels, _), out in zip(batches, outs, strict=True):
+            half = pixels.astype(np.float16)
+            expected = expected_embeds(half, HEAD_DIM_80.text_hidden_size)
+            np.testing.assert_array_equal(out.numpy(), expected)
+
+
+@pytest.mark.usefixtures("named_like_torch")
+def test_closing_waits_for_what_is_in_a_stream(machine: Machine) -> None:
+    """Memory that queued work uses must not be freed: the stand-in says so."""
+    cuda = machine.driver.cuda()
+    cuda.use()
+    stream = cuda.new_stream()
+    pixels, rows = batch([(1, 4, 4)], HEAD_DIM_80)
+    half = pixels.astype(np.float16)
+    encoder = machine.encoder()
+    out = encoder(tensor(machine, half), rows, stream=stream)
+    encoder.close()
+    cuda.synchronize(stream)
+    expected = expected_embeds(half, HEAD_DIM_80.text_hidden_size)
+    np.testing.assert_array_equal(out.numpy(), expected)
+    # The control: without waiting it is found.
+    encoder = machine.encoder()
+    encoder(tensor(machine, half), rows, stream=stream)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BackendError):
+        patch.setattr("mmvision_export.runtime.backends.cuda.Cuda.synchronize", lambda *_: None)
+        encoder.close()
+    assert "device memory was freed that queued work uses" in machine.driver.broken_rules()
+
+
+@pytest.mark.parametrize("stream", [None, 0, 1, -1, 2])
+def test_the_array_holds_dlpacks_table_of_streams(machine: Machine, stream: int | None) -> None:
+    """The control of the tests above."""
+    cuda = machine.driver.cuda()
+    cuda.use()
+    values = np.arange(4, dtype=np.float16)
+    writer = cuda.new_stream()
+    array = tensor(machine, values, written_by=writer)
+    if stream == 0:
+        with pytest.raises(AssertionError):
+            array.__dlpack__(stream=stream)
+        return
+    array.__dlpack__(stream=stream)
+    cuda.synchronize(2 if stream == 2 else LEGACY_STREAM)
+    is_there = np.array_equal(array.numpy(), values)
+    assert is_there == (stream != -1)
+    cuda.synchronize(writer)
+
+
+def test_a_library_that_refuses_the_stream_is_an_error_of_ours(machine: Machine) -> None:
+    array = tensor(machine, np.zeros((4, 4), np.float16))
+    with pytest.raises(InputError) as caught:
+        device_array(array, name="pixel_values", stream=0)
+    assert "pixel_values" in str(caught.value)
+    assert "unsupported stream 0" in str(caught.value)
 
 
 def test_host_arrays_in_a_stream_of_the_callers(machine: Machine) -> None:
-    class Stream:
-        cuda_stream = 0
-
+    cuda = machine.driver.cuda()
+    cuda.use()
     with machine.encoder() as encoder:
-        Stream.cuda_stream = Cuda(0, runtime=machine.cuda).new_stream()
         pixels, rows = batch([(1, 6, 8)], HEAD_DIM_80)
-        out = encoder(pixels, rows, stream=Stream())
-        np.testing.assert_array_equal(
-            out, expected_embeds(pixels.astype(np.float16), HEAD_DIM_80.text_hidden_size)
-        )
-        with refused(InputError, "stream", "str"):
-            encoder(pixels, rows, stream="0")
+        for handle in (0, cuda.new_stream()):
+            out = encoder(pixels, rows, stream=Stream(handle))
+            np.testing.assert_array_equal(
+                out, expected_embeds(pixels.astype(np.float16), HEAD_DIM_80.text_hidden_size)
+            )
+        for wrong in ("0", True, -1):
+            with refused(InputError, "stream", wrong if wrong == -1 or wrong is True else "str"):
+                encoder(pixels, rows, stream=wrong)
 
 
 def test_bad_device_arrays(machine: Machine) -> None:
     pixels, rows = batch([(1, 6, 8)], HEAD_DIM_80)
+    half = pixels.astype(np.float16)
     with machine.encoder() as encoder:
-        elsewhere = Tensor(machine.cuda, pixels.astype(np.float16), device=1)
-        with refused(InputError, "CUDA device 1", 0):
-            encoder(elsewhere, rows)
+        with refused(InputError, "pixel_values", 1, 0):
+            encoder(tensor(machine, half, device=1), rows)
         with refused(InputError, "pixel_values", "float16", "float32"):
-            encoder(Tensor(machine.cuda, pixels), rows)
-        with refused(InputError, "pixel_values", "[num_patches, 1176]", [48, 8]):
-            encoder(Tensor(machine.cuda, pixels.astype(np.float16)[:, :8]), rows)
-        with refused(InputError, "grid_thw", 48, "pixel_values", 44):
-            encoder(Tensor(machine.cuda, pixels.astype(np.float16)[:44]), rows)
+            encoder(tensor(machine, pixels), rows)
+        with refused(InputError, "pixel_values", "[48, 8]"):
+            encoder(tensor(machine, half[:, :8]), rows)
+        with refused(InputError, 48, 44):
+            encoder(tensor(machine, half[:44]), rows)
+
+
+def test_rows_of_the_grid_are_not_overwritten_before_they_are_read(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch for each image, and none runs before the last is enqueued."""
+    grid = [(1, 16, 12), (1, 12, 16), (1, 16, 14), (1, 14, 16), (1, 16, 16)]
+    with machine.encoder(cuda_graphs=False) as encoder:
+        check(encoder, grid)
+        assert machine.trt.first_rows == grid
+        # The control: without its guard the rows of later launches are there too early.
+        monkeypatch.setattr("mmvision_export.runtime.backends.cuda.Cuda.wait_here", lambda *_: None)
+        machine.trt.first_rows.clear()
+        with contextlib.suppress(BackendError, AssertionError):
+            check(encoder, grid)
+        assert machine.trt.first_rows != grid
+    machine.driver.failures.clear()
+
+
+def test_warnings_of_tensorrt_are_logged(
+    machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.trt.fail = "Runtime"
+    with caplog.at_level(logging.WARNING, "mmvision_export.tensorrt"):
+        with pytest.raises(BackendError) as caught:
+            machine.open()
+    assert [(r.name, r.message) for r in caplog.records] == [
+        ("mmvision_export.tensorrt", "not a reason")
+    ]
+    assert "not a reason" not in str(caught.value)
 
 
 def test_the_runtime_cache_is_kept_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_driver: FakeDriver,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
         "mmvision_export.runtime.backends.tensorrt.current_platform", lambda: "linux-x86_64"
     )
-    machine = Machine(tmp_path, "tensorrt-rtx", BUCKETS)
+    machine = Machine(fake_driver, tmp_path, "tensorrt-rtx", BUCKETS)
     file = machine.engine.with_suffix(".rtxcache")
     with machine.encoder() as encoder:
         assert encoder.info["runtime_cache"].endswith(": new")
@@ -537,23 +685,6 @@ def test_the_runtime_cache_is_kept_and_checked(
         machine.open(kernels="fast")
     with machine.encoder(runtime_cache=tmp_path / "engine.engine" / "x") as encoder:
         pass  # cannot be written: the next process compiles again
-
-
-def test_devices_are_counted(machine: Machine) -> None:
-    with refused(BackendError, "CUDA device 1", 1):
-        Cuda(1, runtime=machine.cuda)
-    machine.cuda.devices = 0
-    with refused(BackendError, "CUDA device 0", 0):
-        Cuda(0, runtime=machine.cuda)
-
-
-def test_a_missing_driver_is_an_error_and_not_a_crash() -> None:
-    class NoDriver(Runtime):
-        def cudaGetDeviceCount(self) -> tuple[int, int]:  # type: ignore[override]
-            raise RuntimeError("Failed to dlopen libcuda.so.1")
-
-    with refused(BackendError, "cudaGetDeviceCount", "dlopen"):
-        Cuda(0, runtime=NoDriver())
 
 
 def test_a_folder_named_tensorrt_is_not_tensorrt(

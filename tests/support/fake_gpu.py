@@ -1,224 +1,21 @@
-"""A stand-in for TensorRT and the CUDA runtime that enforces their rules at the API's boundary.
+"""A stand-in for TensorRT, on the stand-in for the CUDA driver, that enforces TensorRT's rules.
 
-No kernel runs: an "engine" computes a number per token from what is in device memory when the work runs, enough to see
-that the right bytes went to the right address in the right order. What TensorRT or CUDA leave undefined fails here: an
-address or shape or profile not set, memory too small, a stream or graph that does not exist, an allocation, a
-synchronisation or another stream during a capture, a capture of a context that has not run in its shape, a graph whose
-memory is gone.
+No kernel runs: an "engine" computes a number per token from what is in device memory when its stream's turn comes,
+enough to see that the right bytes went to the right address in the right order. What TensorRT leaves undefined fails
+here: an address or shape or profile not set, memory too small, a capture of a context that has not run in its shape, a
+thread without a device. What CUDA leaves undefined fails in the driver's stand-in.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-
-class Status(int):
-    """A CUDA status."""
-
-
-class Runtime:
-    """`cuda.bindings.runtime`, as far as it is used. `fail` names a call that shall return an error."""
-
-    cudaEventDisableTiming = 2
-
-    class cudaDeviceAttr:
-        cudaDevAttrComputeCapabilityMajor = 75
-        cudaDevAttrComputeCapabilityMinor = 76
-
-    class cudaMemcpyKind:
-        cudaMemcpyHostToDevice = 1
-        cudaMemcpyDeviceToHost = 2
-        cudaMemcpyDeviceToDevice = 3
-
-    class cudaStreamCaptureMode:
-        cudaStreamCaptureModeThreadLocal = 1
-
-    def __init__(self, capability: tuple[int, int] = (8, 9), devices: int = 1) -> None:
-        self.capability = capability
-        self.devices = devices
-        self.fail: str | None = None
-        self.memory: dict[int, np.ndarray] = {}
-        self.streams: set[int] = set()
-        self.events: dict[int, int | None] = {}
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.executables: dict[int, list[Callable[[], None]]] = {}
-        self.capturing: tuple[int, list[Callable[[], None]]] | None = None
-        self.log: list[str] = []
-        self._next = 1 << 20
-
-    def holds_nothing(self) -> bool:
-        """Whether all that was made has been freed."""
-        return not (
-            self.memory
-            or self.streams
-            or self.events
-            or self.graphs
-            or self.executables
-            or self.capturing
-        )
-
-    def _status(self, call: str) -> Status:
-        self.log.append(call)
-        return Status(2 if call == self.fail else 0)
-
-    def _handle(self) -> int:
-        self._next += 1
-        return self._next
-
-    def enqueue(self, stream: int, work: Callable[[], None]) -> None:
-        """Run at once, or put into the graph being captured."""
-        assert stream in self.streams, "no such stream"
-        if self.capturing is None:
-            work()
-            return
-        assert stream == self.capturing[0], "another stream during a capture"
-        self.capturing[1].append(work)
-
-    def region(self, address: int, size: int) -> np.ndarray:
-        """Device memory from an address on."""
-        for start, memory in self.memory.items():
-            if start <= address and address + size <= start + len(memory):
-                return memory[address - start : address - start + size]
-        raise AssertionError(f"{size} bytes at {address} are not device memory")
-
-    def _not_while_capturing(self) -> None:
-        assert self.capturing is None, "not allowed during a capture"
-
-    def cudaGetDeviceCount(self) -> tuple[Status, int]:
-        return self._status("cudaGetDeviceCount"), self.devices
-
-    def cudaSetDevice(self, device: int) -> tuple[Status]:
-        return (self._status("cudaSetDevice"),)
-
-    def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple[Status, int]:
-        return self._status("cudaDeviceGetAttribute"), self.capability[attribute - 75]
-
-    def cudaStreamCreate(self) -> tuple[Status, int]:
-        self._not_while_capturing()
-        status, handle = self._status("cudaStreamCreate"), self._handle()
-        if not status:
-            self.streams.add(handle)
-        return status, handle
-
-    def cudaStreamDestroy(self, stream: int) -> tuple[Status]:
-        self.streams.remove(stream)
-        return (self._status("cudaStreamDestroy"),)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:
-        self._not_while_capturing()
-        assert stream in self.streams
-        return (self._status("cudaStreamSynchronize"),)
-
-    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Status, int]:
-        status, handle = self._status("cudaEventCreateWithFlags"), self._handle()
-        if not status:
-            self.events[handle] = None
-        return status, handle
-
-    def cudaEventDestroy(self, event: int) -> tuple[Status]:
-        del self.events[event]
-        return (self._status("cudaEventDestroy"),)
-
-    def cudaEventRecord(self, event: int, stream: int) -> tuple[Status]:
-        assert stream in self.streams
-        self._not_while_capturing()
-        self.events[event] = stream
-        return (self._status("cudaEventRecord"),)
-
-    def cudaStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[Status]:
-        assert stream in self.streams
-        assert event in self.events
-        self._not_while_capturing()
-        return (self._status("cudaStreamWaitEvent"),)
-
-    def cudaMalloc(self, size: int) -> tuple[Status, int]:
-        self._not_while_capturing()
-        assert size > 0
-        status = self._status("cudaMalloc")
-        address = 0
-        if not status:
-            memory = np.full(size, 0xFF, dtype=np.uint8)  # NaN in every float type
-            address = memory.ctypes.data
-            self.memory[address] = memory
-        return status, address
-
-    def cudaFree(self, address: int) -> tuple[Status]:
-        self._not_while_capturing()
-        del self.memory[address]  # KeyError: freed twice, or never allocated
-        return (self._status("cudaFree"),)
-
-    def cudaMemcpyAsync(
-        self, target: int, source: int, size: int, kind: int, stream: int
-    ) -> tuple[Status]:
-        status = self._status("cudaMemcpyAsync")
-
-        def copy() -> None:
-            for address, on_device in ((target, kind != 2), (source, kind != 1)):
-                if on_device:
-                    self.region(address, size)
-            ctypes.memmove(target, source, size)
-
-        if not status:
-            self.enqueue(stream, copy)
-        return (status,)
-
-    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[Status]:
-        status = self._status("cudaMemsetAsync")
-        if not status:
-            self.enqueue(stream, lambda: self.region(address, size).fill(value))
-        return (status,)
-
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[Status]:
-        assert stream in self.streams
-        self._not_while_capturing()
-        status = self._status("cudaStreamBeginCapture")
-        if not status:
-            self.capturing = stream, []
-        return (status,)
-
-    def cudaStreamEndCapture(self, stream: int) -> tuple[Status, int]:
-        assert self.capturing is not None
-        assert self.capturing[0] == stream
-        work, self.capturing = self.capturing[1], None
-        status, handle = self._status("cudaStreamEndCapture"), self._handle()
-        if not status:
-            self.graphs[handle] = work
-        return status, handle
-
-    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Status, int]:
-        status, handle = self._status("cudaGraphInstantiate"), self._handle()
-        assert self.graphs[graph], "an empty graph"
-        if not status:
-            self.executables[handle] = self.graphs[graph]
-        return status, handle
-
-    def cudaGraphDestroy(self, graph: int) -> tuple[Status]:
-        del self.graphs[graph]
-        return (self._status("cudaGraphDestroy"),)
-
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[Status]:
-        status = self._status("cudaGraphLaunch")
-        for work in [] if status else self.executables[graph]:
-            self.enqueue(stream, work)
-        return (status,)
-
-    def cudaGraphExecDestroy(self, graph: int) -> tuple[Status]:
-        del self.executables[graph]
-        return (self._status("cudaGraphExecDestroy"),)
-
-    def cudaGetErrorName(self, status: int) -> tuple[Status, bytes]:
-        return Status(0), b"cudaErrorMemoryAllocation"
-
-    def cudaGetErrorString(self, status: int) -> tuple[Status, bytes]:
-        return Status(0), b"out of memory"
-
+from tests.support.fake_driver import FakeDriver
 
 INPUTS = ("pixel_values", "grid_thw")
-TENSORS = (*INPUTS, "image_embeds")
+TENSORS = {"pixel_values": np.float16, "grid_thw": np.int64, "image_embeds": np.float16}
 
 
 class Context:
@@ -233,12 +30,11 @@ class Context:
         self.ran: dict[str, tuple[int, ...]] = {}
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        assert stream in self.trt.cuda.streams
+        assert not self.trt.driver.is_capturing(stream)
         if self.trt.refuses("set_optimization_profile_async") or not 0 <= index < len(
             self.trt.profiles
         ):
             return False
-        assert self.trt.cuda.capturing is None
         self.profile, self.shapes = index, {}
         return True
 
@@ -246,12 +42,11 @@ class Context:
         assert self.profile is not None
         needed = self.trt.memory_bytes(self.profile)
         assert size >= needed, "too little memory for activations"
-        self.trt.cuda.region(memory, size)
+        self.trt.driver.region(memory, size)
         self.memory = memory, size
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None, "no profile selected"
-        assert self.trt.cuda.capturing is None
         least, most = self.trt.profiles[self.profile][name]
         if self.trt.refuses("set_input_shape") or not least <= shape[0] <= most:
             return False
@@ -266,33 +61,37 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        driver = self.trt.driver
+        assert driver.is_current(), "no device is this thread's"
         assert set(self.shapes) == set(INPUTS), "a shape is not set"
         assert set(self.addresses) == set(TENSORS), "an address is not set"
         assert self.memory is not None, "no memory for activations"
-        if self.trt.cuda.capturing is not None:
+        if driver.is_capturing(stream):
             assert self.ran == self.shapes, "captured before it ran once in this shape"
         if self.trt.refuses("execute_async_v3"):
             return False
         self.ran = dict(self.shapes)
-        shapes, addresses, memory = dict(self.shapes), dict(self.addresses), self.memory
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        shapes["image_embeds"] = (shapes["pixel_values"][0] // 4, self.trt.text_hidden)
+
+        def array(name: str) -> np.ndarray:
+            kind = np.dtype(TENSORS[name])
+            size = int(np.prod(shapes[name])) * kind.itemsize
+            values: np.ndarray = driver.region(addresses[name], size).view(kind)
+            return values.reshape(shapes[name])
 
         def work() -> None:
-            self.trt.cuda.region(*memory)
-            arrays = {}
-            for name, kind in (("pixel_values", np.float16), ("grid_thw", np.int64)):
-                count = int(np.prod(shapes[name])) * np.dtype(kind).itemsize
-                arrays[name] = (
-                    self.trt.cuda.region(addresses[name], count).view(kind).reshape(shapes[name])
-                )
-            assert arrays["grid_thw"].prod(axis=1).sum() == len(arrays["pixel_values"])
-            assert np.isfinite(arrays["pixel_values"]).all(), "padding that is not finite"
-            out = expected_embeds(arrays["pixel_values"], self.trt.text_hidden)
-            self.trt.cuda.region(addresses["image_embeds"], out.nbytes)[:] = out.reshape(-1).view(
-                np.uint8
-            )
+            pixels, grid = array("pixel_values"), array("grid_thw")
+            self.trt.first_rows.append(tuple(int(value) for value in grid[0]))
+            assert grid.prod(axis=1).sum() == len(pixels)
+            assert np.isfinite(pixels).all(), "padding that is not finite"
+            array("image_embeds")[:] = expected_embeds(pixels, self.trt.text_hidden)
 
-        self.trt.cuda.enqueue(stream, work)
-        return True
+        ranges = [(addresses[name], array(name).nbytes) for name in TENSORS]
+        result = driver.launch_work(work, [*ranges, self.memory], stream)
+        if result:
+            self.trt.log_error(f"Cuda Runtime ({result}) in a layer")
+        return result == 0
 
 
 def expected_embeds(pixels: np.ndarray, text_hidden: int) -> np.ndarray:
@@ -357,6 +156,7 @@ class Engine:
     def create_execution_context(self, how: int | RuntimeConfig) -> Context | None:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         assert strategy == TensorRT.ExecutionContextAllocationStrategy.USER_MANAGED
+        assert self.trt.driver.is_current(), "no device is this thread's"
         if isinstance(how, RuntimeConfig):
             self.trt.configs.append(how)
         return None if self.trt.refuses("create_execution_context") else Context(self.trt)
@@ -384,17 +184,20 @@ class TensorRT:
             INTERNAL_ERROR = 0
             ERROR = 1
             WARNING = 2
+            INFO = 3
+            VERBOSE = 4
 
         def __init__(self) -> None:
             pass
 
-    def __init__(self, cuda: Runtime, text_hidden: int, profiles: list[Limits]) -> None:
-        self.cuda = cuda
+    def __init__(self, driver: FakeDriver, text_hidden: int, profiles: list[Limits]) -> None:
+        self.driver = driver
         self.text_hidden = text_hidden
         self.profiles = profiles
         self.fail: str | None = None
         self.deserialised: list[bytes] = []
         self.configs: list[RuntimeConfig] = []
+        self.first_rows: list[tuple[int, ...]] = []  # of each launch, as it found them
         self._logger: Any = None
 
     def memory_bytes(self, profile: int) -> int:
@@ -405,11 +208,15 @@ class TensorRT:
         if call != self.fail:
             return False
         self._logger.log(self.ILogger.Severity.WARNING, "not a reason")
-        self._logger.log(self.ILogger.Severity.ERROR, f"reason of {call}")
+        self.log_error(f"reason of {call}")
         return True
+
+    def log_error(self, message: str) -> None:
+        self._logger.log(self.ILogger.Severity.ERROR, message)
 
     def Runtime(self, logger: Any) -> TensorRT | None:
         self._logger = logger
+        assert self.driver.is_current(), "no device is this thread's"
         return None if self.refuses("Runtime") else self
 
     def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:

@@ -30,6 +30,8 @@ class BackendOptions:
         streams: Calls that a TensorRT engine runs at once; more wait. Each has a stream and activations of
             its own, weights are shared. ONNX Runtime takes calls of any number of threads.
         cuda_graphs: Whether a TensorRT engine with buckets is run by one CUDA graph for each bucket.
+        capture_on_open: Whether those are captured when it is opened, rather than in the first call of
+            each bucket.
         kernels: When TensorRT-RTX specialises kernels to a shape: `lazy`, `eager` or `none`. Default: eager
             for an engine with buckets, else lazy.
         runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default
@@ -49,6 +51,7 @@ class BackendOptions:
     threads: int | None = None
     streams: int = 1
     cuda_graphs: bool = True
+    capture_on_open: bool = False
     kernels: Any = None
     runtime_cache: str | Path | None = None
     flavour: str | None = None
@@ -79,6 +82,7 @@ class BackendInfo:
         splitting: How batches are cut.
         compute_capability: Of the GPU.
         cuda_graphs: Whether buckets are run by CUDA graphs.
+        captures_refused: Buckets that could not be captured and run without a graph, and why.
         profiles: Accepted sizes, for people.
         streams: Calls at once.
         plugin_library: Name of the library beside the engine.
@@ -102,6 +106,7 @@ class BackendInfo:
     splitting: str | None = None
     compute_capability: str | None = None
     cuda_graphs: bool | None = None
+    captures_refused: dict[str, str] | None = None
     profiles: list[str] | None = None
     streams: int | None = None
     plugin_library: str | None = None

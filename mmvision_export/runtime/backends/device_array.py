@@ -89,14 +89,15 @@ def device_array(array: Any, *, name: str, stream: int) -> DeviceArray:
     Args:
         array: Of a library with DLPack (torch, CuPy).
         name: What an error calls it.
-        stream: The stream that will read it: its library makes that one wait for what is still writing it.
+        stream: The stream that will read it: its library makes that one wait for what is still writing it. Not 0,
+            which DLPack forbids: 1 is the default stream.
 
     Raises:
         InputError: It cannot be exported, is of a type NumPy has not, or is not C-contiguous.
     """
     try:
         capsule = array.__dlpack__(stream=stream)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, BufferError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"{name} of type {type(array).__name__} cannot be read with DLPack: {error}"
         ) from error

@@ -2,6 +2,10 @@
 
 Every profile has an execution context of its own, since a captured graph is tied to the state of the context it was
 captured from. They run one after the other, so that they share the memory for activations: the largest profile's.
+
+All of a lane's work is in its own stream, which is joined to a stream of the caller's by events on both sides. It is
+never the default stream, in which TensorRT synchronises, and does not wait for it, so that what other threads put there
+breaks no capture.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
-from mmvision_export.runtime.backends.cuda import Cuda
+from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
+from mmvision_export.runtime.backends.pinned_rows import PinnedRows
 from mmvision_export.runtime.launch_planner import Launch, padding_rows
 
 if TYPE_CHECKING:
@@ -40,6 +45,9 @@ class Lane:
         dtype: Float type of patches and embeddings.
         profiles: The engine's.
         captures: Whether launches in a bucket are captured as CUDA graphs here.
+
+    Attributes:
+        refusals: Profile -> why its launch could not be captured. It is launched without a graph.
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class Lane:
         self._captures = captures
         self._contexts: list[trt.IExecutionContext] = []
         self._graphs: dict[int, int] = {}
+        self.refusals: dict[int, str] = {}
         self._shapes: dict[int, tuple[int, int]] = {}
         self._cleanup = contextlib.ExitStack()
 
@@ -73,6 +82,7 @@ class Lane:
         """
         cuda, config = self._cuda, self._config
         self._stream = self._held(cuda.new_stream(), cuda.free_stream)
+        self._arrived = self._held(cuda.new_event(), cuda.free_event)
         self._done = self._held(cuda.new_event(), cuda.free_event)
         patches = max(profile.max_patches for profile in self._profiles)
         images = max(profile.max_images for profile in self._profiles)
@@ -87,6 +97,7 @@ class Lane:
         self._addresses = {
             name: self._held(cuda.allocate(size), cuda.free) for name, size in sizes.items()
         }
+        self._rows = PinnedRows(cuda, images, self._cleanup)
         memory_bytes = max(
             engine.get_device_memory_size_for_profile_v2(i) for i in range(len(self._profiles))
         )
@@ -121,22 +132,27 @@ class Lane:
             plan: From `plan_launches`.
             batch: In host memory, or with a `DeviceArray` for its patches.
             image_embeds: `[num_image_tokens, text_hidden_size]`, filled.
-            stream: A stream of the caller's. If embeddings are for the device, this returns before they are there.
+            stream: A stream of the caller's, or None. With one, and all arrays on the device, this
+                returns before the embeddings are there; what the caller puts into that stream comes
+                after them.
         """
-        on = self._stream if stream is None else stream
-        self._cuda.wait(
-            on, self._done
-        )  # the lane's last call may still be running, on another stream
+        on_device = [isinstance(array, DeviceArray) for array in (batch.pixel_values, image_embeds)]
+        joined = LEGACY_STREAM if stream is None and any(on_device) else stream
+        if joined is not None:
+            self._cuda.record(self._arrived, joined)
+            self._cuda.wait(self._stream, self._arrived)
         try:
             for launch in plan:
-                self._launch(launch, batch, image_embeds, on)
-            self._cuda.record(self._done, on)
-            if stream is None or not isinstance(image_embeds, DeviceArray):
-                self._cuda.synchronize(on)
+                self._launch(launch, batch, image_embeds)
+            self._cuda.record(self._done, self._stream)
+            if stream is not None:
+                self._cuda.wait(stream, self._done)
+            if stream is None or not all(on_device):
+                self._cuda.synchronize(self._stream)
         except BaseException:
             # What was enqueued before may still be writing into the caller's arrays.
             with contextlib.suppress(BackendError):
-                self._cuda.synchronize(on)
+                self._cuda.synchronize(self._stream)
             raise
 
     def _launch(
@@ -144,8 +160,8 @@ class Lane:
         launch: Launch,
         batch: PackedBatch,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
-        stream: int,
     ) -> None:
+        stream = self._stream
         profile = self._profiles[launch.profile]
         first, num_patches = launch.patches.start, launch.patches.stop - launch.patches.start
         pixel_values, rows = batch.pixel_values, batch.grid.rows[launch.images]
@@ -161,8 +177,8 @@ class Lane:
             # What an earlier batch left there would be as good, but this is the same each time.
             rest = (padded - num_patches) * self._patch_bytes
             self._cuda.zero(target + num_patches * self._patch_bytes, rest, stream)
-        self._cuda.to_device(self._addresses["grid_thw"], rows, stream)
-        self._execute(launch.profile, (padded, len(rows)), stream)
+        self._rows.send(self._addresses["grid_thw"], rows, stream)
+        self._execute(launch.profile, (padded, len(rows)))
         per_token = self._config.patches_per_token
         tokens = slice(first // per_token, launch.patches.stop // per_token)
         source, size = (
@@ -176,9 +192,26 @@ class Lane:
         else:
             self._cuda.to_host(image_embeds[tokens], source, stream)
 
-    def _execute(self, profile: int, shape: tuple[int, int], stream: int) -> None:
+    def capture_all(self) -> None:
+        """Run each bucket once on padding alone and capture it, so that no later call does.
+
+        Raises:
+            BackendError: TensorRT or CUDA refused a step. A refused capture is none: see `refusals`.
+        """
+        if not self._captures:
+            return
+        for index, profile in enumerate(self._profiles):
+            if profile.is_bucket:
+                size = profile.max_patches * self._patch_bytes
+                self._cuda.zero(self._addresses["pixel_values"], size, self._stream)
+                rows = padding_rows(0, 0, profile, self._config)
+                self._rows.send(self._addresses["grid_thw"], rows, self._stream)
+                self._execute(index, (profile.max_patches, len(rows)))
+        self._cuda.synchronize(self._stream)
+
+    def _execute(self, profile: int, shape: tuple[int, int]) -> None:
         if (graph := self._graphs.get(profile)) is not None:
-            self._cuda.launch(graph, stream)
+            self._cuda.launch(graph, self._stream)
             return
         context = self._contexts[profile]
         if self._shapes.get(profile) != shape:
@@ -191,19 +224,38 @@ class Lane:
                 )
             self._shapes[profile] = shape
         enqueue = functools.partial(self._enqueue, context)
-        enqueue(stream)
-        if self._captures and self._profiles[profile].is_bucket:
-            # After a run as usual, in which TensorRT does what it puts off until the first. Capturing runs nothing, so
-            # that the embeddings stay as they are; it is done on the lane's stream, which is never the default one.
-            self._cuda.synchronize(stream)
-            graph = self._cuda.captured(functools.partial(enqueue, self._stream), self._stream)
-            self._graphs[profile] = self._held(graph, self._cuda.free_graph)
+        enqueue()
+        is_captured = self._captures and self._profiles[profile].is_bucket
+        if is_captured and profile not in self.refusals:
+            self._capture(profile, enqueue)
 
-    def _enqueue(self, context: trt.IExecutionContext, stream: int) -> None:
-        self._checked(context.execute_async_v3(stream), "enqueue the engine")
+    def _capture(self, profile: int, enqueue: Callable[[], None]) -> None:
+        """Capture what has just been enqueued, for the next time.
+
+        After a run as usual, in which TensorRT does what it puts off until the first. Capturing runs nothing, so that
+        the embeddings stay as they are: if it is refused, they are as good as before.
+        """
+        self._cuda.synchronize(self._stream)
+        try:
+            graph = self._cuda.captured(enqueue, self._stream)
+        except BackendError as error:
+            self.refusals[profile] = str(error)
+            return
+        self._graphs[profile] = self._held(graph, self._cuda.free_graph)
+
+    def _enqueue(self, context: trt.IExecutionContext) -> None:
+        self._checked(context.execute_async_v3(self._stream), "enqueue the engine")
 
     def close(self) -> None:
-        """Free everything."""
-        self._contexts.clear()
-        self._graphs.clear()
-        self._cleanup.close()
+        """Wait for what is still running, and free everything.
+
+        Raises:
+            BackendError: What was running failed. Everything is freed all the same.
+        """
+        try:
+            if self._contexts:
+                self._cuda.synchronize(self._stream)
+        finally:
+            self._contexts.clear()
+            self._graphs.clear()
+            self._cleanup.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import platform as host
 import queue
 from collections.abc import Iterator, Sequence
@@ -151,17 +152,18 @@ class TensorRTBackend:
         self._num_lanes = 0
         self._cleanup = contextlib.ExitStack()
         try:
-            self._open(engine, record, module, options.streams)
+            self._open(engine, record, module, options)
         except BaseException:
             with contextlib.suppress(BackendError):  # the first error is the one to report
                 self.close()
             raise
 
-    def _open(self, path: Path, record: EngineRecord, module: Any, streams: int) -> None:
+    def _open(self, path: Path, record: EngineRecord, module: Any, options: BackendOptions) -> None:
         plan = record.verified_bytes(path)
         if (plugins := record.plugin_library) is not None:
             load_plugin_library(module, plugins.verify(path), plugins.record.sha256)
             self.info.plugin_library = plugins.name
+        self._cuda.use()
         self._logger = _logger(module)
         runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
         self._engine = self._checked(runtime.deserialize_cuda_engine(plan), f"deserialise {path}")
@@ -171,7 +173,7 @@ class TensorRTBackend:
             raise BackendError(
                 f"{path} has {built} optimization profiles, its sidecar says {len(self.profiles)}"
             )
-        for _ in range(streams):
+        for _ in range(options.streams):
             lane = Lane(
                 self._cuda,
                 self._checked,
@@ -182,6 +184,9 @@ class TensorRTBackend:
             )
             self._cleanup.callback(lane.close)
             lane.open(self._engine, lambda: self._new_context(module))
+            if options.capture_on_open:
+                lane.capture_all()
+                self._note_refusals(lane)
             self._lanes.put(lane)
             self._num_lanes += 1
 
@@ -217,6 +222,14 @@ class TensorRTBackend:
         with self._lane() as lane:
             self._cuda.use()
             lane.run(plan, batch, image_embeds, stream=stream)
+            self._note_refusals(lane)
+
+    def _note_refusals(self, lane: Lane) -> None:
+        if lane.refusals:
+            self.info.captures_refused = {
+                f"{self.profiles[index].max_patches} patches": reason
+                for index, reason in lane.refusals.items()
+            }
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[Lane]:
@@ -234,11 +247,15 @@ class TensorRTBackend:
         """See `Backend.close`. Waits for the calls that are running."""
         engine, self._engine = self._engine, None
         idle = [self._lanes.get() for _ in range(self._num_lanes)]
-        self._cleanup.close()
-        # TensorRT asks that contexts go before their engine.
-        del engine
-        for lane in idle:  # whoever waits for one is told
-            self._lanes.put(lane)
+        try:
+            self._cuda.use()  # whichever thread this is
+            self._cleanup.close()
+        finally:
+            # TensorRT asks that contexts go before their engine.
+            del engine
+            self._cuda.close()
+            for lane in idle:  # whoever waits for one is told
+                self._lanes.put(lane)
 
     def _checked(self, result: Any, what: str) -> Any:
         """Turn TensorRT's None or False into an error with what it logged."""
@@ -250,7 +267,14 @@ class TensorRTBackend:
 
 
 def _logger(module: Any) -> Any:
-    """A TensorRT logger that keeps the errors, for the message of the exception that follows."""
+    """A TensorRT logger that keeps the errors, for the message of the exception that follows.
+
+    What is less than an error goes to Python's logger `mmvision_export.tensorrt`.
+    """
+    severities = module.ILogger.Severity
+    errors = (severities.ERROR, severities.INTERNAL_ERROR)
+    levels = {severities.WARNING: logging.WARNING, severities.INFO: logging.INFO}
+    log = logging.getLogger("mmvision_export.tensorrt")
 
     class Logger(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -258,7 +282,9 @@ def _logger(module: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR):
+            if severity in errors:
                 self.errors.append(message)
+            else:
+                log.log(levels.get(severity, logging.DEBUG), "%s", message)
 
     return Logger()
