@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -84,13 +85,10 @@ class Kernels:
         shape = (int(bounds[-1]), grid[1], stride // grid[1])
         q, k, v = (float_from_bits(self.array(w, shape), self.dtype) for w in words[:3])
         out = np.zeros(shape)
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in itertools.pairwise(bounds):
             if end == start:
                 continue
-            if self.fault == "last key" and end - start > 64:
-                end_of_keys = end - 1
-            else:
-                end_of_keys = end
+            end_of_keys = end - (self.fault == "last key" and end - start > 64)
             scores = np.einsum("qhd,khd->hqk", q[start:end], k[start:end_of_keys]) * scale
             if self.fault == "no scale":
                 scores /= scale
@@ -214,7 +212,7 @@ def test_expected_results_are_those_of_torch_in_float64() -> None:
             for x in case.inputs[:3]
         )
         out = np.empty_like(case.expected[0])
-        for start, end in zip(case.inputs[3], case.inputs[3][1:], strict=False):
+        for start, end in itertools.pairwise(case.inputs[3]):
             part = (x[:, start:end] for x in (q, k, v))
             attention = torch.nn.functional.scaled_dot_product_attention(
                 *part, scale=case.scalars["scale"]
