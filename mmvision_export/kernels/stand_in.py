@@ -38,9 +38,9 @@ def build_stand_in(folder: Path) -> Path:
     library = folder / STAND_IN
     sources = [str(root / "tests" / f"{name}.cpp") for name in _SOURCES]
     command = [compiler, "-std=c++17", "-O0", "-shared", "-fPIC", f"-I{root}"]
+    # No -soname: a copy that is loaded by its path must not answer who looks for libcuda.so.1 later.
     command += [
         f"-isystem{cuda_headers()}",
-        f"-Wl,-soname,{STAND_IN}",
         *sources,
         "-o",
         str(library),

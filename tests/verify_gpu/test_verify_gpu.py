@@ -321,7 +321,7 @@ def test_a_damaged_pack_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_without_a_gpu(mmvision: Command, exported: Path, tmp_path: Path) -> None:
     result = mmvision("verify-gpu", "--model", str(exported), "--output", str(tmp_path / "out"))
-    assert result.returncode == 0, result.stderr
-    assert all("stand-in" in line for line in result.stdout.splitlines())
+    assert result.code == 0, result.err
+    assert all("stand-in" in line for line in result.out.splitlines())
     assert (tmp_path / "out" / "verify-gpu.json").is_file()
     assert (tmp_path / "out" / "verify-gpu.md").is_file()
