@@ -8,6 +8,8 @@ can be trusted.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -178,13 +180,9 @@ class EngineRecord:
         """
         self.engine.verify(engine, said_by="its sidecar")
 
-    def verified_bytes(self, engine: Path) -> bytes:
-        """The engine file's content, read once: these are the bytes that were hashed.
-
-        Raises:
-            ManifestError: See `verify`.
-        """
-        return self.engine.verified_bytes(engine, said_by="its sidecar")
+    def verified_map(self, engine: Path) -> AbstractContextManager[mmap]:
+        """The engine file in memory, mapped and verified. See `FileRecord.verified_map`."""
+        return self.engine.verified_map(engine, said_by="its sidecar")
 
     @classmethod
     def read(cls, engine: Path) -> EngineRecord:

@@ -11,6 +11,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -185,16 +186,24 @@ class FileRecord:
         self.verify_size(path, said_by=said_by)
         self._refuse_other_content(path, sha256_of(path), said_by)
 
-    def verified_bytes(self, path: Path, *, said_by: str) -> bytes:
-        """The content of a file, read once and verified: what is hashed is what is given back.
+    @contextlib.contextmanager
+    def verified_map(self, path: Path, *, said_by: str) -> Iterator[mmap.mmap]:
+        """A file in memory, read-only and verified, for the block: the pages that are hashed are those given.
+
+        They are the system's cache of the file and no copy. That matters on a Jetson, where host and
+        device share one memory. A file that is shortened meanwhile ends the process (SIGBUS), as any
+        mapped file does.
 
         Raises:
             ManifestError: See `verify`.
         """
         self.verify_size(path, said_by=said_by)
-        content = path.read_bytes()
-        self._refuse_other_content(path, hashlib.sha256(content).hexdigest(), said_by)
-        return content
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), self.size_bytes, access=mmap.ACCESS_READ) as content,
+        ):
+            self._refuse_other_content(path, hashlib.sha256(content).hexdigest(), said_by)
+            yield content
 
     def _refuse_other_content(self, path: Path, digest: str, said_by: str) -> None:
         if digest != self.sha256:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mmvision_export.artifacts.build_target import Installation, TensorRTVersion
@@ -242,16 +246,43 @@ def test_changed_engine_files(tmp_path: Path) -> None:
     engine = write_engine(tmp_path)
     engine.write_bytes(b"executable Content")
     record = EngineRecord.read(engine)
-    for check in (record.verify, record.verified_bytes):
+
+    def mapped(path: Path) -> None:
+        with record.verified_map(path) as content:
+            assert content[:] == b"executable content"
+
+    for check in (record.verify, mapped):
         engine.write_bytes(b"executable Content")
-        with pytest.raises(ManifestError, match="sha256"):
+        with refused(ManifestError, engine, record.engine.sha256):
             check(engine)
         engine.write_bytes(b"executable")
-        with pytest.raises(ManifestError, match=r"10 bytes.*18"):
+        with refused(ManifestError, engine, 10, 18):
             check(engine)
         engine.write_bytes(b"executable content")
         check(engine)
-    assert record.verified_bytes(engine) == b"executable content"
+
+
+def test_an_engine_is_mapped_and_not_copied(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(1 << 24)
+    engine = tmp_path / "large.engine"
+    engine.write_bytes(content)
+    record = FileRecord.of(content)
+
+    def peak(work: Callable[[], object]) -> int:
+        tracemalloc.start()
+        try:
+            work()
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    def mapped() -> None:
+        with record.verified_map(engine, said_by="the test") as plan, memoryview(plan) as view:
+            assert view.readonly
+            assert hashlib.sha256(view).hexdigest() == record.sha256
+
+    assert peak(mapped) < 1 << 20
+    assert peak(engine.read_bytes) > 1 << 23  # what a copy would show
 
 
 @pytest.mark.parametrize(

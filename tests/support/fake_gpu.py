@@ -8,6 +8,7 @@ thread without a device. What CUDA leaves undefined fails in the driver's stand-
 
 from __future__ import annotations
 
+from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -219,6 +220,7 @@ class TensorRT:
         assert self.driver.is_current(), "no device is this thread's"
         return None if self.refuses("Runtime") else self
 
-    def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
-        self.deserialised.append(plan)
+    def deserialize_cuda_engine(self, plan: bytes | mmap) -> Engine | None:
+        with memoryview(plan) as view:  # as the binding does, for the call
+            self.deserialised.append(bytes(view))
         return None if self.refuses("deserialize_cuda_engine") else Engine(self)

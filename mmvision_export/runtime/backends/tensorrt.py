@@ -159,15 +159,16 @@ class TensorRTBackend:
             raise
 
     def _open(self, path: Path, record: EngineRecord, module: Any, options: BackendOptions) -> None:
-        plan = record.verified_bytes(path)
-        if (plugins := record.plugin_library) is not None:
-            load_plugin_library(module, plugins.verify(path), plugins.record.sha256)
-            self.info.plugin_library = plugins.name
-        self._cuda.use()
-        self._logger = _logger(module)
-        runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
-        self._engine = self._checked(runtime.deserialize_cuda_engine(plan), f"deserialise {path}")
-        del plan  # as large as the engine, whose contexts need the room
+        with record.verified_map(path) as plan:
+            if (plugins := record.plugin_library) is not None:
+                load_plugin_library(module, plugins.verify(path), plugins.record.sha256)
+                self.info.plugin_library = plugins.name
+            self._cuda.use()
+            self._logger = _logger(module)
+            runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
+            self._engine = self._checked(
+                runtime.deserialize_cuda_engine(plan), f"deserialise {path}"
+            )
         built = self._engine.num_optimization_profiles
         if built != len(self.profiles):
             raise BackendError(
