@@ -229,12 +229,9 @@ def test_what_build_plugins_refuses(
     with refused(OutputError, library) as caught:
         build_plugins(output=library.parent)
     assert "--force" in str(caught.value.hint)
-    with pytest.raises(
-        PluginError,
-        match=r"--sm 75: there are kernels for 80, 86, 87, 89, 90, 100, 101, 103, 110, 120, 121",
-    ):
+    with refused(PluginError, "--sm", 75, 80, 121):
         build_plugins(compute_capabilities=[ComputeCapability(7, 5)], output=tmp_path)
-    with pytest.raises(PluginError, match="--head-dim 72: there are kernels for 16, 32"):
+    with refused(PluginError, "--head-dim", 72, 16, 32):
         build_plugins(head_dims=[72], output=tmp_path)
     with refused(PluginError, tmp_path):
         build_plugins(tensorrt_include=tmp_path, output=tmp_path)

@@ -186,5 +186,5 @@ def test_unreadable_files(
 def test_manifest_form_round_trips() -> None:
     config = EncoderConfig(num_hidden_layers=3)
     assert EncoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    with pytest.raises(ConfigError, match="unknown or missing encoder config field"):
+    with refused(ConfigError, "depth"):
         EncoderConfig.from_json({"depth": 3})

@@ -195,7 +195,7 @@ def test_images_opened_elsewhere(tmp_path: Path) -> None:
         _, row = patches_from_image(lazy, CONFIG)
     assert row == patches_from_image(image_from_file(path), CONFIG)[1] == (1, 20, 8)
     path.write_bytes(path.read_bytes()[:-300])
-    with Image.open(path) as lazy, pytest.raises(InputError, match="image 0: "):
+    with Image.open(path) as lazy, refused(InputError, "image 0", reason="unreadable"):
         batch_from_images([lazy], CONFIG)
     premultiplied = Image.new("RGBA", (60, 60), (0, 0, 0, 0)).convert("RGBa")
     assert rgb_from_image(premultiplied).getpixel((0, 0)) == (255, 255, 255)
@@ -209,11 +209,9 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_extreme_aspect_ratio_names_the_image() -> None:
-    with pytest.raises(
-        InputError, match="image 1: aspect ratio must be at most 200, got 601 x 3 pixels"
-    ):
+    with refused(InputError, "image 1", 200, 601, 3):
         batch_from_images([Image.new("RGB", (60, 60)), Image.new("RGB", (601, 3))], CONFIG)
-    with pytest.raises(InputError, match="no images"):
+    with refused(InputError, "images"):
         batch_from_images([], CONFIG)
 
 

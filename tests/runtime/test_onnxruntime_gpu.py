@@ -23,9 +23,8 @@ def test_a_provider_that_is_not_built_in(exported: Path, backend: str) -> None:
         onnxruntime.get_available_providers()
     ):
         pytest.skip("this ONNX Runtime has it")
-    with pytest.raises(
-        BackendError, match="this ONNX Runtime has no .*ExecutionProvider"
-    ) as caught:
+    provider = {"onnxruntime-cuda": "CUDA", "onnxruntime-tensorrt": "Tensorrt"}[backend]
+    with refused(BackendError, f"{provider}ExecutionProvider") as caught:
         open_backend(exported, BackendOptions(backend=backend))
     assert caught.value.hint == "pip install '.[gpu]'"
 
@@ -119,15 +118,15 @@ def test_the_rtx_plugin(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None
         plugin.cached
         == [{"nv_runtime_cache_path": str(exported / "plans" / "onnxruntime-rtx")}] * 2
     )
-    with pytest.raises(BackendError, match="there is no TensorRT-RTX device 1: this machine has 1"):
+    with refused(BackendError, "device 1", "has 1"):
         open_backend(exported, BackendOptions(backend="onnxruntime-rtx", device=1))
 
 
 def test_the_rtx_plugin_without_a_gpu(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Plugin(monkeypatch, devices=0)
-    with pytest.raises(BackendError, match="offers no device: is there an RTX GPU and a driver"):
+    with refused(BackendError, "no device", "driver"):
         open_backend(exported, BackendOptions(backend="onnxruntime-rtx"))
-    with pytest.raises(BackendError, match="offers no device: cannot load plugin.so"):
+    with refused(BackendError, "no device", "plugin.so"):
         open_backend(exported, BackendOptions(backend="onnxruntime-rtx"))
 
 

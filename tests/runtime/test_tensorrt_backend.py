@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import threading
 import time
@@ -384,16 +385,18 @@ def test_a_foreign_engine_is_never_deserialised(machine: Machine) -> None:
 def test_the_bytes_that_were_hashed_are_those_deserialised(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file changes once it has been read: nothing reads it again."""
-    read_bytes = Path.read_bytes
+    """Another file takes the engine's place once it is hashed: the first one is deserialised."""
+    sha256 = hashlib.sha256
 
-    def read_and_change(path: Path) -> bytes:
-        content = read_bytes(path)
-        if path == machine.engine:
-            path.write_bytes(b"somebody's content")
-        return content
+    def hash_and_replace(content: Any) -> Any:
+        digest = sha256(content)
+        if bytes(content) == b"executable content":
+            other = machine.engine.with_suffix(".new")
+            other.write_bytes(b"somebody's content")
+            other.replace(machine.engine)
+        return digest
 
-    monkeypatch.setattr(Path, "read_bytes", read_and_change)
+    monkeypatch.setattr("mmvision_export.core.files.hashlib.sha256", hash_and_replace)
     machine.encoder().close()
     assert machine.trt.deserialised == [b"executable content"]
     # The control: what is there now is refused.
