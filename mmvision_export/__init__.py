@@ -22,7 +22,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use, so that the command line and the exporter do not load a runtime they do not need.
+    # Imported on first use, so that the command line and the exporter do not load a runtime they do
+    # not need.
     if name == "VisionEncoder":
         from mmvision_export.runtime.vision_encoder import VisionEncoder
 

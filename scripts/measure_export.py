@@ -1,9 +1,10 @@
 """Export of one tower by this package and by transformers' own exporter: `python scripts/measure_export.py`.
 
-Each export is a process of its own, and they take turns. What is timed is from an encoder in memory, with seeded random
-weights of the full size, to files on disk: tracing and writing; reading or making weights is not in it. The peak is the
-process's, weights included. The graphs are not the same: transformers' has no projector and merger in this measurement
-(its exporter takes the tower alone), so that its weights are fewer, and it is right for equal images only.
+Each export is a process of its own, and they take turns. What is timed is from an encoder in
+memory, with seeded random weights of the full size, to files on disk: tracing and writing; reading
+or making weights is not in it. The peak is the process's, weights included. The graphs are not the
+same: transformers' has no projector and merger in this measurement (its exporter takes the tower
+alone), so that its weights are fewer, and it is right for equal images only.
 """
 
 from __future__ import annotations

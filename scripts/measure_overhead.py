@@ -1,8 +1,8 @@
 """What `VisionEncoder` adds to a call, and how long its import takes: `python scripts/measure_overhead.py`.
 
-Overhead: validation, planning and padding of 8 images of 1,024 patches, in a call to a backend that computes nothing,
-by the clock. The finite check reads all patches once, so that the speed of memory is its limit; it is shown apart,
-from the same runs. Import: a new interpreter each time.
+Overhead: validation, planning and padding of 8 images of 1,024 patches, in a call to a backend that
+computes nothing, by the clock. The finite check reads all patches once, so that the speed of memory
+is its limit; it is shown apart, from the same runs. Import: a new interpreter each time.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main() -> None:
     encoder = VisionEncoder(Nothing(), PreprocessorConfig())  # type: ignore[arg-type]
     pixels = np.random.default_rng(0).standard_normal((8 * 1024, 1176)).astype(np.float32)
     same = np.array([(1, 32, 32)] * 8)
-    # Eight rows of four shapes of 1,024 patches each: more batches than there are calls, and so never one again.
+    # Eight rows of four shapes of 1,024 patches each: more batches than there are calls, and so
+    # never one again.
     shapes = np.array([(1, 32, 32), (1, 16, 64), (1, 64, 16), (1, 8, 128)])
     fresh = [shapes[[call >> 2 * row & 3 for row in range(8)]] for call in range(1, CALLS + 1)]
     times: dict[str, list[float]] = {

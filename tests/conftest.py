@@ -20,8 +20,8 @@ from mmvision_export.models.weights import WeightSource
 from tests.support.command import mmvision  # noqa: F401 - a fixture
 from tests.support.configs import HEAD_DIM_80
 
-# Examples are searched anew on every run, but in CI, where the same ones are tried each time, so that a red run is the
-# doing of a change. Times vary too much on shared machines for a deadline.
+# Examples are searched anew on every run, but in CI, where the same ones are tried each time, so
+# that a red run is the doing of a change. Times vary too much on shared machines for a deadline.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")

@@ -29,7 +29,8 @@ from mmvision_export.version import __version__
 
 __all__ = ["measure"]
 
-# What a dense attention matrix costs grows with the square of the batch: 16 heads x 8192^2 scores are 4.3 GB.
+# What a dense attention matrix costs grows with the square of the batch: 16 heads x 8192^2 scores
+# are 4.3 GB.
 MAX_PATCHES = {"transformers-eager": 4096, "nemo": 8192}
 EMULATED_MAX_PATCHES = 1024
 """Most patches for a side whose bfloat16 is emulated, several times slower than float32."""
@@ -135,8 +136,8 @@ def measure(
 ) -> Result:
     """Measure every side on every workload, round by round: one run of each side, then the next round.
 
-    A round is thrown away first, to warm up, unless it alone takes longer than `seconds_per_workload`. Rounds follow
-    until there are `repeats`, or that time is over.
+    A round is thrown away first, to warm up, unless it alone takes longer than
+    `seconds_per_workload`. Rounds follow until there are `repeats`, or that time is over.
 
     Args:
         directory: The model directory.

@@ -122,7 +122,8 @@ def transformers_modules(
         tower, projector = MiniMaxM3VLVisionModel(vision), MiniMaxM3VLMultiModalProjector(settings)
     state = as_transformers(encoder.state_dict(), config)
     for module, part in ((tower, "vision_tower."), (projector, "multi_modal_projector.")):
-        # Assigned, not copied: one copy of the weights in the process, as a user of transformers has.
+        # Assigned, not copied: one copy of the weights in the process, as a user of transformers
+        # has.
         weights = {k.removeprefix(part): v for k, v in state.items() if k.startswith(part)}
         module.load_state_dict(weights, strict=True, assign=True)
         _fill_buffers(

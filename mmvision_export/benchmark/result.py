@@ -18,13 +18,16 @@ class Measurement:
     Attributes:
         side: Backend or peer.
         workload: Name of the workload.
-        seconds: Every measured run, in order; run i of each side was made in the same round. A side whose bfloat16
-            is emulated has one run only.
+        seconds: Every measured run, in order; run i of each side was made in the same round. A side
+            whose bfloat16 is emulated has one run only.
         warm: Whether a run before the first was thrown away. Only the longest workloads have none.
-        cpu_s: CPU seconds of the process, median; unlike the time, hardly changed by what else the machine does.
-        foreign_cpus: CPUs that other processes used meanwhile, median; more than a tenth is a disturbed measurement.
-        above_bytes: Peak resident memory while running, above that of the opened model; without mapped files, of
-            which a runtime that reads its weights from their file only when it needs them has more then.
+        cpu_s: CPU seconds of the process, median; unlike the time, hardly changed by what else the
+            machine does.
+        foreign_cpus: CPUs that other processes used meanwhile, median; more than a tenth is a
+            disturbed measurement.
+        above_bytes: Peak resident memory while running, above that of the opened model; without
+            mapped files, of which a runtime that reads its weights from their file only when it
+            needs them has more then.
         peak_bytes: Peak resident memory while running, with mapped files.
         relative_l2: Distance of the output from that of the first side in the model's precision.
         min_cosine: Least cosine similarity of any image token with that side's.

@@ -30,7 +30,8 @@ def sides_from(
     """The sides of a comparison by name, the first being what the others are compared with.
 
     Raises:
-        BenchmarkError: A backend, precision or peer that there is not, or a graph the directory has not.
+        BenchmarkError: A backend, precision or peer that there is not, or a graph the directory has
+            not.
     """
     sides = []
     for backend in backends:

@@ -1,7 +1,8 @@
 """One side of a comparison in a process of its own, which is kept alive and told what to do line by line.
 
-`python -m mmvision_export.benchmark.worker SIDE DIRECTORY THREADS` answers each line of JSON on standard input by one
-on standard output. A process each, so that memory can be told apart and no thread pool is shared.
+`python -m mmvision_export.benchmark.worker SIDE DIRECTORY THREADS` answers each line of JSON on
+standard input by one on standard output. A process each, so that memory can be told apart and no
+thread pool is shared.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class Workload:
 
     Attributes:
         name: Says what it is.
-        series: Which plots it is in: `patches` (one image of any size), `images` (any number of equal ones).
+        series: Which plots it is in: `patches` (one image of any size), `images` (any number of
+            equal ones).
         grid: Rows (t, h, w) in patches.
     """
 
@@ -92,7 +93,8 @@ class Work:
     """What one operator of the graph, or the whole of it, does for one batch.
 
     Attributes:
-        flops: Floating-point operations of matrix products and attention, a multiply-add counted as two.
+        flops: Floating-point operations of matrix products and attention, a multiply-add counted as
+            two.
         bytes: Least traffic: each weight, input and output once.
     """
 
@@ -111,8 +113,8 @@ def work_of(
         bytes_per_value: 4 for float32, 2 for float16.
 
     Returns:
-        `patch embedding`, `attention projections`, `attention`, `MLP`, `projector`, `merger`. A test holds them equal
-        to a count over the nodes of the exported graph.
+        `patch embedding`, `attention projections`, `attention`, `MLP`, `projector`, `merger`. A
+        test holds them equal to a count over the nodes of the exported graph.
     """
     lengths = [t * h * w for t, h, w in grid]
     patches, costs = sum(lengths), Costs(config, masked=False)

@@ -1,6 +1,7 @@
 """The `mmvision` command: each subcommand is a signature, a docstring and one call.
 
-Heavy packages are imported by the command that uses them, so that `mmvision --help` answers at once.
+Heavy packages are imported by the command that uses them, so that `mmvision --help` answers at
+once.
 """
 
 from __future__ import annotations
@@ -219,9 +220,10 @@ def parity(
 ) -> None:
     """Measure how far graphs and engines are from PyTorch in float64.
 
-    Every graph of the model directory, and the engines that fit this machine, on the images or patches given, or on
-    grids of every kind; and layer by layer on the worst of them. A summary is written into manifest.json. Exits with 1
-    if a difference is beyond its gate, or a value is not finite.
+    Every graph of the model directory, and the engines that fit this machine, on the images or
+    patches given, or on grids of every kind; and layer by layer on the worst of them. A summary is
+    written into manifest.json. Exits with 1 if a difference is beyond its gate, or a value is not
+    finite.
     """
     if (pixel_values is None) != (grid_thw is None):
         raise typer.BadParameter("--pixel-values and --grid-thw go together")
@@ -300,8 +302,8 @@ def inspect(
 ) -> None:
     """Describe a model directory, graph or engine.
 
-    Inputs, operators, sizes, precision, versions and what was checked, as JSON. Of a model directory every file is
-    hashed and compared with the manifest.
+    Inputs, operators, sizes, precision, versions and what was checked, as JSON. Of a model
+    directory every file is hashed and compared with the manifest.
     """
     from mmvision_export.graph.inspection import inspect as describe
 
@@ -320,7 +322,8 @@ def doctor(
 ) -> None:
     """Show which backends work here, and why others do not, fastest first.
 
-    With --model, also which of them --backend auto takes for a model directory, and why it passes over others.
+    With --model, also which of them --backend auto takes for a model directory, and why it passes
+    over others.
     """
     from mmvision_export.cli.examination import choice_for, examine
 

@@ -64,8 +64,8 @@ def benchmark(
 ) -> None:
     """Measure backends, and PyTorch implementations of others, side by side.
 
-    Every side has the same weights, inputs and threads, and a process of its own; they take turns. What is measured is
-    kept after each workload, so that an interrupt loses only the last.
+    Every side has the same weights, inputs and threads, and a process of its own; they take turns.
+    What is measured is kept after each workload, so that an interrupt loses only the last.
     """
     from mmvision_export.benchmark.run import run_benchmark
     from mmvision_export.benchmark.sides import label_of

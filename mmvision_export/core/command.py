@@ -34,8 +34,8 @@ def exit_code_of(
 ) -> int:
     """Do the work of a command, and say in words why it ended if it did not end well.
 
-    SIGTERM interrupts as Ctrl-C does, so that a killed command cleans up what it was writing. What is
-    no `Exception`, such as the SystemExit of wrong usage, passes through.
+    SIGTERM interrupts as Ctrl-C does, so that a killed command cleans up what it was writing. What
+    is no `Exception`, such as the SystemExit of wrong usage, passes through.
 
     Args:
         work: Gives its exit code, or raises.

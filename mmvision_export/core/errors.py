@@ -1,7 +1,7 @@
 """Errors a user can act on: one subclass per stage, each with an optional next step.
 
-The command line turns any `MmvisionError` into one `error:` line and, where there is a `hint`, one `hint:` line. The
-wording is always *what was wrong, the rule, the value*; the hint is *what to do*.
+The command line turns any `MmvisionError` into one `error:` line and, where there is a `hint`, one
+`hint:` line. The wording is always *what was wrong, the rule, the value*; the hint is *what to do*.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ class MmvisionError(Exception):
     """Base of every error this package raises on purpose.
 
     Args:
-        message: What was wrong, the rule and the value, in one line (lists of names may follow on further lines).
+        message: What was wrong, the rule and the value, in one line (lists of names may follow on
+            further lines).
         hint: What to do next, or None.
-        reason: For programs, which do not read the message: why a file or folder was refused, or None.
+        reason: For programs, which do not read the message: why a file or folder was refused, or
+            None.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Are all values of a batch finite? Asked before every call, and so at the speed of memory.
 
-A row's sum is finite only if all its values are, and a sum is one pass without a temporary. One core does not read as
-fast as the memory delivers: a large batch is read by a few threads, from a queue of pieces, so that one whose core is
-busy with something else takes few of them and nobody waits for a thread that did not start.
+A row's sum is finite only if all its values are, and a sum is one pass without a temporary. One
+core does not read as fast as the memory delivers: a large batch is read by a few threads, from a
+queue of pieces, so that one whose core is busy with something else takes few of them and nobody
+waits for a thread that did not start.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy.typing as npt
 
 __all__ = ["finite_rows"]
 
-# Large enough that handing out pieces costs little; NumPy lets other threads run during a reduction of over 500 rows.
+# Large enough that handing out pieces costs little; NumPy lets other threads run during a reduction
+# of over 500 rows.
 _PIECE_ROWS = 1024
 _MOST_THREADS = 4
 
@@ -72,6 +74,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MOST_THREADS - 1, thread_name_prefix="mmvision-finite")
 
 
-# A forked process has the pool but not its threads: what it handed to them would stay queued, and in memory, for ever.
+# A forked process has the pool but not its threads: what it handed to them would stay queued, and
+# in memory, for ever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)

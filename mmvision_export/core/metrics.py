@@ -19,8 +19,8 @@ class Metrics:
         max_abs: Largest absolute difference.
         relative_l2: L2 norm of the difference over that of the reference.
         min_cosine: Smallest cosine similarity of a token with its reference.
-        non_finite: Values of the result or of the reference that are NaN or infinite; if there are any, the other
-            figures are NaN.
+        non_finite: Values of the result or of the reference that are NaN or infinite; if there are
+            any, the other figures are NaN.
     """
 
     max_abs: float

@@ -55,8 +55,9 @@ def onnx_from_encoder(encoder: VisionEncoderModule, *, opset: int = ATTENTION_OP
         opset: Version of the standard operators, one of `OPSETS`.
 
     Returns:
-        A model with inputs `pixel_values` `[num_patches, patch_dim]` and `grid_thw` `[num_images, 3]` int64, output
-        `image_embeds` `[num_image_tokens, text_hidden_size]`, and the definitions of the custom ops.
+        A model with inputs `pixel_values` `[num_patches, patch_dim]` and `grid_thw` `[num_images,
+        3]` int64, output `image_embeds` `[num_image_tokens, text_hidden_size]`, and the definitions
+        of the custom ops.
 
     Raises:
         ExportError: The opset is not one of `OPSETS`.
@@ -64,7 +65,8 @@ def onnx_from_encoder(encoder: VisionEncoderModule, *, opset: int = ATTENTION_OP
     if opset not in OPSETS:
         raise ExportError(f"opset must be between {OPSETS[0]} and {OPSETS[-1]}, got {opset}")
     merge = encoder.config.spatial_merge_size
-    # Two images of different size, so that nothing about the example can pass for a constant of the model.
+    # Two images of different size, so that nothing about the example can pass for a constant of the
+    # model.
     grid_thw = torch.tensor([[1, 2 * merge, 2 * merge], [2, merge, 3 * merge]])
     num_patches = int(grid_thw.prod(dim=1).sum())
     input_dtype = torch.float32 if encoder.dtype == torch.bfloat16 else encoder.dtype
@@ -95,8 +97,8 @@ def onnx_from_encoder(encoder: VisionEncoderModule, *, opset: int = ATTENTION_OP
 
 
 def _floor_divide(a: Any, b: Any) -> Any:
-    # Patch positions are non-negative integers, for which ONNX's truncating Div is the floor; the general translation
-    # adds seven nodes to correct the sign.
+    # Patch positions are non-negative integers, for which ONNX's truncating Div is the floor; the
+    # general translation adds seven nodes to correct the sign.
     return opset18.Div(a, b)
 
 

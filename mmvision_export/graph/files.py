@@ -37,8 +37,8 @@ def save_graph(
     def advance(tensor: ir.TensorProtocol, _: object) -> None:
         progress.advance(tensor.nbytes)
 
-    # Large tensors start at a page, so that a runtime can map them; none is small enough to move into the graph's file
-    # but the constants of shape arithmetic.
+    # Large tensors start at a page, so that a runtime can map them; none is small enough to move
+    # into the graph's file but the constants of shape arithmetic.
     ir.save(model, directory / name, external_data=f"{name}.data", alignment=4096, callback=advance)
     progress.step(f"checking {name}")
     _check(directory / name)

@@ -20,7 +20,8 @@ def inspect(path: Path) -> dict[str, Any]:
     An engine itself is not opened: that would run code from it, and needs the GPU it was built for.
 
     Raises:
-        ManifestError: There is nothing there, or it is none of these, or does not match its manifest or sidecar.
+        ManifestError: There is nothing there, or it is none of these, or does not match its
+            manifest or sidecar.
     """
     if path.is_dir():
         return _directory(path)

@@ -37,8 +37,9 @@ def _short(path: str) -> str:
 def name_after_modules(model: ir.Model) -> None:
     """Name nodes, values and weights after the PyTorch module they come from, and drop the tracer's metadata.
 
-    A module that became one node gives it its name (`layers.3.self_attn.q_proj`); otherwise the op type follows
-    (`layers.3.self_attn.VarlenAttention`, and `..._2` for the next of the kind). A node's output has the node's name.
+    A module that became one node gives it its name (`layers.3.self_attn.q_proj`); otherwise the op
+    type follows (`layers.3.self_attn.VarlenAttention`, and `..._2` for the next of the kind). A
+    node's output has the node's name.
     """
     graph = model.graph
     kept = {value.name for value in (*graph.inputs, *graph.outputs)}
@@ -65,7 +66,8 @@ def name_after_modules(model: ir.Model) -> None:
 
 def _module_of(node: ir.Node) -> str:
     scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
-    # The last entry is the traced operation, those before it the modules around it; helpers of the tracer start with _.
+    # The last entry is the traced operation, those before it the modules around it; helpers of the
+    # tracer start with _.
     paths = [scope for scope in scopes[:-1] if scope and not scope.startswith("_")]
     return _short(paths[-1]) if paths else ""
 
@@ -110,13 +112,15 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 def retype(model: ir.Model, dtype: ir.DataType) -> None:
     """Turn a float32 graph into one of another float type, keeping float32 where the type would lose accuracy.
 
-    What depends on pixels changes its type: both ends of the graph, the hidden states and the weights. What depends on
-    `grid_thw` alone, the rotary angles and their cos and sin, stays float32, and so does what an operator keeps in
-    float32 inside it: the statistics of LayerNormalization (`stash_type`), the rotation, the softmax. No Cast is added.
-    The result is the graph that tracing the encoder in that type gives.
+    What depends on pixels changes its type: both ends of the graph, the hidden states and the
+    weights. What depends on `grid_thw` alone, the rotary angles and their cos and sin, stays
+    float32, and so does what an operator keeps in float32 inside it: the statistics of
+    LayerNormalization (`stash_type`), the rotation, the softmax. No Cast is added. The result is
+    the graph that tracing the encoder in that type gives.
 
     Args:
-        model: A float32 graph; changed in place. Weights are converted when they are read, one at a time.
+        model: A float32 graph; changed in place. Weights are converted when they are read, one at a
+            time.
         dtype: FLOAT16.
 
     Raises:
@@ -171,13 +175,14 @@ def _retyped(tensor: ir.TensorProtocol, name: str, dtype: ir.DataType) -> ir.Laz
 def inline_functions(model: ir.Model) -> None:
     """Replace each node that has a definition in the model by that definition.
 
-    A node keeps the name of the op it came from (`layers.3.self_attn.VarlenAttention.mask`), so that a builder's log or
-    a profiler's table says which layer it belongs to; what is equal in every layer, such as the attention mask, is
-    computed once.
+    A node keeps the name of the op it came from (`layers.3.self_attn.VarlenAttention.mask`), so
+    that a builder's log or a profiler's table says which layer it belongs to; what is equal in
+    every layer, such as the attention mask, is computed once.
     """
     calls = "mmvision.call"
-    # The inliner hands a call's metadata down to the nodes it makes, and renames them so that all differ. Putting the
-    # call's name in front afterwards needs the names as they stand in the functions.
+    # The inliner hands a call's metadata down to the nodes it makes, and renames them so that all
+    # differ. Putting the call's name in front afterwards needs the names as they stand in the
+    # functions.
     inner_names = "mmvision.inner_name"
     for node in model.graph:
         if node.op_identifier() in model.functions:
@@ -207,8 +212,8 @@ def inline_functions(model: ir.Model) -> None:
 def _measure_patches_once(graph: ir.Graph) -> None:
     """Read the number of patches off the graph's input rather than off each layer's q.
 
-    It is the same number, but what is computed from it, the attention mask above all, only becomes one common
-    subexpression if it is the same tensor's.
+    It is the same number, but what is computed from it, the attention mask above all, only becomes
+    one common subexpression if it is the same tensor's.
     """
     pixel_values = graph.inputs[0]
     assert pixel_values.shape is not None  # name_dimensions has named its first dimension

@@ -58,16 +58,17 @@ class Merged(nn.Module):
 def replace_vision_tower(model: nn.Module, encoder: VisionEncoder) -> tuple[nn.Module, nn.Module]:
     """Let a loaded model take its image and video features from an encoder.
 
-    `get_image_features` and `get_video_features` then give `pooler_output` as before: the same shapes and dtype. Their
-    `last_hidden_state` is the image tokens too, `[1, tokens, text_hidden_size]`: the tower's own hidden states stay
-    inside the encoder.
+    `get_image_features` and `get_video_features` then give `pooler_output` as before: the same
+    shapes and dtype. Their `last_hidden_state` is the image tokens too, `[1, tokens,
+    text_hidden_size]`: the tower's own hidden states stay inside the encoder.
 
     Args:
         model: A `MiniMaxM3VLModel`, or a model with one for its `model`; changed in place.
         encoder: An encoder of the same checkpoint; it stays open for as long as the model is used.
 
     Returns:
-        The tower and the projector that were there. Drop them to free their memory, or assign them back.
+        The tower and the projector that were there. Drop them to free their memory, or assign them
+        back.
 
     Raises:
         InputError: The model is another one, or the encoder's dimensions are not its.

@@ -1,24 +1,28 @@
 """Outliers as trained transformers have them, planted into random weights.
 
-Freshly initialised weights give activations that are all of one size. Those of trained transformers are not, which is
-what makes low precision hard. Two phenomena are planted, each in the weights that produce it in a trained model:
+Freshly initialised weights give activations that are all of one size. Those of trained transformers
+are not, which is what makes low precision hard. Two phenomena are planted, each in the weights that
+produce it in a trained model:
 
 * **Outlier channels**: the same few hidden channels are about 20 times larger than the others at the input of every
-  product of every layer, for about three quarters of all tokens. They come from the gain of the layer norms.
+  product of every layer, for about three quarters of all tokens. They come from the gain of the
+  layer norms.
 * **Massive activations**: from the middle of the depth on, a few patches (about 2 %, which ones depends on the image)
-  carry values of several hundreds in the same two channels of the residual stream, hundreds of times its median.
-  Five neurons of one MLP, which fire for those patches only, write them, and the residual connection carries them to
-  the end. After a layer norm they are all but constant, and act as a bias.
+  carry values of several hundreds in the same two channels of the residual stream, hundreds of
+  times its median. Five neurons of one MLP, which fire for those patches only, write them, and the
+  residual connection carries them to the end. After a layer norm they are all but constant, and act
+  as a bias.
 
 References:
-    Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 4: outlier features reach 20 times the size of others,
-    in 75 % of the sequence, magnitude 6 or more, in all layers. Wei et al. 2022, "Outlier Suppression",
-    arXiv:2209.13325, section 3: the layer norms' gain makes them. Sun et al. 2024, "Massive Activations in Large
-    Language Models", arXiv:2402.17762, sections 2 and 5: above 100 and up to 1000 times the median, in fixed channels;
-    in vision transformers at patches that differ from image to image. Darcet et al. 2023, "Vision Transformers Need
-    Registers", arXiv:2309.16588, section 2: 2.37 % of patches, norms about ten times those of others, from the middle
-    layers on. Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers", arXiv:2506.08010, section 3: about
-    five neurons of one MLP write them.
+    Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 4: outlier features reach 20 times
+    the size of others, in 75 % of the sequence, magnitude 6 or more, in all layers. Wei et al.
+    2022, "Outlier Suppression", arXiv:2209.13325, section 3: the layer norms' gain makes them. Sun
+    et al. 2024, "Massive Activations in Large Language Models", arXiv:2402.17762, sections 2 and 5:
+    above 100 and up to 1000 times the median, in fixed channels; in vision transformers at patches
+    that differ from image to image. Darcet et al. 2023, "Vision Transformers Need Registers",
+    arXiv:2309.16588, section 2: 2.37 % of patches, norms about ten times those of others, from the
+    middle layers on. Jiang et al. 2025, "Vision Transformers Don't Need Trained Registers",
+    arXiv:2506.08010, section 3: about five neurons of one MLP write them.
 """
 
 from __future__ import annotations
@@ -37,10 +41,11 @@ __all__ = ["Outliers", "plant_outliers"]
 OUTLIER_GAIN = 20.0
 MASSIVE_CHANNELS = 2
 REGISTER_NEURONS = 5
-# A neuron's detector is about standard normal over patches: 0.6 % lie above this, and for one of five neurons 3 %.
+# A neuron's detector is about standard normal over patches: 0.6 % lie above this, and for one of
+# five neurons 3 %.
 FIRING_THRESHOLD = 2.5
-# How steeply a neuron fires, and what it then writes: for a patch half a standard deviation above the threshold
-# GELU(4 * 0.5) * 150, which is about 300.
+# How steeply a neuron fires, and what it then writes: for a patch half a standard deviation above
+# the threshold GELU(4 * 0.5) * 150, which is about 300.
 REGISTER_SLOPE = 4.0
 REGISTER_WEIGHT = 150.0
 
@@ -100,7 +105,8 @@ def plant_outliers(name: str, values: Tensor, config: EncoderConfig, *, seed: in
     elif parameter == "mlp.fc1.bias":
         values[outliers.neurons] = -REGISTER_SLOPE * FIRING_THRESHOLD
     elif parameter == "mlp.fc2.weight":
-        # One channel of each sign, as published figures show them; the layer norm's mean then stays where it was.
+        # One channel of each sign, as published figures show them; the layer norm's mean then stays
+        # where it was.
         for channel, sign in zip(outliers.massive_channels, (1, -1), strict=True):
             values[channel, outliers.neurons] = sign * REGISTER_WEIGHT
     return values

@@ -1,12 +1,13 @@
 """Seeded random weights, for trying everything without a checkpoint.
 
-Initialised so that activations stay in a realistic range through all 32 layers: every product keeps the variance of its
-input, and each residual branch is damped so that the residual stream's variance doubles over the whole depth, not at
-every layer (GPT-2's rule, https://openai.com/research/better-language-models, section 2.3). Values are rounded to
-bfloat16, the type the released weights are stored in.
+Initialised so that activations stay in a realistic range through all 32 layers: every product keeps
+the variance of its input, and each residual branch is damped so that the residual stream's variance
+doubles over the whole depth, not at every layer (GPT-2's rule,
+https://openai.com/research/better-language-models, section 2.3). Values are rounded to bfloat16,
+the type the released weights are stored in.
 
-Two kinds: `plain`, and `outliers`, in which trained transformers' outlier channels and massive activations are planted
-(`outlier_weights`).
+Two kinds: `plain`, and `outliers`, in which trained transformers' outlier channels and massive
+activations are planted (`outlier_weights`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def random_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and bfloat16 values of every parameter of the encoder, made one at a time.
 
-    Each tensor depends on the seed and its own name only, so that the same seed gives the same weights whatever else
-    the encoder has.
+    Each tensor depends on the seed and its own name only, so that the same seed gives the same
+    weights whatever else the encoder has.
 
     Args:
         config: The dimensions.

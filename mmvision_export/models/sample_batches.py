@@ -35,7 +35,8 @@ def sample_batch(
     """A packed batch of seeded random 8-bit pixels, normalised as photographs are.
 
     Returns:
-        pixel_values `[num_patches, patch_dim]` float32, exact in float16 too; grid_thw `[num_images, 3]` int64.
+        pixel_values `[num_patches, patch_dim]` float32, exact in float16 too; grid_thw
+        `[num_images, 3]` int64.
     """
     merge = config.spatial_merge_size
     grid_thw = np.array([(t, h * merge, w * merge) for t, h, w in grid], dtype=np.int64)

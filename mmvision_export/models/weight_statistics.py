@@ -23,11 +23,12 @@ def weight_statistics(encoder: VisionEncoderModule) -> dict[str, Any]:
         encoder: In the type it is exported in.
 
     Returns:
-        `largest`: name and magnitude; `beyond_float16`: names of weights with values that float16 cannot hold;
-        `zero_in_float16`: how many values other than zero it would make zero.
+        `largest`: name and magnitude; `beyond_float16`: names of weights with values that float16
+        cannot hold; `zero_in_float16`: how many values other than zero it would make zero.
 
     Raises:
-        ExportError: Weights are not finite, because the encoder's type cannot hold them; names them all.
+        ExportError: Weights are not finite, because the encoder's type cannot hold them; names them
+            all.
     """
     largest, beyond, zeros, not_finite = ("", 0.0), [], 0, []
     for name, weight in encoder.named_parameters():

@@ -40,7 +40,8 @@ class Candidate:
     """Something to compare with PyTorch in float64.
 
     Attributes:
-        subject: File name of the graph or engine, relative to the model directory; of PyTorch itself None.
+        subject: File name of the graph or engine, relative to the model directory; of PyTorch
+            itself None.
         precision: Key of the gate table.
         float_type: fp32, fp16 or bf16: the type of the hidden states.
         runner: Runs it; its name says what and how.

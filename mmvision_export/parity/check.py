@@ -1,9 +1,10 @@
 """Is the exported graph the same function as the PyTorch encoder? Measured with Polygraphy, for each input.
 
-Every result is compared with the encoder in float64. The runners: PyTorch in the graph's precision, which shows what
-that precision costs by itself; ONNX Runtime on each graph of the model directory; each float16 and bfloat16 graph once
-more with every intermediate result rounded to its type, as a GPU rounds it; and, where there is a GPU, the engines that
-fit it. On the input where they are furthest off, the graphs are then compared layer by layer.
+Every result is compared with the encoder in float64. The runners: PyTorch in the graph's precision,
+which shows what that precision costs by itself; ONNX Runtime on each graph of the model directory;
+each float16 and bfloat16 graph once more with every intermediate result rounded to its type, as a
+GPU rounds it; and, where there is a GPU, the engines that fit it. On the input where they are
+furthest off, the graphs are then compared layer by layer.
 """
 
 from __future__ import annotations
@@ -74,11 +75,12 @@ def check_parity(
     """Compare graphs and engines with PyTorch in float64.
 
     Args:
-        path: A model directory, of which every graph and the engines that fit this machine are compared; or one engine
-            in a model directory's `plans/`.
+        path: A model directory, of which every graph and the engines that fit this machine are
+            compared; or one engine in a model directory's `plans/`.
         manifest: The directory's, if it has been read.
         source: Where to load the weights from; the manifest's own source if None.
-        samples: Batches to compare on; if there are none, random pixels in grids that have been trouble before.
+        samples: Batches to compare on; if there are none, random pixels in grids that have been
+            trouble before.
         kernel_library: Compare `model.cpu.onnx` as `onnxruntime-amx` runs it with this library too.
         progress: Told about each step.
 
@@ -217,7 +219,8 @@ def _furthest_off(rows: Sequence[ParityRow], samples: Sequence[Sample]) -> Sampl
     """The sample that the layers are worth looking at on."""
 
     def badness(row: ParityRow) -> tuple[int, bool, float]:
-        # Precisions differ by orders of magnitude: what counts is the distance from what is allowed.
+        # Precisions differ by orders of magnitude: what counts is the distance from what is
+        # allowed.
         return (
             row.metrics.non_finite,
             bool(row.failures),

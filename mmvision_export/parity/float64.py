@@ -15,8 +15,8 @@ __all__ = ["Float64Encoder"]
 class Float64Encoder(VisionEncoderModule):
     """The same function as `encoder.double()`, bit for bit, without holding the weights in float64.
 
-    A module's weights are widened, which is exact, when it is called, and let go when it is done: at the released size
-    the encoder takes 3.5 GB rather than 6.9.
+    A module's weights are widened, which is exact, when it is called, and let go when it is done:
+    at the released size the encoder takes 3.5 GB rather than 6.9.
 
     Args:
         encoder: In float32 or narrower. Its parameters are shared, not copied.

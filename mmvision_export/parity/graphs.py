@@ -47,7 +47,8 @@ def graphs_from_directory(
     """File name -> graph. Files are hashed, one that several graphs share once.
 
     Raises:
-        ManifestError: A graph or a file of its weights is missing, or not the one that the manifest describes.
+        ManifestError: A graph or a file of its weights is missing, or not the one that the manifest
+            describes.
         ParityError: See `rounded_model`.
     """
     manifest.verify(directory, names)

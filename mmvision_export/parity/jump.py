@@ -23,7 +23,8 @@ class StageDistance:
 
     Attributes:
         stage: Name of the stage.
-        distance: Between the outputs; tokens are patches up to the projector, image tokens after the merger.
+        distance: Between the outputs; tokens are patches up to the projector, image tokens after
+            the merger.
         largest: Largest magnitude of the output; infinite if it overflowed.
         headroom: Largest finite value of the output's type over `largest`.
     """
@@ -56,10 +57,11 @@ def expected_errors(
 ) -> list[float | None]:
     """The error that a graph's precision explains at each stage, as relative L2.
 
-    With eager PyTorch in the same precision beside it, that is its error at the same stage: both round the same tensors
-    to the same type. A quantised graph has no such counterpart. There, rounding errors of different stages being
-    independent, each stage adds its own in quadrature, `e_k**2 = e_(k-1)**2 + own_k**2`; expected is what the stage
-    before has, with the median of all stages' own added. The median holds as long as fewer than half are at fault.
+    With eager PyTorch in the same precision beside it, that is its error at the same stage: both
+    round the same tensors to the same type. A quantised graph has no such counterpart. There,
+    rounding errors of different stages being independent, each stage adds its own in quadrature,
+    `e_k**2 = e_(k-1)**2 + own_k**2`; expected is what the stage before has, with the median of all
+    stages' own added. The median holds as long as fewer than half are at fault.
 
     Args:
         stages: In order of computation.
@@ -75,7 +77,8 @@ def expected_errors(
     errors = [0.0, *(row.distance.relative_l2 for row in stages)]
     own = [max(0.0, after**2 - before**2) ** 0.5 for before, after in itertools.pairwise(errors)]
     finite = [error for error in own if math.isfinite(error)]
-    # There are none if the first overflows, or if the stages have no values of their own, as in a CPU flavour.
+    # There are none if the first overflows, or if the stages have no values of their own, as in a
+    # CPU flavour.
     typical = statistics.median(finite) if finite else 0.0
     return [math.hypot(before, typical) for before in errors[:-1]]
 
@@ -87,7 +90,8 @@ def first_jump(
 
     Args:
         stages: In order of computation.
-        eager: The same stages of eager PyTorch in the same precision, or None for a quantised graph.
+        eager: The same stages of eager PyTorch in the same precision, or None for a quantised
+            graph.
     """
     source = "the stages before it explain" if eager is None else "PyTorch's in the same precision"
     for row, expected in zip(stages, expected_errors(stages, eager), strict=True):

@@ -1,7 +1,7 @@
 """Stage by stage: how far each graph, and PyTorch in the same precision, lies from the encoder in float64.
 
-One model is in memory at a time. The float64 encoder's outputs wait on disk, where they are mapped, not read whole; of
-every other result only the distances are kept.
+One model is in memory at a time. The float64 encoder's outputs wait on disk, where they are mapped,
+not read whole; of every other result only the distances are kept.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class Magnitude:
         stage: Name of the stage.
         value: Its magnitude.
         where: The tensor it was found in.
-        scores_bound: Upper bound of the magnitude of a layer's scaled attention scores; None for other stages.
+        scores_bound: Upper bound of the magnitude of a layer's scaled attention scores; None for
+            other stages.
     """
 
     stage: str
@@ -51,9 +52,10 @@ class Magnitude:
 def observed_magnitudes(encoder: VisionEncoderModule) -> Iterator[dict[str, Magnitude]]:
     """While the block runs, collect stage -> largest magnitude among all that the stage's modules take and give.
 
-    That is every intermediate tensor but two. Rotation keeps the norm of each pair of channels, so that rotated q and k
-    exceed q and k by sqrt(2) at most. Attention's scores, which a fused kernel keeps in float32 and the `matmul` body
-    does not, are bounded by Cauchy and Schwarz: `scale * max|q_i| * max|k_j|` over the tokens of a head.
+    That is every intermediate tensor but two. Rotation keeps the norm of each pair of channels, so
+    that rotated q and k exceed q and k by sqrt(2) at most. Attention's scores, which a fused kernel
+    keeps in float32 and the `matmul` body does not, are bounded by Cauchy and Schwarz: `scale *
+    max|q_i| * max|k_j|` over the tokens of a head.
     """
     found: dict[str, Magnitude] = {}
 
@@ -102,7 +104,8 @@ def overflow_warnings(magnitudes: Sequence[Magnitude], float_types: Collection[s
 
     Args:
         magnitudes: Of every stage.
-        float_types: Those of the graphs; without float16 among them, the warning is about a graph that could be made.
+        float_types: Those of the graphs; without float16 among them, the warning is about a graph
+            that could be made.
     """
     largest = max(magnitudes, key=lambda magnitude: magnitude.value)
     whose = (

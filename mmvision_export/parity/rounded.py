@@ -1,12 +1,14 @@
 """A float16 or bfloat16 graph as a float32 one that rounds every intermediate result to the graph's own type.
 
-ONNX Runtime's CPU provider is no judge of a float16 graph: it has few float16 kernels, computes the rest in float32,
-and takes away the casts it put between them, so that values float16 cannot hold pass from one operator to the next, and
-an overflow that a GPU would show stays hidden. Of bfloat16 it runs next to nothing. Here every product, norm and
-activation is computed in float32, as a GPU's are, and its result is rounded, as a GPU's is. The casts are the graph's
-own, which ONNX Runtime (1.17 and later) does not remove.
+ONNX Runtime's CPU provider is no judge of a float16 graph: it has few float16 kernels, computes the
+rest in float32, and takes away the casts it put between them, so that values float16 cannot hold
+pass from one operator to the next, and an overflow that a GPU would show stays hidden. Of bfloat16
+it runs next to nothing. Here every product, norm and activation is computed in float32, as a GPU's
+are, and its result is rounded, as a GPU's is. The casts are the graph's own, which ONNX Runtime
+(1.17 and later) does not remove.
 
-What this does not model: kernels that accumulate in the narrow type, and rounding inside a fused attention kernel.
+What this does not model: kernels that accumulate in the narrow type, and rounding inside a fused
+attention kernel.
 """
 
 from __future__ import annotations
@@ -50,15 +52,16 @@ def rounded_model(model: ir.Model, float_type: str) -> ir.Model:
     """The graph with each value of its float type held in float32 and rounded.
 
     Args:
-        model: A graph of this float type; its functions are inlined in place. Weights stay where they are, in their own
-            type, and are converted when a runtime loads them.
+        model: A graph of this float type; its functions are inlined in place. Weights stay where
+            they are, in their own type, and are converted when a runtime loads them.
         float_type: fp16 or bf16; a graph in fp32 needs none of this and is given back as it is.
 
     Returns:
         A graph with the same inputs and outputs.
 
     Raises:
-        ParityError: The graph has control flow, which this does not go into, or a value whose type nothing tells.
+        ParityError: The graph has control flow, which this does not go into, or a value whose type
+            nothing tells.
     """
     if float_type not in _NARROW:
         return model

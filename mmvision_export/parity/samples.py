@@ -33,7 +33,8 @@ class Sample:
         pixel_values: `[num_patches, patch_dim]` float32.
         grid_thw: `[num_images, 3]` int64.
         files: Where it came from, if from files.
-        pictures: The image behind each row of the grid, as the encoder sees it; empty if they are not known.
+        pictures: The image behind each row of the grid, as the encoder sees it; empty if they are
+            not known.
     """
 
     name: str
@@ -82,7 +83,8 @@ def sample_from_files(pixel_values: Path, grid_thw: Path, config: EncoderConfig)
     """Patches `[num_patches, patch_dim]` float32 or float16 and `grid_thw` `[num_images, 3]` from two .npy files.
 
     Raises:
-        InputError: A file is missing or no .npy file, or what it holds breaks a rule of patches or grids.
+        InputError: A file is missing or no .npy file, or what it holds breaks a rule of patches or
+            grids.
     """
     array = array_from_file(pixel_values)
     own = np.float16 if array.dtype == np.float16 else np.float32

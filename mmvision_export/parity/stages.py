@@ -1,7 +1,8 @@
 """The stages that graph and encoder are compared at, and where each keeps them.
 
-A stage is what a reader of the model would name: the patch embedding, the norm after it, each layer, the projector, the
-merger. Its output is the residual stream after a layer, and the result of the others.
+A stage is what a reader of the model would name: the patch embedding, the norm after it, each
+layer, the projector, the merger. Its output is the residual stream after a layer, and the result of
+the others.
 """
 
 from __future__ import annotations
@@ -61,8 +62,9 @@ def stage_modules(encoder: VisionEncoderModule) -> dict[str, nn.Module]:
 def stage_values(graph: ir.Graph, config: EncoderConfig) -> dict[str, ir.Value]:
     """Stage -> the value of a graph that holds its output: the last float one made by a node named after the stage.
 
-    In the order of `stage_names`. Nodes are named after modules at export, and what is derived from that graph keeps
-    the names. A stage whose nodes were merged into another's, or renamed, is left out.
+    In the order of `stage_names`. Nodes are named after modules at export, and what is derived from
+    that graph keeps the names. A stage whose nodes were merged into another's, or renamed, is left
+    out.
     """
     order = stage_names(config)
     names = frozenset(order)

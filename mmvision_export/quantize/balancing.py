@@ -3,9 +3,10 @@
 Judged on the sample rows, by the error that 8 bits leave in the unit's own products.
 
 References:
-    Xiao et al. 2023, "SmoothQuant", arXiv:2211.10438, equation 4: what makes a layer norm's output hard to quantise, a
-    few large channels, is moved into the weights, `x / s` and `W * s` with `s = max|x|**a / max|W|**(1 - a)`. The layer
-    norm absorbs `1 / s`, so that it costs nothing when running.
+    Xiao et al. 2023, "SmoothQuant", arXiv:2211.10438, equation 4: what makes a layer norm's output
+    hard to quantise, a few large channels, is moved into the weights, `x / s` and `W * s` with `s =
+    max|x|**a / max|W|**(1 - a)`. The layer norm absorbs `1 / s`, so that it costs nothing when
+    running.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The graph for ONNX Runtime's CPU provider: integer products whose inputs are quantised while it runs, row by row.
 
-Each patch has a scale of its own, from its own largest magnitude. Unlike ONNX's DynamicQuantizeLinear, whose one scale
-is the whole batch's, this keeps a patch with massive activations from taking the precision of all others, and an
-image's embeddings from depending on the other images of the batch.
+Each patch has a scale of its own, from its own largest magnitude. Unlike ONNX's
+DynamicQuantizeLinear, whose one scale is the whole batch's, this keeps a patch with massive
+activations from taking the precision of all others, and an image's embeddings from depending on the
+other images of the batch.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
     """Replace the products of all units, but those to keep, by integer products.
 
     Args:
-        model: A float32 graph, its CPU flavour or the portable one, balanced for the units that are quantised; changed
-            in place. What is kept keeps its place in the weight file.
+        model: A float32 graph, its CPU flavour or the portable one, balanced for the units that are
+            quantised; changed in place. What is kept keeps its place in the weight file.
         units: All units.
         keep: Names of units that stay float32.
     """

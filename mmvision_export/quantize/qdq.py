@@ -64,8 +64,8 @@ def quantize_statically(
 ) -> None:
     """Make the products of a float32 graph 8-bit, but for the units to keep, and all else float16.
 
-    Weights have a scale for each output channel, the tensors they multiply one scale each. Biases, attention, layer
-    norms and what is added to the residual stream stay float16.
+    Weights have a scale for each output channel, the tensors they multiply one scale each. Biases,
+    attention, layer norms and what is added to the residual stream stay float16.
 
     Args:
         model: Balanced; changed in place.

@@ -1,7 +1,8 @@
 """`mmvision quantize`: from a float32 model directory to a quantised flavour that has passed its gate.
 
-Units are ranked by what quantising each alone does to the output. The fewest of the worst are then kept in the graph's
-own float type that let the result pass, measured end to end on batches that calibration has not seen.
+Units are ranked by what quantising each alone does to the output. The fewest of the worst are then
+kept in the graph's own float type that let the result pass, measured end to end on batches that
+calibration has not seen.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ class QuantizationReport:
     Attributes:
         flavour: int8, fp8 or cpu-int8.
         source: The graph it was made from, by file name; its attention is the flavour's.
-        calibration_method: minmax, percentile or entropy; for cpu-int8 `none`, since it measures while it runs.
+        calibration_method: minmax, percentile or entropy; for cpu-int8 `none`, since it measures
+            while it runs.
         min_cosine: The gate.
         reached: Smallest cosine of a token with the float32 graph's, on the held-out batches.
         without_fallback: The same with every unit quantised.
         balanced: Units whose layer norm was balanced.
-        quantized: Of each quantised unit, the smallest cosine of a calibration token with that unit alone quantised.
+        quantized: Of each quantised unit, the smallest cosine of a calibration token with that unit
+            alone quantised.
         kept: The same of each unit that stayed in higher precision, worst first.
     """
 
@@ -300,7 +303,8 @@ def _quantized(
     dtype: ir.DataType,
 ) -> ir.Model:
     model = ir.load(basis)
-    # A CPU flavour's operators are products by other names, but for the one that is a product and an activation.
+    # A CPU flavour's operators are products by other names, but for the one that is a product and
+    # an activation.
     InlinePass(lambda function: function.name == "LinearGelu")(model)
     # What is kept is kept as it was, so that a CPU flavour can share it.
     balance(model, [unit for unit in units if unit.name not in keep], plan.divisors)

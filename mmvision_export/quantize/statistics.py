@@ -1,8 +1,9 @@
 """What calibration measures: the tensors that products read, run on calibration batches in ONNX Runtime.
 
 Memory is bounded: the graph's weights stay in their file, which the runtime maps once; a batch is
-cut between images as the planner of launches cuts it; and tensors are captured in stages of at most `STAGE_BYTES`.
-Of a tensor only its channels' magnitudes, a histogram and a fixed number of sample rows are kept.
+cut between images as the planner of launches cuts it; and tensors are captured in stages of at most
+`STAGE_BYTES`. Of a tensor only its channels' magnitudes, a histogram and a fixed number of sample
+rows are kept.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Samples:
 
     Attributes:
         magnitude: Largest magnitude of each channel, `[channels]`.
-        rows: Some of its rows, `[at most 128, channels]`: the same patches for every tensor of as many rows.
+        rows: Some of its rows, `[at most 128, channels]`: the same patches for every tensor of as
+            many rows.
     """
 
     magnitude: Array
@@ -130,8 +132,8 @@ def magnitudes(
         found: `samples` of the tensors.
         divisors: For some tensors, what each channel is divided by, `[channels]`.
         batches: Those the samples are of.
-        method: `minmax` cuts nothing off; `percentile` the largest 0.001 % of values; `entropy` chooses the least
-            Kullback-Leibler divergence. The last two are ONNX Runtime's.
+        method: `minmax` cuts nothing off; `percentile` the largest 0.001 % of values; `entropy`
+            chooses the least Kullback-Leibler divergence. The last two are ONNX Runtime's.
         progress: Told about each step.
     """
     largest = {
@@ -206,7 +208,8 @@ def _stages(values: Sequence[ir.Value], patches: int) -> list[list[ir.Value]]:
 
 
 def _session(graph: Path | bytes, weights_in: Path) -> Any:
-    # As the graph says it: no integer kernels in place of Q/DQ, whose rounding differs from one processor to another.
+    # As the graph says it: no integer kernels in place of Q/DQ, whose rounding differs from one
+    # processor to another.
     exact = {"session.disable_quant_qdq": "1"}
     return create_session(
         graph, provider=PROVIDERS["onnxruntime-cpu"], weights_in=weights_in, entries=exact

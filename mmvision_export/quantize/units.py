@@ -1,7 +1,7 @@
 """What is quantised together: the products that read one tensor.
 
-q, k and v read one layer norm's output. They share its quantised form, and either all of them are quantised or none is:
-a runtime fuses them into one product only if they are of one type.
+q, k and v read one layer norm's output. They share its quantised form, and either all of them are
+quantised or none is: a runtime fuses them into one product only if they are of one type.
 """
 
 from __future__ import annotations

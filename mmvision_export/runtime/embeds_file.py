@@ -38,7 +38,8 @@ class EmbedsFile:
         self._inputs: list[str] = []
         self._dtype = np.dtype(np.float32)
         self._width = 0
-        # What a header says is known only at the end: the values are collected in a file of their own until then.
+        # What a header says is known only at the end: the values are collected in a file of their
+        # own until then.
         self._data = (folder / f".{name}.data").open("w+b")
 
     def add(

@@ -41,7 +41,8 @@ def refuse_foreign_output(
         force: Whether to encode everything anew.
 
     Raises:
-        OutputError: The folder holds another model's embeddings, or something else, or lies among the images.
+        OutputError: The folder holds another model's embeddings, or something else, or lies among
+            the images.
     """
     if any(output.resolve().is_relative_to(path.resolve()) for path in inputs):
         raise OutputError(f"{output} lies in a folder of images", hint="choose another --output")
@@ -74,19 +75,22 @@ def encode_folder(
 ) -> Iterator[dict[str, Any]]:
     """Encode every file, one after the other, each into a file of its own.
 
-    A file that is there already, and not older than its image, is kept. Every file of a folder is tried, hidden ones
+    A file that is there already, and not older than its image, is kept. Every file of a folder is
+    tried, hidden ones
     excepted: what is no image is a failure, and said to be one.
 
     Args:
         encoder: The encoder.
         inputs: Files, and folders with all that is below them.
-        output: Folder of the embeddings; a file is named after its image's path, with the format appended.
+        output: Folder of the embeddings; a file is named after its image's path, with the format
+            appended.
         form: One of `FORMATS`.
         resize_to_fit: See `VisionEncoder.encode_images`.
         force: Encode anew what is there already.
 
     Yields:
-        For each file its `input`, its `status` (`encoded`, `already there` or `failed`), and the numbers or the error.
+        For each file its `input`, its `status` (`encoded`, `already there` or `failed`), and the
+        numbers or the error.
     """
     preprocessor = encoder.preprocessor_for(resize_to_fit=resize_to_fit)
     for source, name in _files(inputs):

@@ -1,10 +1,11 @@
 """Which launches a batch becomes: engine profiles to choose from, padding to a bucket, and cuts between whole images.
 
-Padding is one trailing grid row whose patches are a segment of their own, and rows without patches after it:
+Padding is one trailing grid row whose patches are a segment of their own, and rows without patches
+after it:
 
 * Attention stays inside a segment, positions are counted from a segment's start, and everything else is computed patch
-  by patch (token by token after the merger), so that no value of an image depends on what follows it. The tokens of the
-  padding are the last ones, and are dropped.
+  by patch (token by token after the merger), so that no value of an image depends on what follows
+  it. The tokens of the padding are the last ones, and are dropped.
 * The padding row is (1, merge, k * merge), a valid grid: batches and buckets are whole merge blocks, hence so is what
   lies between them. Its patches are zeros, from which every operation gives finite numbers.
 * A row (0, merge, merge) adds nothing to the cumulative lengths: its segment is empty, and no patch looks it up. Such
@@ -84,9 +85,9 @@ def padding_rows(
 def plan_launches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -> list[Launch]:
     """Cut a batch between images into the launches that cost the least together.
 
-    Each launch takes consecutive images, in the smallest profile they fit; of equal costs, the one with fewer launches
-    is taken. The best cut is found by dynamic programming over the end of the last launch, looking back no further than
-    a launch can reach.
+    Each launch takes consecutive images, in the smallest profile they fit; of equal costs, the one
+    with fewer launches is taken. The best cut is found by dynamic programming over the end of the
+    last launch, looking back no further than a launch can reach.
 
     Args:
         grid: The batch's.
@@ -94,8 +95,8 @@ def plan_launches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -
         costs: What a launch costs.
 
     Raises:
-        InputError: An image is larger than every profile (see `refuse_too_large`), or no cut suits the profiles' least
-            sizes.
+        InputError: An image is larger than every profile (see `refuse_too_large`), or no cut suits
+            the profiles' least sizes.
     """
     refuse_too_large(grid, profiles, costs.config)
     counts, bounds = grid.patches_per_image, grid.bounds
@@ -159,8 +160,8 @@ def _most_patches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -
     )
     if not (costs.masked and is_free):
         return most
-    # A larger launch has a cut with the floor or more on both sides, which saves masked products and
-    # costs nothing.
+    # A larger launch has a cut with the floor or more on both sides, which saves masked products
+    # and costs nothing.
     return min(most, 2 * FLOOR_PATCHES + max(grid.patches_per_image))
 
 

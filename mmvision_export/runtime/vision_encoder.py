@@ -56,10 +56,10 @@ class VisionEncoder:
     """The vision encoder in one runtime. Safe for use by several threads.
 
     ```python
-    with VisionEncoder.open("engines/tiny") as encoder:
-        image_embeds = encoder(pixel_values, grid_thw)  # one packed batch
-        per_image = encoder.encode_images([Image.open("photo.jpg")])  # a list of [tokens, text_hidden]
-        for segment in encoder.encode_video("clip.mp4"):  # as they are done
+    with VisionEncoder.open("engines/tiny") as encoder: image_embeds = encoder(pixel_values,
+        grid_thw)  # one packed batch per_image = encoder.encode_images([Image.open("photo.jpg")])
+        # a list of [tokens, text_hidden] for segment in encoder.encode_video("clip.mp4"):  # as
+        they are done
             print(segment.timestamps, segment.image_embeds.shape)
     ```
     """
@@ -152,18 +152,21 @@ class VisionEncoder:
         """Encode one packed batch of any number of images.
 
         Args:
-            pixel_values: `[num_patches, patch_dim]` float32 (or the model's float16): NumPy, or anything with DLPack.
-                On a CUDA device, for a TensorRT engine, it must be of the model's type, and its values are not checked.
+            pixel_values: `[num_patches, patch_dim]` float32 (or the model's float16): NumPy, or
+                anything with DLPack. On a CUDA device, for a TensorRT engine, it must be of the
+                model's type, and its values are not checked.
             grid_thw: `[num_images, 3]` integers, rows (t, h, w) in patches.
-            stream: CUDA stream for a TensorRT engine to work in: a handle, or an object of torch, CuPy or CUDA Python.
-                With patches on the device it returns as soon as the work is in the stream.
+            stream: CUDA stream for a TensorRT engine to work in: a handle, or an object of torch,
+                CuPy or CUDA Python. With patches on the device it returns as soon as the work is in
+                the stream.
 
         Returns:
-            image_embeds `[num_image_tokens, text_hidden_size]` in the model's float type, images in order: a NumPy
-            array, or what `pixel_values` is, torch or CuPy, on the device it is on.
+            image_embeds `[num_image_tokens, text_hidden_size]` in the model's float type, images in
+            order: a NumPy array, or what `pixel_values` is, torch or CuPy, on the device it is on.
 
         Raises:
-            InputError: The input breaks a rule of `grid_thw`, has an image too large for the engine, or is not finite.
+            InputError: The input breaks a rule of `grid_thw`, has an image too large for the
+                engine, or is not finite.
             BackendError: The runtime failed, or cannot read device memory.
         """
         if device_of(pixel_values) is not None:
@@ -186,7 +189,8 @@ class VisionEncoder:
             image_embeds `[num_image_tokens, text_hidden_size]` in the model's float type.
 
         Raises:
-            InputError: An image is too large for the engine, or its patches or embeddings are not finite.
+            InputError: An image is too large for the engine, or its patches or embeddings are not
+                finite.
             BackendError: The runtime failed.
         """
         image_embeds = self._backend.run(batch.of_type(self.dtype))
@@ -240,13 +244,15 @@ class VisionEncoder:
 
         Args:
             images: Any Pillow images.
-            resize_to_fit: Make an image too large for the engine as small as it has to be, rather than refuse it.
+            resize_to_fit: Make an image too large for the engine as small as it has to be, rather
+                than refuse it.
 
         Returns:
             One `[tokens, text_hidden_size]` array per image.
 
         Raises:
-            InputError: No images, one that cannot be processed, or one larger than the engine takes.
+            InputError: No images, one that cannot be processed, or one larger than the engine
+                takes.
             BackendError: The runtime failed.
         """
         batch = batch_from_images(images, self.preprocessor_for(resize_to_fit=resize_to_fit))
@@ -272,12 +278,14 @@ class VisionEncoder:
     ) -> Iterator[VideoSegment]:
         """Encode a video, segment by segment.
 
-        Frames are sampled evenly and decoded as they are needed: memory does not grow with the length of the video.
+        Frames are sampled evenly and decoded as they are needed: memory does not grow with the
+        length of the video.
 
         Args:
             path: Anything PyAV reads.
             fps: Frames to sample per second, within the limits of `VideoConfig`.
-            resize_to_fit: Make frames as small as the engine asks for, rather than refuse the video.
+            resize_to_fit: Make frames as small as the engine asks for, rather than refuse the
+                video.
             progress: Told about each segment.
 
         Yields:

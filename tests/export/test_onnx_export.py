@@ -239,7 +239,8 @@ def test_tensorrt_parses_the_file(exported: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     result = polygraphy(
         "inspect", "model", str(exported / "model.onnx"), "--display-as=trt",
-        # Polygraphy 0.53.6 parses with TensorRT-RTX, then looks for the enums it prints in a module named tensorrt.
+        # Polygraphy 0.53.6 parses with TensorRT-RTX, then looks for the enums it prints in a module
+        # named tensorrt.
         setup="import tensorrt_rtx; sys.modules['tensorrt'] = tensorrt_rtx",
         POLYGRAPHY_USE_TENSORRT_RTX="1",
     )  # fmt: skip

@@ -34,8 +34,9 @@ CONFIG = VideoConfig(frame=PreprocessorConfig())
 def processed(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """What transformers' video processor makes of sampled frames: its own `_preprocess`, from its source.
 
-    Its module imports torchvision. What that does here is stood in for: the resize by torch's antialiased bicubic one,
-    which is what torchvision calls, and the grouping of videos by shape, of which there is one.
+    Its module imports torchvision. What that does here is stood in for: the resize by torch's
+    antialiased bicubic one, which is what torchvision calls, and the grouping of videos by shape,
+    of which there is one.
     """
     spec = importlib.util.find_spec("transformers")
     assert spec is not None

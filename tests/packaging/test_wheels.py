@@ -66,7 +66,8 @@ def _cuda_majors(packages: dict[str, str]) -> set[int]:
     return named | {int(version.partition(".")[0]) for version in own}
 
 
-# What runs on the target: none of it may bring a CUDA of its own, but the extras that are named for one.
+# What runs on the target: none of it may bring a CUDA of its own, but the extras that are named for
+# one.
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("platform", [X86, ARM])
 @pytest.mark.parametrize("extra", ["cpu", "engine", "openvino", "plugins", "video"])

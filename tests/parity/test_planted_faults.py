@@ -150,8 +150,8 @@ def test_a_fault_stands_out_from_float16s_own_error(
 def test_a_float16_overflow_is_seen_and_named(tmp_path: Path) -> None:
     """fc1 of layer 1 gives values that float16 cannot hold, and fc2 would take them back.
 
-    float32 and bfloat16 are not bothered. ONNX Runtime on a CPU is not either, with a float16 graph: it keeps the
-    values in float32. A GPU does not, and nor does rounding.
+    float32 and bfloat16 are not bothered. ONNX Runtime on a CPU is not either, with a float16
+    graph: it keeps the values in float32. A GPU does not, and nor does rounding.
     """
     state = dict(STATE)
     bias = FC1.replace("weight", "bias")

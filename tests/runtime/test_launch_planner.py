@@ -54,7 +54,8 @@ def test_padding_changes_nothing(exported: Path, grid: Grid, seed: int, spare: i
     assert (len(more_pixels), len(more_rows)) == (profile.max_patches, profile.max_images)
     graph = exported / "model.onnx"
     tokens = run_graph(graph, more_pixels, more_rows)
-    # The two differ by the order of sums in ONNX Runtime's matrix products, which depends on their number of rows.
+    # The two differ by the order of sums in ONNX Runtime's matrix products, which depends on their
+    # number of rows.
     assert relative_l2(tokens[: len(pixels) // 4], run_graph(graph, pixels, rows)) <= 1e-6
     assert np.isfinite(tokens).all()
 
@@ -246,7 +247,8 @@ def test_the_size_that_would_fit_fits(t: int, h: int, w: int, tokens: int) -> No
     assert t * rows * columns <= 4 * tokens
     assert rows % 2 == columns % 2 == 0
     if t <= tokens:
-        # At least a quarter of the room is used, or a longer side would be more than the image's own.
+        # At least a quarter of the room is used, or a longer side would be more than the image's
+        # own.
         assert (
             t * rows * columns * 4 >= min(4 * tokens, t * 4 * h * w) - 16 * t
             or min(rows, columns) == 2

@@ -78,7 +78,8 @@ def write_sharded(folder: Path, tensors: State) -> Path:
         for i in (1, 3, 4)
     }
     for shard, contents in shards.items():
-        # A language-model tensor that must not be read lies in the same shard: one of a type no reader can convert.
+        # A language-model tensor that must not be read lies in the same shard: one of a type no
+        # reader can convert.
         other = {f"language_model.{shard}": torch.zeros(3, dtype=torch.int64)}
         save_file(
             {**{name: tensors[name].contiguous() for name in contents}, **other}, folder / shard

@@ -17,7 +17,8 @@ def refused(
 ) -> Iterator[pytest.ExceptionInfo[MmvisionError]]:
     """The block must raise an error of exactly this class that names these facts.
 
-    The English between the facts may be improved; a refusal for another reason has other facts, or another class.
+    The English between the facts may be improved; a refusal for another reason has other facts, or
+    another class.
 
     Args:
         kind: Class of the error.

@@ -1,8 +1,9 @@
 """The encoder's dimensions, and how they are read from a checkpoint's `config.json`.
 
-Two spellings are accepted: the released one (`vision_config.img_token_compression_config`, `rope_mode: "3d"`; also
-SGLang's and NeMo's) and transformers' (`vision_config.rope_parameters`, `rope_type: "axial"`). A value this exporter
-does not implement is an error that names the field, never a silent default.
+Two spellings are accepted: the released one (`vision_config.img_token_compression_config`,
+`rope_mode: "3d"`; also SGLang's and NeMo's) and transformers' (`vision_config.rope_parameters`,
+`rope_type: "axial"`). A value this exporter does not implement is an error that names the field,
+never a silent default.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class EncoderConfig:
 Preset = Literal["tiny", "shallow", "full"]
 
 PRESETS: dict[Preset, EncoderConfig] = {
-    # Small enough for a laptop in seconds, with the released head_dim of 80 (78 rotated channels, 2 that pass through).
+    # Small enough for a laptop in seconds, with the released head_dim of 80 (78 rotated channels, 2
+    # that pass through).
     "tiny": EncoderConfig(
         hidden_size=320,
         num_attention_heads=4,
@@ -164,12 +166,13 @@ def config_from_file(path: Path) -> EncoderConfig:
 def config_from_dict(config: Mapping[str, Any]) -> EncoderConfig:
     """The encoder's dimensions from a parsed `config.json`, in either spelling.
 
-    Fields that a spelling leaves out take the released checkpoint's value, as transformers does when it saves only what
-    differs from its defaults; a wrong guess cannot pass unseen, since every tensor's shape is checked against it.
+    Fields that a spelling leaves out take the released checkpoint's value, as transformers does
+    when it saves only what differs from its defaults; a wrong guess cannot pass unseen, since every
+    tensor's shape is checked against it.
 
     Raises:
-        ConfigError: A field is missing, malformed, given twice with different values, or names something this exporter
-            does not implement.
+        ConfigError: A field is missing, malformed, given twice with different values, or names
+            something this exporter does not implement.
     """
     vision = _section(config, "vision_config", required=True)
     text = _section(config, "text_config")

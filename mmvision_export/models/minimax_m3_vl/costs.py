@@ -1,7 +1,7 @@
 """How much work a batch is, counted from the encoder's dimensions: the one count of the package.
 
-The planner of launches and the benchmark's roofline both ask here. A test holds it equal to a count over
-the nodes of the exported graph.
+The planner of launches and the benchmark's roofline both ask here. A test holds it equal to a count
+over the nodes of the exported graph.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Costs:
 
     Attributes:
         config: The encoder's dimensions.
-        masked: Whether attention is one masked product over the whole launch, N^2, or stays within segments.
+        masked: Whether attention is one masked product over the whole launch, N^2, or stays within
+            segments.
     """
 
     config: EncoderConfig

@@ -1,7 +1,8 @@
 """The MiniMax-M3-VL vision encoder as PyTorch modules: tower, projector and patch merger.
 
-Parameter names are the released checkpoint's, so a state dict of it loads as it is, but for the patch embedding, whose
-convolution kernel is flattened: with kernel == stride it is exactly one matrix product, and is exported as one.
+Parameter names are the released checkpoint's, so a state dict of it loads as it is, but for the
+patch embedding, whose convolution kernel is flattened: with kernel == stride it is exactly one
+matrix product, and is exported as one.
 
 The same forward runs eagerly and is traced for export; there is no second path.
 """
@@ -101,11 +102,12 @@ class Layers(nn.Module):
 class PatchGeometry(nn.Module):
     """Where each patch stands: the bounds of its image in the packed sequence, and its rotary angles.
 
-    Everything that depends on `grid_thw` and nothing that depends on pixels. The angles and their cos and sin are
-    float32 whatever the encoder's dtype (float64 in the float64 encoder).
+    Everything that depends on `grid_thw` and nothing that depends on pixels. The angles and their
+    cos and sin are float32 whatever the encoder's dtype (float64 in the float64 encoder).
     """
 
-    # Not a buffer, which `module.half()` would round: a plain attribute, which the export makes a constant.
+    # Not a buffer, which `module.half()` would round: a plain attribute, which the export makes a
+    # constant.
     inverse_frequencies: Tensor
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -175,7 +177,8 @@ class VisionEncoderModule(nn.Module):
     """The encoder: patches and their grid in, image tokens out.
 
     Call:
-        pixel_values: `[num_patches, patch_dim]` float, a patch flattened in (channel, frame, row, column) order.
+        pixel_values: `[num_patches, patch_dim]` float, a patch flattened in (channel, frame, row,
+            column) order.
         grid_thw: `[num_images, 3]` int64 rows (t, h, w), in patches, adding up to num_patches.
 
     Returns:
@@ -205,7 +208,8 @@ class VisionEncoderModule(nn.Module):
         return self.multi_modal_projector.linear_1.weight.dtype
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        # A bfloat16 encoder takes float32, since NumPy has no bfloat16; for the others both casts are nothing.
+        # A bfloat16 encoder takes float32, since NumPy has no bfloat16; for the others both casts
+        # are nothing.
         x = self.vision_tower(pixel_values.to(self.dtype), grid_thw)
         x = self.multi_modal_projector(x)
         # [N, text_hidden] -> [N / merge**2, merge**2 * text_hidden]

@@ -1,8 +1,8 @@
 """A packed batch: the patches of any number of images, one after the other, and the grid that tells them apart.
 
-One row (t, h, w) of `grid_thw` per image, counted in patches: t temporal patches of h x w spatial ones.
-Rows stand in the order in which their patches are packed. A batch is validated where it is made, and what
-follows from its grid is worked out once, here.
+One row (t, h, w) of `grid_thw` per image, counted in patches: t temporal patches of h x w spatial
+ones. Rows stand in the order in which their patches are packed. A batch is validated where it is
+made, and what follows from its grid is worked out once, here.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class PackedBatch:
     """Patches with their grid.
 
     Attributes:
-        pixel_values: `[num_patches, patch_dim]`: a C-contiguous float array of NumPy, or what stands for
-            one in device memory.
+        pixel_values: `[num_patches, patch_dim]`: a C-contiguous float array of NumPy, or what
+            stands for one in device memory.
         grid: Its images.
     """
 
@@ -126,8 +126,8 @@ def checked_batch(
 ) -> PackedBatch:
     """Validate what a caller made.
 
-    float32 is converted to float16 when that is what the graph takes: this is what a processor's output
-    needs, and loses nothing that the graph would keep. Any other mismatch is refused.
+    float32 is converted to float16 when that is what the graph takes: this is what a processor's
+    output needs, and loses nothing that the graph would keep. Any other mismatch is refused.
 
     Args:
         pixel_values: `[num_patches, patch_dim]` float32, or `dtype`, finite.
@@ -136,7 +136,8 @@ def checked_batch(
         dtype: The graph's float type.
 
     Raises:
-        InputError: Wrong rank, width or dtype, or values that are not finite; see also `checked_grid`.
+        InputError: Wrong rank, width or dtype, or values that are not finite; see also
+            `checked_grid`.
     """
     patches = _array("pixel_values", pixel_values)
     wanted = np.dtype(dtype)
@@ -165,9 +166,9 @@ def checked_grid(
         num_patches: Rows of `pixel_values`, when known; the grid must add up to it.
 
     Raises:
-        InputError: Wrong rank, width or dtype; no rows; a value that is zero or negative; h or w that is
-            not a multiple of the merge size; t beyond the model's temporal segment; a sum that is not
-            `num_patches`.
+        InputError: Wrong rank, width or dtype; no rows; a value that is zero or negative; h or w
+            that is not a multiple of the merge size; t beyond the model's temporal segment; a sum
+            that is not `num_patches`.
     """
     grid = _array("grid_thw", grid_thw)
     if not np.issubdtype(grid.dtype, np.integer):

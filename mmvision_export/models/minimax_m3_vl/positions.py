@@ -1,7 +1,8 @@
 """Token geometry from `grid_thw`, with elementwise tensor operations only, so that it exports inside the graph.
 
-No loop over images, no value read on the host: the number of patches and of images stays dynamic, and a graph traced
-with two images is the graph for any number of them. All arithmetic is int32 on non-negative numbers.
+No loop over images, no value read on the host: the number of patches and of images stays dynamic,
+and a graph traced with two images is the graph for any number of them. All arithmetic is int32 on
+non-negative numbers.
 """
 
 from __future__ import annotations

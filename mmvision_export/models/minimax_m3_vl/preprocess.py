@@ -1,7 +1,7 @@
 """Images to patches, as the checkpoint's processor does it, with Pillow and NumPy only.
 
-The grid is the processor's exactly. Pixels differ from it by what Pillow's bicubic filter differs from torchvision's,
-both antialiased on 8-bit images: a fraction of a level on average.
+The grid is the processor's exactly. Pixels differ from it by what Pillow's bicubic filter differs
+from torchvision's, both antialiased on 8-bit images: a fraction of a level on average.
 """
 
 from __future__ import annotations
@@ -132,8 +132,8 @@ class PreprocessorConfig:
     def read(cls, path: Path, config: EncoderConfig) -> PreprocessorConfig:
         """Read a checkpoint's or a model directory's `preprocessor_config.json`.
 
-        What it leaves out takes the default. `size: [672, 672]`, which the released file has, is known to be wrong and
-        never used, and means the default.
+        What it leaves out takes the default. `size: [672, 672]`, which the released file has, is
+        known to be wrong and never used, and means the default.
 
         Raises:
             ManifestError: The file is missing or not JSON.
@@ -240,11 +240,13 @@ def image_from_file(path: Path) -> Image.Image:
     """Open an image of any format Pillow reads, upright (EXIF) and in 8-bit RGB (see `rgb_from_image`).
 
     Raises:
-        InputError: The file is missing, unreadable, truncated, too large, or of a pixel type with no defined range.
+        InputError: The file is missing, unreadable, truncated, too large, or of a pixel type with
+            no defined range.
     """
     try:
         with warnings.catch_warnings():
-            # Pillow refuses at twice the size it warns at; there is nothing to do about the warning.
+            # Pillow refuses at twice the size it warns at; there is nothing to do about the
+            # warning.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 image.load()
@@ -300,12 +302,13 @@ def patches_from_image(
     """Resize, normalise and cut one still image.
 
     Args:
-        image: Any Pillow image; turned upright by its EXIF orientation, and converted by `rgb_from_image`.
+        image: Any Pillow image; turned upright by its EXIF orientation, and converted by
+            `rgb_from_image`.
         config: The preprocessing.
 
     Returns:
-        pixel_values `[h*w, 3*T*P*P]` float32, in merge-block order, each patch flattened in (channel, frame, row,
-        column) order; and its grid row (1, h, w), in patches.
+        pixel_values `[h*w, 3*T*P*P]` float32, in merge-block order, each patch flattened in
+        (channel, frame, row, column) order; and its grid row (1, h, w), in patches.
 
     Raises:
         InputError: See `smart_resize` and `rgb_from_image`.
@@ -323,8 +326,8 @@ def patches_from_frames(
         config: The preprocessing.
 
     Returns:
-        pixel_values `[t*h*w, 3*T*P*P]` float32, temporal patches outermost, else as of `patches_from_image`; and the
-        grid row (t, h, w), in patches.
+        pixel_values `[t*h*w, 3*T*P*P]` float32, temporal patches outermost, else as of
+        `patches_from_image`; and the grid row (t, h, w), in patches.
 
     Raises:
         InputError: See `smart_resize`.
@@ -343,7 +346,8 @@ def patches_from_frames(
         levels = np.asarray(image, dtype=np.uint8).reshape(
             h // merge, merge, side, w // merge, merge, side, 3
         )
-        # [block_row, row, y, block_column, column, x, C] -> [.., row, column, C, y, x] -> [N, C, P*P]
+        # [block_row, row, y, block_column, column, x, C] -> [.., row, column, C, y, x] -> [N, C,
+        # P*P]
         levels = levels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, side * side)
         # The last frame fills what is left of its temporal patch, all of it for a still image.
         depths = slice(index % depth, None if index == len(frames) - 1 else index % depth + 1)

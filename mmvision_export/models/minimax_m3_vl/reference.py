@@ -1,7 +1,8 @@
 """The model's definition in float64 NumPy: the bottom rung of the ladder that every other implementation stands on.
 
-Written for reading, one image at a time with plain loops, straight from the definition of the model and sharing no code
-with the encoder, the graph or the kernels. It is slow on purpose: it is what they are compared with.
+Written for reading, one image at a time with plain loops, straight from the definition of the model
+and sharing no code with the encoder, the graph or the kernels. It is slow on purpose: it is what
+they are compared with.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ State = Mapping[str, npt.NDArray[np.floating]]
 def patch_positions(t: int, h: int, w: int, merge: int) -> npt.NDArray[np.int64]:
     """Position (frame, row, column) of each patch of one image, in merge-block order.
 
-    Frames are outermost, then blocks of merge x merge patches row by row, then the patches inside a block.
+    Frames are outermost, then blocks of merge x merge patches row by row, then the patches inside a
+    block.
 
     Returns:
         `[t*h*w, 3]` int64.
@@ -79,7 +81,8 @@ def qk_rotary_embedding(
         q and k rotated, same shapes.
 
     References:
-        RoFormer (https://arxiv.org/abs/2104.09864), equation 34, in the half-split pairing of GPT-NeoX.
+        RoFormer (https://arxiv.org/abs/2104.09864), equation 34, in the half-split pairing of
+        GPT-NeoX.
     """
     cos, sin = np.asarray(cos, np.float64), np.asarray(sin, np.float64)
 
@@ -104,7 +107,8 @@ def varlen_attention(
         q: `[N, heads, head_dim]`.
         k: `[N, heads, head_dim]`.
         v: `[N, heads, head_dim]`.
-        cu_seqlens: `[num_segments + 1]`, ascending from 0; segment s holds rows `cu_seqlens[s]:cu_seqlens[s + 1]`.
+        cu_seqlens: `[num_segments + 1]`, ascending from 0; segment s holds rows
+            `cu_seqlens[s]:cu_seqlens[s + 1]`.
         scale: Factor on q @ k.
 
     Returns:

@@ -1,8 +1,9 @@
 """Videos to segments of patches, as the checkpoint's video processor makes them, and their encoding piece by piece.
 
-Frames are sampled evenly; every `temporal_patch_size` of them make a temporal patch, the last one repeated to fill it;
-every `segment_max_frames` temporal patches make a segment, a grid row of its own. The timestamp of a temporal patch is
-that of its first frame, its index over the average frame rate, as the processor writes it into the prompt.
+Frames are sampled evenly; every `temporal_patch_size` of them make a temporal patch, the last one
+repeated to fill it; every `segment_max_frames` temporal patches make a segment, a grid row of its
+own. The timestamp of a temporal patch is that of its first frame, its index over the average frame
+rate, as the processor writes it into the prompt.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def _measured(path: Path, stream: Any) -> tuple[int, float]:
     num_frames = stream.frames
     try:
         if not num_frames:
-            # One packet is one frame; nothing is decoded. In a container of its own, since not every one can go back.
+            # One packet is one frame; nothing is decoded. In a container of its own, since not
+            # every one can go back.
             with _opened(path) as container:
                 num_frames = sum(
                     packet.size > 0 for packet in container.demux(container.streams.video[0])

@@ -87,8 +87,9 @@ _MATMUL = """
   out = Transpose <perm: ints = [1, 0, 2]> (attended)
 """
 
-# TensorRT's op has no scale: one that is given as an attribute is ignored without a word. The lengths of
-# queries and of keys are equal, but must be two tensors (TensorRT-Edge-LLM, `vit_trt_attention`).
+# TensorRT's op has no scale: one that is given as an attribute is ignored without a word. The
+# lengths of queries and of keys are equal, but must be two tensors (TensorRT-Edge-LLM,
+# `vit_trt_attention`).
 _PACKED = """
   scale_float = Constant <value_float: float = @scale> ()
   scale = CastLike (scale_float, q)

@@ -27,7 +27,8 @@ def checked_report_path(path: Path, *, force: bool) -> Path:
     """Refuse a report that could not be written in the end, before the work.
 
     Raises:
-        OutputError: It does not end in .html, or is there already, or its JSON is, and may not be replaced.
+        OutputError: It does not end in .html, or is there already, or its JSON is, and may not be
+            replaced.
         ParityError: A package that draws it is not installed.
     """
     if path.suffix != ".html":

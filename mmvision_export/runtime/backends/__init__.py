@@ -38,7 +38,8 @@ class BackendRow:
         name: What users call it.
         module: Module of this folder that has its class, imported when the backend is opened.
         cls: The class, a `Backend`.
-        opens_engines: Whether it runs engines of a model directory's `plans/`, rather than its graphs.
+        opens_engines: Whether it runs engines of a model directory's `plans/`, rather than its
+            graphs.
         takes: Options that only some backends take, of those that it does.
         is_automatic: Whether `auto` may take it.
     """
@@ -101,8 +102,8 @@ def open_backend(path: Path, options: BackendOptions) -> Backend:
 
     Args:
         path: A model directory, or an `.engine` file.
-        options: How. `auto` is the first of `AUTO_BACKENDS` that works; what was passed over, and why, is in
-            `info.passed_over`.
+        options: How. `auto` is the first of `AUTO_BACKENDS` that works; what was passed over, and
+            why, is in `info.passed_over`.
 
     Raises:
         BackendError: The runtime is not installed, or does not work here.

@@ -27,20 +27,24 @@ class BackendOptions:
         backend: A name of `BACKENDS`, or `auto` for the first that works here.
         device: CUDA device.
         threads: Threads of the CPU backend; its own choice if None.
-        streams: Calls that a TensorRT engine runs at once; more wait. Each has a stream and activations of
-            its own, weights are shared. ONNX Runtime takes calls of any number of threads.
-        cuda_graphs: Whether a TensorRT engine with buckets is run by one CUDA graph for each bucket.
-        capture_on_open: Whether those are captured when it is opened, rather than in the first call of
-            each bucket.
-        kernels: When TensorRT-RTX specialises kernels to a shape: `lazy`, `eager` or `none`. Default: eager
-            for an engine with buckets, else lazy.
-        runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by default
-            beside the engine, and a folder for `onnxruntime-rtx`.
-        flavour: Which graph of the directory a CPU backend runs, as `cpu-int8`; the best exact one if None.
-        kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default the one
-            in the model directory's own `plugins/`. Executable content, as an engine is.
+        streams: Calls that a TensorRT engine runs at once; more wait. Each has a stream and
+            activations of its own, weights are shared. ONNX Runtime takes calls of any number of
+            threads.
+        cuda_graphs: Whether a TensorRT engine with buckets is run by one CUDA graph for each
+            bucket.
+        capture_on_open: Whether those are captured when it is opened, rather than in the first call
+            of each bucket.
+        kernels: When TensorRT-RTX specialises kernels to a shape: `lazy`, `eager` or `none`.
+            Default: eager for an engine with buckets, else lazy.
+        runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by
+            default beside the engine, and a folder for `onnxruntime-rtx`.
+        flavour: Which graph of the directory a CPU backend runs, as `cpu-int8`; the best exact one
+            if None.
+        kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default
+            the one in the model directory's own `plugins/`. Executable content, as an engine is.
         precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
-        refuse_non_finite: Whether embeddings that are not finite are an error; parity measures them.
+        refuse_non_finite: Whether embeddings that are not finite are an error; parity measures
+            them.
 
     Raises:
         BackendError: A number is out of range.
@@ -131,7 +135,8 @@ class Backend(Protocol):
         name: In the registry.
         config: The encoder's dimensions.
         dtype: Float type of `pixel_values` and `image_embeds`.
-        profiles: Sizes of one launch, empty for any. A batch may have any number of images; each must fit one.
+        profiles: Sizes of one launch, empty for any. A batch may have any number of images; each
+            must fit one.
         info: What runs.
     """
 
@@ -187,6 +192,6 @@ class DeviceBackend(Protocol):
         Args:
             image_embeds: `[num_image_tokens, text_hidden_size]` in `dtype`, filled.
             batch: In host memory, or with a `DeviceArray` for its patches.
-            stream: Handle of a CUDA stream, or None for one of the backend's own. With one, and an array on the device
-                to fill, it returns once the work is in the stream.
+            stream: Handle of a CUDA stream, or None for one of the backend's own. With one, and an
+                array on the device to fill, it returns once the work is in the stream.
         """

@@ -1,8 +1,8 @@
 """One CUDA device: its memory, streams, events and graphs, by the driver alone.
 
-No wheel and no torch: `libcuda.so.1` is all that an engine needs beside TensorRT. The context is the
-device's primary one, which TensorRT's and torch's runtime API use too, so that addresses and streams
-are the same for all three.
+No wheel and no torch: `libcuda.so.1` is all that an engine needs beside TensorRT. The context is
+the device's primary one, which TensorRT's and torch's runtime API use too, so that addresses and
+streams are the same for all three.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class Cuda:
     def new_stream(self) -> int:
         """A new stream's handle; free it with `free_stream`.
 
-        It does not wait for the default stream, nor that for it. A capture on a stream that did would
-        be broken by whatever another thread puts into the default stream meanwhile.
+        It does not wait for the default stream, nor that for it. A capture on a stream that did
+        would be broken by whatever another thread puts into the default stream meanwhile.
         """
         return self.driver.new("cuStreamCreate", _NON_BLOCKING)
 
@@ -145,8 +145,8 @@ class Cuda:
     def to_device(self, address: int, array: npt.NDArray[Any], stream: int) -> None:
         """Copy a C-contiguous array to device memory, in stream order.
 
-        The array must stay as it is until the stream has come that far: a device that reads the host's
-        memory by itself reads it then.
+        The array must stay as it is until the stream has come that far: a device that reads the
+        host's memory by itself reads it then.
         """
         self.driver.call("cuMemcpyHtoDAsync_v2", address, array.ctypes.data, array.nbytes, stream)
 
@@ -192,8 +192,9 @@ class Cuda:
         """A CUDA graph of what is enqueued, ready to launch; nothing of it is run. Free it with `free_graph`.
 
         Args:
-            enqueue: Puts work into the stream. It must not allocate, synchronise or use other streams,
-                and every address in it must stay as it is for as long as the graph is launched.
+            enqueue: Puts work into the stream. It must not allocate, synchronise or use other
+                streams, and every address in it must stay as it is for as long as the graph is
+                launched.
             stream: Not the default stream.
         """
         self.driver.call("cuStreamBeginCapture_v2", stream, _THREAD_LOCAL)

@@ -1,9 +1,9 @@
 """The CUDA driver's library, `libcuda.so.1`, by ctypes: found, declared, and each call checked.
 
-It comes with the driver, so it fits the driver: no wheel can be too new for it. The symbols are those
-of `plugins/common/cuda_driver.cpp` and more, by the names the library exports: `cuda.h` renames some
-functions to a version of their signature (`cuMemAlloc` is `cuMemAlloc_v2`), and these are the versions
-that drivers from 11.4 on have.
+It comes with the driver, so it fits the driver: no wheel can be too new for it. The symbols are
+those of `plugins/common/cuda_driver.cpp` and more, by the names the library exports: `cuda.h`
+renames some functions to a version of their signature (`cuMemAlloc` is `cuMemAlloc_v2`), and these
+are the versions that drivers from 11.4 on have.
 
 References:
     https://docs.nvidia.com/cuda/cuda-driver-api/index.html

@@ -20,7 +20,8 @@ def tensorrt_cuda(backend: str) -> tuple[str, int] | None:
     """The installed package of a TensorRT backend and its CUDA major: `tensorrt-cu13`, 13.
 
     Returns:
-        None where no package of pip says it, as with JetPack's TensorRT, which fits JetPack's driver.
+        None where no package of pip says it, as with JetPack's TensorRT, which fits JetPack's
+        driver.
     """
     for major in (13, 12, 11):
         name = f"{_PACKAGES[backend]}-cu{major}"

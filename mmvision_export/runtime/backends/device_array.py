@@ -89,8 +89,8 @@ def device_array(array: Any, *, name: str, stream: int) -> DeviceArray:
     Args:
         array: Of a library with DLPack (torch, CuPy).
         name: What an error calls it.
-        stream: The stream that will read it: its library makes that one wait for what is still writing it. Not 0,
-            which DLPack forbids: 1 is the default stream.
+        stream: The stream that will read it: its library makes that one wait for what is still
+            writing it. Not 0, which DLPack forbids: 1 is the default stream.
 
     Raises:
         InputError: It cannot be exported, is of a type NumPy has not, or is not C-contiguous.
@@ -101,7 +101,8 @@ def device_array(array: Any, *, name: str, stream: int) -> DeviceArray:
         raise InputError(
             f"{name} of type {type(array).__name__} cannot be read with DLPack: {error}"
         ) from error
-    # The capsule stays with us, unconsumed: its destructor gives the memory back when the last reference goes.
+    # The capsule stays with us, unconsumed: its destructor gives the memory back when the last
+    # reference goes.
     tensor = ctypes.cast(_pointer_of(capsule, b"dltensor"), ctypes.POINTER(_Tensor)).contents
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
     kind = _KINDS.get(tensor.dtype.code)

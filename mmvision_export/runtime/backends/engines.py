@@ -19,7 +19,8 @@ def open_fitting(path: Path, opened: Callable[[Path, Manifest | None], _Opened])
 
     Args:
         path: The file or the directory.
-        opened: Opens an engine, given the manifest of the model directory that it lies in, if it does.
+        opened: Opens an engine, given the manifest of the model directory that it lies in, if it
+            does.
 
     Raises:
         ManifestError: There is no engine, or none that fits; the message says why for each.

@@ -1,11 +1,12 @@
 """What one stream needs to run an engine: a context for each profile, buffers at fixed addresses, and CUDA graphs.
 
-Every profile has an execution context of its own, since a captured graph is tied to the state of the context it was
-captured from. They run one after the other, so that they share the memory for activations: the largest profile's.
+Every profile has an execution context of its own, since a captured graph is tied to the state of
+the context it was captured from. They run one after the other, so that they share the memory for
+activations: the largest profile's.
 
-All of a lane's work is in its own stream, which is joined to a stream of the caller's by events on both sides. It is
-never the default stream, in which TensorRT synchronises, and does not wait for it, so that what other threads put there
-breaks no capture.
+All of a lane's work is in its own stream, which is joined to a stream of the caller's by events on
+both sides. It is never the default stream, in which TensorRT synchronises, and does not wait for
+it, so that what other threads put there breaks no capture.
 """
 
 from __future__ import annotations
@@ -196,7 +197,8 @@ class Lane:
         """Run each bucket once on padding alone and capture it, so that no later call does.
 
         Raises:
-            BackendError: TensorRT or CUDA refused a step. A refused capture is none: see `refusals`.
+            BackendError: TensorRT or CUDA refused a step. A refused capture is none: see
+                `refusals`.
         """
         if not self._captures:
             return
@@ -232,8 +234,9 @@ class Lane:
     def _capture(self, profile: int, enqueue: Callable[[], None]) -> None:
         """Capture what has just been enqueued, for the next time.
 
-        After a run as usual, in which TensorRT does what it puts off until the first. Capturing runs nothing, so that
-        the embeddings stay as they are: if it is refused, they are as good as before.
+        After a run as usual, in which TensorRT does what it puts off until the first. Capturing
+        runs nothing, so that the embeddings stay as they are: if it is refused, they are as good as
+        before.
         """
         self._cuda.synchronize(self._stream)
         try:

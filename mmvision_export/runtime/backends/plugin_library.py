@@ -10,7 +10,8 @@ from mmvision_export.ops.domain import DOMAIN, OP_VERSION
 
 __all__ = ["load_plugin_library"]
 
-# By hash: TensorRT keeps a library's creators until the process ends, and refuses a second one of the same names.
+# By hash: TensorRT keeps a library's creators until the process ends, and refuses a second one of
+# the same names.
 _loaded: dict[str, Path] = {}
 
 

@@ -1,7 +1,8 @@
 """TensorRT engines.
 
-Written against the API of TensorRT 10.3 and later. On the machines this project is developed on there is no GPU: the
-calls are checked against type stubs and driven through a stand-in that enforces TensorRT's rules.
+Written against the API of TensorRT 10.3 and later. On the machines this project is developed on
+there is no GPU: the calls are checked against type stubs and driven through a stand-in that
+enforces TensorRT's rules.
 """
 
 from __future__ import annotations

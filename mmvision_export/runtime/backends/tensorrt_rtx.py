@@ -24,8 +24,9 @@ KERNEL_STRATEGIES: tuple[KernelStrategy, ...] = get_args(KernelStrategy)
 class TensorRTRTXBackend(TensorRTBackend):
     """See `TensorRTBackend`.
 
-    CUDA graphs are TensorRT-RTX's own: it captures a shape once the shape's kernels are compiled, which a caller cannot
-    see (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html).
+    CUDA graphs are TensorRT-RTX's own: it captures a shape once the shape's kernels are compiled,
+    which a caller cannot see
+    (https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html).
     """
 
     name = "tensorrt-rtx"
@@ -45,7 +46,8 @@ class TensorRTRTXBackend(TensorRTBackend):
                 f"kernels must be one of {', '.join(KERNEL_STRATEGIES)}, got {options.kernels!r}"
             )
         self._kernels: KernelStrategy | None = options.kernels
-        # Read if it is there and fits, written on closing. Like the engine, it is executable content.
+        # Read if it is there and fits, written on closing. Like the engine, it is executable
+        # content.
         self._cache_file = Path(options.runtime_cache or engine.with_suffix(".rtxcache"))
         self._cache: Any = None
         self._cached = b""
@@ -102,8 +104,8 @@ class TensorRTRTXBackend(TensorRTBackend):
         # The cache has to outlive the contexts that use it.
         blob = None if cache is None else cache.serialize()
         if blob is not None and (content := bytes(blob)) != self._cached:
-            # Written in one piece, so that processes which share the directory never read half of one. Where it cannot
-            # be written, on a read-only disk, the next process compiles again.
+            # Written in one piece, so that processes which share the directory never read half of
+            # one. Where it cannot be written, on a read-only disk, the next process compiles again.
             try:
                 with new_files(self._cache_file.parent, name=self._cache_file.name) as new:
                     (new / self._cache_file.name).write_bytes(content)
