@@ -36,6 +36,7 @@ from tests.support.fake_driver import (
     fake_driver,  # noqa: F401 - a fixture
     stand_in,  # noqa: F401 - a fixture
 )
+from tests.support.tools import once
 
 pytest.importorskip("triton", reason="triton is not installed")
 torch = pytest.importorskip("torch")
@@ -46,10 +47,22 @@ ORIN = ComputeCapability(8, 7)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packs") / "pack"
-    size = write_pack(folder, compute_capabilities=[ORIN, ComputeCapability(9, 0)])
-    assert size < MAX_PACK_BYTES / 2  # all GPUs are in the whole one
-    return folder
+    """A pack, made once for all worker processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def make(new: Path) -> None:
+        size = write_pack(new / "pack", compute_capabilities=[ORIN, ComputeCapability(9, 0)])
+        assert size < MAX_PACK_BYTES / 2  # all GPUs are in the whole one
+
+    return once(shared / "verify-gpu-pack", make) / "pack"
+
+
+@pytest.fixture(autouse=True)
+def few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of the stand-in mean nothing: a few are enough to see that they are taken."""
+    monkeypatch.setattr("mmvision_export.verify_gpu.launch._REPEATS", 2)
+    monkeypatch.setattr("mmvision_export.verify_gpu.launch._LAUNCHES", 2)
 
 
 @pytest.fixture(scope="module")
