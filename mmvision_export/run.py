@@ -1,4 +1,6 @@
-"""`mmvision run`, or `python -m mmvision_export.run`: images, a video, or patches, to image embeddings.
+"""`mmvision run`, or `python -m mmvision_export.run`.
+
+Images, a video, or patches, to image embeddings.
 
 Prints one JSON object on standard output, of a folder of images one line for each. Needs numpy,
 pillow and one backend; for a video PyAV too.

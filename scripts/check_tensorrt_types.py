@@ -1,4 +1,6 @@
-"""Check the TensorRT backends with mypy against TensorRT's type stubs: `python scripts/check_tensorrt_types.py`.
+"""Check the TensorRT backends with mypy against TensorRT's type stubs.
+
+`python scripts/check_tensorrt_types.py`.
 
 The stubs are installed into a folder of their own: in site-packages their folder named `tensorrt`
 would pass for TensorRT itself. Those of 10.13 have syntax that no parser takes, parameters named

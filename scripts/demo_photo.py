@@ -1,4 +1,7 @@
-"""Write a real photograph to a file: NASA's portrait of the astronaut Eileen Collins, which scikit-image carries."""
+"""Write a real photograph to a file.
+
+NASA's portrait of the astronaut Eileen Collins, which scikit-image carries.
+"""
 
 from __future__ import annotations
 

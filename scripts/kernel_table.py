@@ -1,4 +1,4 @@
-"""Compile the plugins' kernels for every architecture and print what they use, as the table of docs/plugins.md.
+"""Compile the plugins' kernels and print the table of docs/plugins.md.
 
 Run with the head sizes to show: `python scripts/kernel_table.py 64 80`.
 """

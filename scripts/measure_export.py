@@ -1,4 +1,6 @@
-"""Export of one tower by this package and by transformers' own exporter: `python scripts/measure_export.py`.
+"""Export of one tower by this package and by transformers' own exporter.
+
+`python scripts/measure_export.py`.
 
 Each export is a process of its own, and they take turns. What is timed is from an encoder in
 memory, with seeded random weights of the full size, to files on disk: tracing and writing; reading

@@ -1,4 +1,6 @@
-"""What `VisionEncoder` adds to a call, and how long its import takes: `python scripts/measure_overhead.py`.
+"""What `VisionEncoder` adds to a call, and how long its import takes.
+
+`python scripts/measure_overhead.py`.
 
 Overhead: validation, planning and padding of 8 images of 1,024 patches, in a call to a backend that
 computes nothing, by the clock. The finite check reads all patches once, so that the speed of memory

@@ -1,4 +1,7 @@
-"""The least time the encoder can take on a GPU, computed from its work and the GPU's peaks. Nothing here is measured."""
+"""The least time the encoder can take on a GPU, computed from its work and the GPU's peaks.
+
+Nothing here is measured.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ TOKENS = (576, 1024, 4096)
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """Peaks of a GPU: float16 with float32 accumulation, dense, in FLOP/s; memory in bytes/s; and who says so."""
+    """Peaks of a GPU, and who says so.
+
+    Float16 with float32 accumulation, dense, in FLOP/s; memory in bytes/s.
+    """
 
     name: str
     flops_per_s: float
@@ -43,7 +49,7 @@ GPUS = (
 
 
 def least_seconds(work: dict[str, Work], gpu: Gpu) -> float:
-    """Each operator takes at least as long as its arithmetic, and as its traffic, whichever is longer."""
+    """Each operator takes at least as long as the longer of its arithmetic and its traffic."""
     return sum(
         max(item.flops / gpu.flops_per_s, item.bytes / gpu.bytes_per_s) for item in work.values()
     )

@@ -1,4 +1,4 @@
-"""Runs the sides of a comparison in turns, each in its own process, and keeps what was measured as it goes."""
+"""Runs the sides of a comparison in turns, each in its own process, and keeps what is measured."""
 
 from __future__ import annotations
 
@@ -134,7 +134,9 @@ def measure(
     keep: Callable[[Result], None],
     progress: Progress | None = None,
 ) -> Result:
-    """Measure every side on every workload, round by round: one run of each side, then the next round.
+    """Measure every side on every workload, round by round.
+
+    One run of each side, then the next round.
 
     A round is thrown away first, to warm up, unless it alone takes longer than
     `seconds_per_workload`. Rounds follow until there are `repeats`, or that time is over.

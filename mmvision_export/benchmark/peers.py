@@ -1,4 +1,6 @@
-"""The encoder as others run it, on our weights: transformers, NeMo, and our own PyTorch modules, eager and compiled.
+"""The encoder as others run it, on our weights.
+
+Transformers, NeMo, and our own PyTorch modules, eager and compiled.
 
 Each takes `pixel_values`, `grid_thw` as tensors and gives `image_embeds`.
 """
@@ -139,7 +141,7 @@ def _has_meta(module: torch.nn.Module) -> bool:
 
 
 def _fill_buffers(module: torch.nn.Module, source: torch.nn.Module | None) -> None:
-    """Give a module made on the meta device the buffers, which no state dict holds, of one made on the CPU."""
+    """Give a module made on the meta device the buffers of one made on the CPU."""
     if source is None:
         return
     for name, buffer in source.named_buffers():

@@ -79,7 +79,10 @@ class Result:
         )
 
     def ratio(self, other: str, workload: str) -> float | None:
-        """How many times as long another side takes as the first: the median over rounds of both in the same round."""
+        """How many times as long another side takes as the first.
+
+        The median over rounds of both in the same round.
+        """
         ours, theirs = self.of(next(iter(self.sides)), workload), self.of(other, workload)
         if ours is None or theirs is None:
             return None

@@ -79,7 +79,7 @@ def run_benchmark(
     page: Path | None,
     progress: Progress | None = None,
 ) -> tuple[Result, Path]:
-    """Measure, writing `results.json` and the plots into `output` after every workload, and the page at the end.
+    """Measure, writing `results.json` and the plots after every workload, and the page at last.
 
     Raises:
         BenchmarkError: See `sides_from` and `measure`.

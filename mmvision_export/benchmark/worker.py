@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own, which is kept alive and told what to do line by line.
+"""One side of a comparison in a process of its own, told what to do line by line.
 
 `python -m mmvision_export.benchmark.worker SIDE DIRECTORY THREADS` answers each line of JSON on
 standard input by one on standard output. A process each, so that memory can be told apart and no
@@ -33,7 +33,10 @@ Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def main() -> None:
-    """Answer until standard input ends: open the side, run a batch, or measure a matrix product in its runtime."""
+    """Answer until standard input ends.
+
+    Open the side, run a batch, or measure a matrix product in its runtime.
+    """
     side, directory, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     # Libraries may print: they get standard error, the answers a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -145,7 +148,10 @@ def _open_backend(
 
 
 def _with_cuda_events(encoder: Run) -> Run:
-    """Keep the time between two CUDA events around each call, in milliseconds, in `run.device_ms`. Never run."""
+    """Keep the time between two CUDA events around each call, in milliseconds, in `run.device_ms`.
+
+    Never run.
+    """
     from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, Cuda
 
     cuda = Cuda(0)
@@ -164,7 +170,10 @@ def _with_cuda_events(encoder: Run) -> Run:
 
 
 def _timed(run: Run, request: dict[str, Any]) -> dict[str, Any]:
-    """One run of a batch: its time, its memory, and how much of the machine somebody else had meanwhile."""
+    """One run of a batch.
+
+    Its time, its memory, and how much of the machine somebody else had meanwhile.
+    """
     pixel_values, grid_thw = batch_of_grid(request["grid"], patch_dim=request["patch_dim"], seed=0)
     _reset_peak()
     before = _memory("VmRSS")
@@ -187,7 +196,7 @@ def _timed(run: Run, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
-    """Whose matrix product the side uses, and the best of several of the encoder's own size, float32, in GFLOP/s."""
+    """Whose matrix product the side uses, and its best of several, float32, in GFLOP/s."""
     rows, k, n = _GEMM
     generator = np.random.default_rng(0)
     x, w = (
@@ -263,7 +272,10 @@ def _reset_peak() -> None:
 
 
 def _busy_s() -> float:
-    """CPU seconds that this machine has spent on anything, since it started; 0 where it does not say."""
+    """CPU seconds that this machine has spent on anything, since it started.
+
+    0 where it does not say.
+    """
     try:
         fields = [
             int(field)

@@ -71,7 +71,10 @@ def _root(
 
 
 class _ExportCommand(TyperCommand):
-    """Reads `--random-weights` with no value as `--random-weights=plain`; typer has no options with optional values."""
+    """Reads `--random-weights` with no value as `--random-weights=plain`.
+
+    Typer has no options with optional values.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         flag = "--random-weights"

@@ -1,4 +1,7 @@
-"""What the `mmvision` command shows: results on standard output, progress and notes on standard error."""
+"""What the `mmvision` command shows.
+
+Results on standard output, progress and notes on standard error.
+"""
 
 from __future__ import annotations
 

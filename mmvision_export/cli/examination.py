@@ -62,7 +62,7 @@ class BackendReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Packages by name (None where not installed), the driver, and every backend that `auto` may take."""
+    """Packages by name (None: not installed), the driver, and what `auto` may take."""
 
     packages: dict[str, str | None]
     driver: str

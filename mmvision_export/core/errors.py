@@ -57,7 +57,7 @@ class ConfigError(MmvisionError):
 
 
 class CheckpointError(MmvisionError):
-    """A checkpoint cannot be found, read, or does not hold exactly the tensors of the vision encoder."""
+    """A checkpoint cannot be found or read, or has not exactly the encoder's tensors."""
 
 
 class ExportError(MmvisionError):
@@ -81,7 +81,7 @@ class EngineError(MmvisionError):
 
 
 class BackendError(MmvisionError):
-    """An inference backend is not installed, not usable on this machine, or failed while running."""
+    """An inference backend is not installed, not usable here, or failed while running."""
 
 
 class BenchmarkError(MmvisionError):
@@ -93,7 +93,7 @@ class InputError(MmvisionError):
 
 
 class ManifestError(MmvisionError):
-    """A model directory, its manifest or an engine's sidecar is missing, malformed or does not match its files."""
+    """A model directory, manifest or sidecar is missing, malformed or not of its files."""
 
 
 class OutputError(MmvisionError):
@@ -101,7 +101,10 @@ class OutputError(MmvisionError):
 
 
 def message_and_hint(error: Exception) -> tuple[str, str | None]:
-    """What to tell a user about an error: its own words, or the first line of one that was not foreseen."""
+    """What to tell a user about an error.
+
+    Its own words, or the first line of one that was not foreseen.
+    """
     if isinstance(error, MmvisionError):
         return str(error), error.hint
     reason = next(iter(str(error).splitlines()), "")

@@ -188,11 +188,11 @@ class FileRecord:
 
     @contextlib.contextmanager
     def verified_map(self, path: Path, *, said_by: str) -> Iterator[mmap.mmap]:
-        """A file in memory, read-only and verified, for the block: the pages that are hashed are those given.
+        """A file in memory, read-only and verified, for the block.
 
-        They are the system's cache of the file and no copy. That matters on a Jetson, where host
-        and device share one memory. A file that is shortened meanwhile ends the process (SIGBUS),
-        as any mapped file does.
+        The pages that are hashed are those given. They are the system's cache of the file and no
+        copy. That matters on a Jetson, where host and device share one memory. A file that is
+        shortened meanwhile ends the process (SIGBUS), as any mapped file does.
 
         Raises:
             ManifestError: See `verify`.

@@ -1,4 +1,7 @@
-"""What long work tells whoever waits for it. The library reports to a `Progress`; the command line draws it."""
+"""What long work tells whoever waits for it.
+
+The library reports to a `Progress`; the command line draws it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ class Progress:
     """Receives the steps of a long task. This base class ignores them."""
 
     def step(self, description: str, total: float | None = None) -> None:
-        """The next step begins and the one before it is done; `total` is how far `advance` will count, if known."""
+        """The next step begins and the one before it is done.
+
+        `total` is how far `advance` will count, if known.
+        """
 
     def advance(self, amount: float = 1.0) -> None:
         """The current step got further by `amount`."""

@@ -40,7 +40,10 @@ from mmvision_export.version import __version__
 __all__ = ["OPSETS", "export_model_directory", "onnx_from_encoder"]
 
 OPSETS = range(18, 24)
-"""Opsets that can be asked for. From 23 on, attention is ONNX's own operator; before, MatMul and Softmax."""
+"""Opsets that can be asked for.
+
+From 23 on, attention is ONNX's own operator; before, MatMul and Softmax.
+"""
 
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy", "safetensors")
 
@@ -104,7 +107,7 @@ def _floor_divide(a: Any, b: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet_tracer() -> Iterator[None]:
-    """Silence three known messages of the tracer that say nothing about this model, and only those."""
+    """Silence three messages of the tracer that say nothing about this model."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)  # torchvision is not installed

@@ -45,7 +45,7 @@ def save_graph(
 
 
 def save_cpu_graph(directory: Path, config: EncoderConfig) -> None:
-    """Write the CPU flavour beside a float32 portable graph, whose weight file it shares, and check it.
+    """Write the CPU flavour beside a float32 portable graph, whose weights it shares.
 
     Raises:
         ExportError: See `cpu_graph_from_portable`; or the written file is not a valid ONNX model.

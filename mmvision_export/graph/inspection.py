@@ -15,7 +15,7 @@ __all__ = ["inspect"]
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """Describe a model directory (every file is verified), an `.onnx` graph, or an `.engine` by its sidecar.
+    """Describe a model directory, an `.onnx` graph, or an `.engine` by its sidecar.
 
     An engine itself is not opened: that would run code from it, and needs the GPU it was built for.
 

@@ -35,7 +35,7 @@ def _short(path: str) -> str:
 
 
 def name_after_modules(model: ir.Model) -> None:
-    """Name nodes, values and weights after the PyTorch module they come from, and drop the tracer's metadata.
+    """Name nodes, values and weights after their PyTorch module, and drop the tracer's metadata.
 
     A module that became one node gives it its name (`layers.3.self_attn.q_proj`); otherwise the op
     type follows (`layers.3.self_attn.VarlenAttention`, and `..._2` for the next of the kind). A
@@ -73,7 +73,7 @@ def _module_of(node: ir.Node) -> str:
 
 
 def name_dimensions(model: ir.Model) -> None:
-    """Rename the tracer's symbols (`s77`) to `num_patches`, `num_images` and `num_image_tokens`, in every shape."""
+    """Rename the tracer's symbols (`s77`) to `num_patches` and its like, in every shape."""
     pixel_values, grid_thw = model.graph.inputs
     (image_embeds,) = model.graph.outputs
     assert (
@@ -110,7 +110,7 @@ def _values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def retype(model: ir.Model, dtype: ir.DataType) -> None:
-    """Turn a float32 graph into one of another float type, keeping float32 where the type would lose accuracy.
+    """Turn a float32 graph into one of another type, with float32 where that loses accuracy.
 
     What depends on pixels changes its type: both ends of the graph, the hidden states and the
     weights. What depends on `grid_thw` alone, the rotary angles and their cos and sin, stays

@@ -22,7 +22,10 @@ __all__ = ["replace_vision_tower"]
 
 
 class EncoderTower(nn.Module):
-    """Stands where the vision tower was: gives image tokens, already projected and merged, for hidden states."""
+    """Stands where the vision tower was.
+
+    Gives image tokens, already projected and merged, for hidden states.
+    """
 
     def __init__(self, encoder: VisionEncoder, dtype: torch.dtype) -> None:
         super().__init__()

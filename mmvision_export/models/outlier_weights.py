@@ -113,7 +113,10 @@ def plant_outliers(name: str, values: Tensor, config: EncoderConfig, *, seed: in
 
 
 def _detectors(config: EncoderConfig, outliers: Outliers, seed: int) -> Tensor:
-    """Unit vectors `[5, hidden]`: their products with a layer norm's output are about standard normal over patches."""
+    """Unit vectors `[5, hidden]`.
+
+    Their products with a layer norm's output are about standard normal over patches.
+    """
     directions = torch.randn(
         REGISTER_NEURONS, config.hidden_size, generator=_generator(f"{seed}/detectors")
     )

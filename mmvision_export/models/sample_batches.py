@@ -1,4 +1,7 @@
-"""The batches that comparisons run on: grids that have been trouble before, and patches to fill them with."""
+"""The batches that comparisons run on.
+
+Grids that have been trouble before, and patches to fill them with.
+"""
 
 from __future__ import annotations
 

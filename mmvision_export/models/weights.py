@@ -1,4 +1,4 @@
-"""Where an encoder's weights come from, as one value that the manifest keeps, so that they can be loaded again."""
+"""Where an encoder's weights come from, as a value that the manifest keeps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LoadedEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class WeightSource:
-    """A checkpoint (folder or hub id), or seeded random weights in the dimensions of a preset or a config.
+    """A checkpoint (folder or hub id), or seeded random weights of a preset or config.
 
     Attributes:
         checkpoint: Folder or hub id; None for random weights.

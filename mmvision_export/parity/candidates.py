@@ -148,7 +148,10 @@ def candidate_from_engine(
 def candidates_from_plans(
     directory: Path, *, graphs: Mapping[str, LoadedGraph], progress: Progress
 ) -> list[Candidate]:
-    """The engines of a model directory, if there is a GPU; which of them fit it shows when they are opened."""
+    """The engines of a model directory, if there is a GPU.
+
+    Which of them fit it shows when they are opened.
+    """
     if current_compute_capability() is None:
         return []
     found = []

@@ -1,4 +1,4 @@
-"""Is the exported graph the same function as the PyTorch encoder? Measured with Polygraphy, for each input.
+"""Is the exported graph the same function as the PyTorch encoder?
 
 Every result is compared with the encoder in float64. The runners: PyTorch in the graph's precision,
 which shows what that precision costs by itself; ONNX Runtime on each graph of the model directory;
@@ -168,7 +168,10 @@ def _embeds_from_engines(
     asked_for: Path,
     progress: Progress,
 ) -> dict[str, dict[str, Embeds]]:
-    """Runner -> sample -> embeddings. Of a model directory's engines, those that do not fit are passed over."""
+    """Runner -> sample -> embeddings.
+
+    Of a model directory's engines, those that do not fit are passed over.
+    """
     found = {}
     for engine in engines:
         with contextlib.ExitStack() as stack:

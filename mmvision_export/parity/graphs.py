@@ -1,4 +1,7 @@
-"""The graphs of a model directory as parity looks at them: each verified, loaded and rounded once."""
+"""The graphs of a model directory as parity looks at them.
+
+Each verified, loaded and rounded once.
+"""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def expected_errors(
 def first_jump(
     stages: Sequence[StageDistance], eager: Sequence[StageDistance] | None
 ) -> Jump | None:
-    """The first stage with a value that is not finite, or with more than `EXCESS` times the expected error.
+    """The first stage that is not finite, or has over `EXCESS` times the expected error.
 
     Args:
         stages: In order of computation.

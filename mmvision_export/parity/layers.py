@@ -1,4 +1,4 @@
-"""Stage by stage: how far each graph, and PyTorch in the same precision, lies from the encoder in float64.
+"""How far each graph, and PyTorch, lies from the encoder in float64, stage by stage.
 
 One model is in memory at a time. The float64 encoder's outputs wait on disk, where they are mapped,
 not read whole; of every other result only the distances are kept.
@@ -73,11 +73,14 @@ class LayerComparison:
     magnitudes: list[Magnitude]
 
     def expected(self, graph: GraphStages) -> list[float | None]:
-        """The error that a graph's precision explains at each of its stages, see `expected_errors`."""
+        """The error that a graph's precision explains at each stage: `expected_errors`."""
         return expected_errors(graph.stages, _counterpart(graph.facts, self.eager))
 
     def summary(self, graph: str) -> dict[str, Any]:
-        """What a manifest says of a graph's layers, as JSON values; nothing of one that was not looked into."""
+        """What a manifest says of a graph's layers, as JSON values.
+
+        Nothing of one that was not looked into.
+        """
         if graph not in self.graphs:
             return {}
         jump = self.graphs[graph].jump

@@ -50,7 +50,7 @@ class Magnitude:
 
 @contextlib.contextmanager
 def observed_magnitudes(encoder: VisionEncoderModule) -> Iterator[dict[str, Magnitude]]:
-    """While the block runs, collect stage -> largest magnitude among all that the stage's modules take and give.
+    """Collect stage -> largest magnitude among what its modules take and give.
 
     That is every intermediate tensor but two. Rotation keeps the norm of each pair of channels, so
     that rotated q and k exceed q and k by sqrt(2) at most. Attention's scores, which a fused kernel
@@ -100,7 +100,9 @@ def observed_magnitudes(encoder: VisionEncoderModule) -> Iterator[dict[str, Magn
 
 
 def overflow_warnings(magnitudes: Sequence[Magnitude], float_types: Collection[str]) -> list[str]:
-    """What to tell of activations within `NEAR_OVERFLOW` of float16's largest value, or beyond it; often nothing.
+    """What to tell of activations within `NEAR_OVERFLOW` of float16's largest value, or beyond it.
+
+    Often nothing.
 
     Args:
         magnitudes: Of every stage.

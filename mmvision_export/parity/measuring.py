@@ -1,4 +1,7 @@
-"""What a runner gives on each sample, and how far that lies from the reference. One runner is loaded at a time."""
+"""What a runner gives on each sample, and how far that lies from the reference.
+
+One runner is loaded at a time.
+"""
 
 from __future__ import annotations
 

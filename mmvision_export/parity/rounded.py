@@ -1,4 +1,4 @@
-"""A float16 or bfloat16 graph as a float32 one that rounds every intermediate result to the graph's own type.
+"""A float16 or bfloat16 graph as a float32 one that rounds every result.
 
 ONNX Runtime's CPU provider is no judge of a float16 graph: it has few float16 kernels, computes the
 rest in float32, and takes away the casts it put between them, so that values float16 cannot hold
@@ -145,7 +145,10 @@ def _widen_conversion(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: i
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
-    """Round a value, which passes its name on; the nodes that do it are named after the one that made it."""
+    """Round a value, which passes its name on.
+
+    The nodes that do it are named after the one that made it.
+    """
     name = value.name
     prefix = f"{node.name}." if len(node.outputs) == 1 else f"{node.name}.{value.index()}."
     uses = list(value.uses())

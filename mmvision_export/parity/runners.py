@@ -1,4 +1,7 @@
-"""Polygraphy runners for what its own do not run: the PyTorch encoder, and an engine as it is deployed."""
+"""Polygraphy runners for what its own do not run.
+
+The PyTorch encoder, and an engine as it is deployed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ __all__ = ["BackendRunner", "EngineRunner", "TorchRunner", "accepts", "input_met
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
-    """The PyTorch encoder as a Polygraphy runner; its weights are in memory only while it is active."""
+    """The PyTorch encoder as a Polygraphy runner.
+
+    Its weights are in memory only while it is active.
+    """
 
     def __init__(
         self, name: str, load: Callable[[], VisionEncoderModule], config: EncoderConfig
@@ -93,7 +99,10 @@ class EngineRunner(BackendRunner):
 
 
 def input_metadata(config: EncoderConfig) -> TensorMetadata:
-    """The graph's inputs as Polygraphy describes them; every runner is fed float32 and converts it itself."""
+    """The graph's inputs as Polygraphy describes them.
+
+    Every runner is fed float32 and converts it itself.
+    """
     result = TensorMetadata()
     result.add("pixel_values", dtype=DataType.FLOAT32, shape=(None, config.patch_dim))
     result.add("grid_thw", dtype=DataType.INT64, shape=(None, 3))

@@ -80,7 +80,7 @@ def sample_from_images(paths: Sequence[Path], preprocessor: PreprocessorConfig) 
 
 
 def sample_from_files(pixel_values: Path, grid_thw: Path, config: EncoderConfig) -> Sample:
-    """Patches `[num_patches, patch_dim]` float32 or float16 and `grid_thw` `[num_images, 3]` from two .npy files.
+    """Patches `[num_patches, patch_dim]` and `grid_thw` from two .npy files.
 
     Raises:
         InputError: A file is missing or no .npy file, or what it holds breaks a rule of patches or

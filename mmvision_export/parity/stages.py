@@ -60,7 +60,9 @@ def stage_modules(encoder: VisionEncoderModule) -> dict[str, nn.Module]:
 
 
 def stage_values(graph: ir.Graph, config: EncoderConfig) -> dict[str, ir.Value]:
-    """Stage -> the value of a graph that holds its output: the last float one made by a node named after the stage.
+    """Stage -> the value of a graph that holds its output.
+
+    The last float one made by a node named after the stage.
 
     In the order of `stage_names`. Nodes are named after modules at export, and what is derived from
     that graph keeps the names. A stage whose nodes were merged into another's, or renamed, is left
@@ -99,7 +101,7 @@ class GraphFacts:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether products are in fewer bits than the hidden states, which eager PyTorch has no counterpart of."""
+        """Whether products are in fewer bits than the hidden states."""
         return self.precision != self.float_type
 
 

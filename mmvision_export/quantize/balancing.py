@@ -1,4 +1,4 @@
-"""Balancing: how far to move a layer norm's large channels into the weights that read them, before quantising.
+"""Balancing: a layer norm's large channels go into the weights that read them.
 
 Judged on the sample rows, by the error that 8 bits leave in the unit's own products.
 

@@ -1,4 +1,6 @@
-"""The graph for ONNX Runtime's CPU provider: integer products whose inputs are quantised while it runs, row by row.
+"""The graph for ONNX Runtime's CPU provider.
+
+Integer products whose inputs are quantised while it runs, row by row.
 
 Each patch has a scale of its own, from its own largest magnitude. Unlike ONNX's
 DynamicQuantizeLinear, whose one scale is the whole batch's, this keeps a patch with massive
@@ -111,7 +113,7 @@ def _replace_product(
 
 
 def _integer_weight(graph: ir.Graph, node: ir.Node, linear: Linear) -> tuple[ir.Value, ir.Value]:
-    """A product's weight as `[in, out]` int8, and its scales `[out]`, as new constants of the graph."""
+    """A product's weight `[in, out]` int8 and its scales `[out]`, as new constants."""
     value = node.inputs[1]
     assert value is not None and value.const_value is not None
     exact = value.const_value  # [out, in]

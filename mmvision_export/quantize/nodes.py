@@ -28,7 +28,9 @@ def add_node(
     dtype: ir.DataType | None = None,
     **attributes: int,
 ) -> ir.Value:
-    """The output of a new node, which stands before another one of the graph; both are named the same.
+    """The output of a new node, which stands before another one of the graph.
+
+    Both are named the same.
 
     Args:
         before: The node it is put before.

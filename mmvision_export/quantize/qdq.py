@@ -1,4 +1,7 @@
-"""The graph for TensorRT: float16, with QuantizeLinear and DequantizeLinear around the products that are quantised."""
+"""The graph for TensorRT.
+
+Float16, with QuantizeLinear and DequantizeLinear around the products that are quantised.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ LOWEST_OPSET = 19  # the first whose QuantizeLinear takes float16 and makes floa
 
 
 def balance(model: ir.Model, units: Sequence[Unit], divisors: Mapping[str, Array]) -> None:
-    """Divide layer norms' outputs channel by channel, and multiply the weights that read them. The function stays.
+    """Divide layer norms' outputs channel by channel, and multiply the weights that read them.
+
+    The function stays.
 
     Args:
         model: Changed in place; weights are converted when they are read, one at a time.

@@ -1,4 +1,6 @@
-"""`mmvision quantize`: from a float32 model directory to a quantised flavour that has passed its gate.
+"""`mmvision quantize`.
+
+From a float32 model directory to a quantised flavour that has passed its gate.
 
 Units are ranked by what quantising each alone does to the output. The fewest of the worst are then
 kept in the graph's own float type that let the result pass, measured end to end on batches that
@@ -206,7 +208,9 @@ class _Written:
 
 
 def _fewest(written: Callable[[int], _Written], most: int, gate: float) -> _Written:
-    """The graph with the fewest units kept that passes, by doubling and then halving; it is the one left written.
+    """The graph with the fewest units kept that passes, by doubling and then halving.
+
+    It is the one left written.
 
     If none passes, the one that keeps all.
     """
@@ -334,7 +338,7 @@ def _write(
 
 
 def _save_beside(model: ir.Model, new: Path, name: str) -> None:
-    """Write a graph whose new weights go into a file of its own, and whose others stay where they are."""
+    """Write a graph whose new weights go into a file of its own; others stay."""
     values = [
         v
         for v in model.graph.initializers.values()

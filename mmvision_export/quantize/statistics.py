@@ -1,4 +1,6 @@
-"""What calibration measures: the tensors that products read, run on calibration batches in ONNX Runtime.
+"""What calibration measures.
+
+The tensors that products read, run on calibration batches in ONNX Runtime.
 
 Memory is bounded: the graph's weights stay in their file, which the runtime maps once; a batch is
 cut between images as the planner of launches cuts it; and tensors are captured in stages of at most

@@ -46,7 +46,10 @@ class Unit:
 
 
 def units_of(model: ir.Model) -> list[Unit]:
-    """Every product with constant weights in the main graph, in order; attention's own products are not among them."""
+    """Every product with constant weights in the main graph, in order.
+
+    Attention's own products are not among them.
+    """
     nodes: dict[str, list[ir.Node]] = {}
     for node in model.graph:
         if (
@@ -69,7 +72,9 @@ def units_of(model: ir.Model) -> list[Unit]:
 
 
 def readers_of(model: ir.Model, unit: Unit) -> list[ir.Node]:
-    """The nodes of a unit's products, in their order, wherever they stand: a flavour may have them in subgraphs.
+    """The nodes of a unit's products, in their order, wherever they stand.
+
+    A flavour may have them in subgraphs.
 
     They are found by the weights they read, whose names all graphs of a model directory share.
     """

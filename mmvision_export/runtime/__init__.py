@@ -1,1 +1,4 @@
-"""Running a model: `VisionEncoder`, and a backend for each runtime. Needs numpy, pillow and the backend only."""
+"""Running a model.
+
+`VisionEncoder`, and a backend for each runtime. Needs numpy, pillow and the backend only.
+"""

@@ -1,4 +1,6 @@
-"""Embeddings to a file, image by image, so that memory holds no more than one: .npy, .safetensors or JSON lines.
+"""Embeddings to a file, image by image, so that memory holds no more than one.
+
+.npy, .safetensors or JSON lines.
 
 | file | holds |
 | --- | --- |

@@ -1,4 +1,7 @@
-"""A folder of images to a folder of embeddings, a file for each: an interrupted run goes on where it stopped."""
+"""A folder of images to a folder of embeddings, a file for each.
+
+An interrupted run goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ _IDENTITY = "mmvision-run.json"
 
 
 def run_identity(encoder: VisionEncoder, *, resize_to_fit: bool) -> dict[str, Any]:
-    """What embeddings depend on but for the images: those of another model may not stand beside them."""
+    """What embeddings depend on but for the images.
+
+    Those of another model may not stand beside them.
+    """
     return {
         "weights_sha256": encoder.facts.weights_sha256,
         "precision": encoder.facts.precision,
@@ -32,7 +38,9 @@ def run_identity(encoder: VisionEncoder, *, resize_to_fit: bool) -> dict[str, An
 def refuse_foreign_output(
     output: Path, inputs: Sequence[Path], identity: dict[str, Any], *, force: bool
 ) -> None:
-    """Refuse to mix embeddings of two models in one folder, or with the images; write down whose these are.
+    """Refuse to mix embeddings of two models in one folder, or with the images.
+
+    Write down whose these are.
 
     Args:
         output: The folder of embeddings.

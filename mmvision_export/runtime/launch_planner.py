@@ -1,4 +1,6 @@
-"""Which launches a batch becomes: engine profiles to choose from, padding to a bucket, and cuts between whole images.
+"""Which launches a batch becomes.
+
+Engine profiles to choose from, padding to a bucket, and cuts between whole images.
 
 Padding is one trailing grid row whose patches are a segment of their own, and rows without patches
 after it:
@@ -166,7 +168,9 @@ def _most_patches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -
 
 
 class LaunchPlanner:
-    """Plans the launches of one engine, and remembers the plans of the last grids: a camera always sends the same.
+    """Plans the launches of one engine, and remembers the plans of the last grids.
+
+    A camera always sends the same.
 
     Args:
         profiles: The engine's; `ANY_SIZE` stands for none.
@@ -216,7 +220,7 @@ def refuse_too_large(grid: PackedGrid, profiles: Sequence[Profile], config: Enco
 
 
 def fitting_grid(t: int, h: int, w: int, most: int, config: EncoderConfig) -> tuple[int, int]:
-    """The largest grid near the shape of h x w, in whole merge blocks, of at most `most` patches in t temporal ones.
+    """The largest grid near the shape of h x w of at most `most` patches.
 
     Returns:
         Rows and columns, in patches; (0, 0) if not even one merge block of t temporal patches fits.

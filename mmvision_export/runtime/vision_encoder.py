@@ -259,7 +259,7 @@ class VisionEncoder:
         return batch.grid.split(self.encode(batch))
 
     def preprocessor_for(self, *, resize_to_fit: bool) -> PreprocessorConfig:
-        """The preprocessing, with the largest area that the engine takes if it shall resize to that.
+        """The preprocessing, with the area that the engine takes if it resizes.
 
         Raises:
             InputError: The engine takes no image as large as the preprocessing's smallest.
@@ -345,7 +345,10 @@ def _host_array(array: Any) -> Any:
 
 
 def _as_given(result: npt.NDArray[np.floating], given: Any) -> Any:
-    """A result as an array of the library that its input came from, without a copy; NumPy's for NumPy's and lists."""
+    """A result as an array of the library that its input came from, without a copy.
+
+    NumPy's for NumPy's and lists.
+    """
     if isinstance(given, np.ndarray) or not hasattr(given, "__dlpack__"):
         return result
     library = library_of(given)
@@ -353,7 +356,10 @@ def _as_given(result: npt.NDArray[np.floating], given: Any) -> Any:
 
 
 def _handle_of(stream: Any) -> int:
-    """The handle of a stream object of torch, CuPy or CUDA Python; never 0, the default stream's other name."""
+    """The handle of a stream object of torch, CuPy or CUDA Python.
+
+    Never 0, the default stream's other name.
+    """
     if hasattr(stream, "__cuda_stream__"):
         return int(stream.__cuda_stream__()[1]) or LEGACY_STREAM
     for attribute in ("cuda_stream", "ptr"):

@@ -1,4 +1,7 @@
-"""The helper by which tests see that a refusal is the one that was meant; each case is one that it must not take."""
+"""The helper by which tests see that a refusal is the one that was meant.
+
+Each case is one that it must not take.
+"""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_inlined_functions_compute_the_same(exported: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("opset", [18, 23])
 def test_retyped_graph_is_the_graph_traced_in_float16(opset: int) -> None:
-    """Two ways to the float16 graph, by a pass over the float32 one and by tracing the encoder in float16, agree."""
+    """The float16 graph is the same by a pass and by tracing in float16."""
 
     def traced(dtype: torch.dtype) -> ir.Model:
         state = random_state_dict(HEAD_DIM_80, seed=1, dtype=dtype)

@@ -1,4 +1,7 @@
-"""transformers' whole model, tiny, with its vision tower replaced: the same features and the same generated tokens."""
+"""transformers' whole model, tiny, with its vision tower replaced.
+
+The same features and the same generated tokens.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def runtime(exported: Path) -> Iterator[VisionEncoder]:
 
 @pytest.fixture
 def model() -> Any:
-    """A tiny MiniMax-M3-VL with random text weights, and the vision weights of the exported encoder."""
+    """A tiny MiniMax-M3-VL with the vision weights of the exported encoder."""
     from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as modeling
     from transformers.models.minimax_m3_vl.configuration_minimax_m3_vl import MiniMaxM3VLConfig
 

@@ -1,4 +1,4 @@
-"""Loading: three layouts, sharded or not, only what is needed, and every way a checkpoint can be wrong."""
+"""Loading: three layouts, sharded or not, and every way a checkpoint can be wrong."""
 
 from __future__ import annotations
 

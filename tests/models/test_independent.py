@@ -1,4 +1,6 @@
-"""Against implementations written by others, on the same weights: transformers (eager and SDPA) and NeMo AutoModel.
+"""Against implementations written by others, on the same weights.
+
+Transformers (eager and SDPA) and NeMo AutoModel.
 
 They stand outside the ladder. PyTorch and the exported graph must both match them in float32.
 """
@@ -49,7 +51,7 @@ def test_pytorch_and_onnx_match(
 
 
 def test_the_comparison_can_fail() -> None:
-    """What transformers' own exporter does to two images of different size: attention across a wrong boundary."""
+    """What transformers' own exporter does to two images: attention across a wrong boundary."""
     config, state = HEAD_DIM_80, weights("80")
     pixels, rows = batch(GRIDS["two of different size"], config)
     expected = run_peer("transformers-sdpa", config, state, pixels, rows)

@@ -1,4 +1,4 @@
-"""The planted outliers, measured on the float32 encoder, with plain random weights as the control."""
+"""The planted outliers, measured, with plain random weights as the control."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_positions_match_the_reference(merge: int, data: st.DataObject) -> None:
 
 
 def test_the_comparison_can_fail() -> None:
-    """Row-major order, the mistake to make here, differs wherever an image is wider than a block."""
+    """Row-major order, the likely mistake, differs where an image is wider than a block."""
     row_major = np.array([(0, y, x) for y in range(4) for x in range(6)])
     assert (positions([(1, 4, 6)], 2) != row_major).any()
 

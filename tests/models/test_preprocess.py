@@ -1,4 +1,4 @@
-"""Preprocessing against the transformers processor's own code and PyTorch's resize, and images of every kind."""
+"""Preprocessing against transformers' processor and PyTorch's resize."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_sizes_known_by_hand(size: tuple[int, int], expected: tuple[int, int]) -
 
 
 def test_patches_are_the_processors() -> None:
-    """Order of patches and of values in a patch, and normalisation, on an image that needs no resizing."""
+    """Order of patches and of their values, and normalisation, without resizing."""
     levels = np.random.default_rng(0).integers(0, 256, (56, 112, 3), dtype=np.uint8)
     patches, row = patches_from_image(Image.fromarray(levels), CONFIG)
     image = torch.from_numpy(levels).permute(2, 0, 1)[None].double() / 255
@@ -187,7 +187,7 @@ def test_unreadable_images_name_the_file(kind: str, tmp_path: Path) -> None:
 
 
 def test_images_opened_elsewhere(tmp_path: Path) -> None:
-    """What `image_from_file` does for a path, the Python API does for an image that Pillow has opened lazily."""
+    """The Python API does for a lazily opened image what `image_from_file` does."""
     exif = Image.Exif()
     exif[0x0112] = 6
     path = saved(Image.new("RGB", (280, 112), "red"), tmp_path / "a.jpg", exif=exif)

@@ -1,4 +1,4 @@
-"""Videos: against transformers' video processor, and memory that does not grow with their length."""
+"""Videos: against transformers' processor, and in bounded memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ CONFIG = VideoConfig(frame=PreprocessorConfig())
 
 
 def processed(frames: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """What transformers' video processor makes of sampled frames: its own `_preprocess`, from its source.
+    """What transformers' video processor makes of sampled frames.
+
+    Its own `_preprocess`, from its source.
 
     Its module imports torchvision. What that does here is stood in for: the resize by torch's
     antialiased bicubic one, which is what torchvision calls, and the grouping of videos by shape,
@@ -101,7 +103,7 @@ def tower(pixels: torch.Tensor, grid: torch.Tensor) -> Any:
 
 
 def test_video_equals_the_processor_and_the_tower(runtime: VisionEncoder, tmp_path: Path) -> None:
-    """21 frames: two segments of 4 temporal patches and one of 3, whose last temporal patch is one frame repeated."""
+    """21 frames: segments of 4, 4 and 3 temporal patches, the last of one frame."""
     frames = moving(84)
     path = write_video(tmp_path / "v.mkv", frames)
     segments = list(runtime.encode_video(path))

@@ -1,4 +1,4 @@
-"""Can each extra be installed where the README says, and for which CUDA? Asked of the package index, not of pip's host.
+"""Can each extra be installed where the README says, and for which CUDA?
 
 uv resolves for a platform and a Python that are not here. Nothing is downloaded but metadata.
 """

@@ -75,7 +75,7 @@ def test_the_streamed_float64_encoder_is_the_float64_encoder(encoder: VisionEnco
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_rounding_gives_values_of_the_type(precision: str, narrow: dict[str, Path]) -> None:
-    """Every stage holds values of the type alone, and the first product is the one that PyTorch rounds."""
+    """Stages hold values of the type alone; the first product is PyTorch's."""
     path = narrow[precision] / "model.onnx"
     model = rounded_model(ir.load(path), precision)
     values = stage_values(model.graph, HEAD_DIM_80)
@@ -133,7 +133,7 @@ def test_facts_of_graphs(exported: Path, narrow: dict[str, Path]) -> None:
 def test_no_healthy_graph_jumps(
     grid: list[tuple[int, int, int]], exported: Path, narrow: dict[str, Path]
 ) -> None:
-    """In every float type, on any grid, a stage's error is that of eager PyTorch within the rule's factor."""
+    """A stage's error is that of eager PyTorch within the rule's factor."""
     paths = {"fp32": exported, **narrow}
     graphs = {name: graph_from_file(path / "model.onnx") for name, path in paths.items()}
     compared = compare_layers(
@@ -318,7 +318,7 @@ def test_deriving_float16_names_a_weight_it_cannot_hold(exported: Path, tmp_path
 @pytest.mark.parametrize("kind", ["plain", "outliers"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_full_depth(precision: str, kind: RandomKind, tmp_path: Path) -> None:
-    """32 layers: at every stage at most twice eager PyTorch's error in the same type, against float64."""
+    """32 layers: at every stage at most twice eager PyTorch's error."""
     config = dataclasses.replace(HEAD_DIM_80, num_hidden_layers=32)
     source = WeightSource(random_config=config, seed=1, random_kind=kind)
     export_model_directory(source, tmp_path / "m", precision=precision)
@@ -334,7 +334,10 @@ def test_full_depth(precision: str, kind: RandomKind, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_full_width(tmp_path: Path) -> None:
-    """Two layers, the projector and the merger at the released width, with outliers, in float16: 3.5 GB of memory."""
+    """Two layers, the projector and the merger at the released width, with outliers, in float16.
+
+    3.5 GB of memory.
+    """
     config = EncoderConfig(num_hidden_layers=2)
     export_model_directory(
         WeightSource(random_config=config, seed=1, random_kind="outliers"),

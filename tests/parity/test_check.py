@@ -257,7 +257,10 @@ def engine(exported: Path, tmp_path: Path) -> Path:
 
 
 class Opened:
-    """Stands in for an opened engine, which no machine without a GPU opens: PyTorch in float32, times a factor."""
+    """Stands in for an opened engine, which no machine without a GPU opens.
+
+    PyTorch in float32, times a factor.
+    """
 
     def __init__(self, factor: float) -> None:
         self._encoder = WeightSource(random_config=HEAD_DIM_80, seed=1).load(torch.float32).encoder

@@ -146,7 +146,10 @@ def test_a_gate_that_float16_itself_fails_is_refused(outliers: Path, tmp_path: P
 def test_a_corrupted_scale_is_caught(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A twentieth of the range of every input: the gate catches what the same call accepts without the fault."""
+    """A twentieth of the range of every input.
+
+    The gate catches what the same call accepts without the fault.
+    """
     directory = copy_of(exported, tmp_path / "m")
     assert make(directory, "int8", min_cosine=0.99).kept == {}
     exact = magnitudes
@@ -192,7 +195,7 @@ def test_balancing_does_not_change_the_function(outliers: Path) -> None:
 def test_the_cpu_flavour_is_made_from_the_cpu_graph(
     quantized: tuple[Path, dict[str, QuantizationReport]],
 ) -> None:
-    """Attention image by image, memory linear in patches; where a directory has no CPU graph, from the portable one."""
+    """Attention image by image, also from a directory without a CPU graph."""
     directory, reports = quantized
     assert reports["cpu-int8"].source == "model.cpu.onnx"
     assert {report.source for flavour, report in reports.items() if flavour != "cpu-int8"} == {

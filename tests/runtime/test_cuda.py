@@ -1,4 +1,4 @@
-"""The CUDA driver by ctypes, against its header and against the stand-in, whose own rules are held here too."""
+"""The CUDA driver by ctypes, against its header and against the stand-in."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_symbols_and_arguments_are_those_of_the_header(tmp_path: Path) -> None:
 
 
 def test_the_plugin_library_looks_up_the_same_versions(tmp_path: Path) -> None:
-    """What cuda.h makes of the names in cuda_driver.cpp is what Python asks for, where both have it."""
+    """Python asks for what cuda.h makes of the names in cuda_driver.cpp."""
     source = (plugins_root() / "common" / "cuda_driver.cpp").read_text()
     names = re.findall(r"MMVISION_SYMBOL\((cu\w+)\)", source)
     assert len(names) >= 13
@@ -207,7 +207,10 @@ def cuda(fake_driver: FakeDriver) -> Cuda:  # noqa: F811
 
 
 def test_copies_are_done_when_somebody_waits(cuda: Cuda) -> None:
-    """A host array that changes before its copy is done is copied as it is then: the fault this stand-in is for."""
+    """A host array that changes before its copy is done is copied as it is then.
+
+    The fault this stand-in is for.
+    """
     stream = cuda.new_stream()
     memory = cuda.allocate(16)
     given, kept, back = np.arange(4, dtype=np.int32), np.zeros(4, np.int32), np.zeros(4, np.int32)

@@ -146,7 +146,10 @@ def test_masked_attention_is_cut_where_that_is_cheaper() -> None:
 
 @given(grid=grids(max_images=8))
 def test_a_graph_without_profiles_is_cut_as_if_every_cut_were_tried(grid: Grid) -> None:
-    """The planner looks back no further than a best cut can reach: that must not change what is best."""
+    """The planner looks back no further than a best cut can reach.
+
+    That must not change what is best.
+    """
     costs = Costs(FULL, masked=True)
     counts = of(grid).patches_per_image
 

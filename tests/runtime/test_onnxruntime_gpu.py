@@ -1,4 +1,7 @@
-"""ONNX Runtime's GPU providers, as far as that goes without a GPU: what they are opened with, and what they refuse."""
+"""ONNX Runtime's GPU providers, as far as that goes without a GPU.
+
+What they are opened with, and what they refuse.
+"""
 
 from __future__ import annotations
 

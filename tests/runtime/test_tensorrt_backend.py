@@ -497,7 +497,7 @@ def named_like_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("named_like_torch")
 @pytest.mark.parametrize("whose", ["none", "default", "legacy", "per thread", "own"])
 def test_device_arrays_go_in_and_out_without_the_host(machine: Machine, whose: str) -> None:
-    """The patches are still being written, in the stream that is given, when the encoder is called."""
+    """The patches are still being written, in the given stream, at the call."""
     pixels, rows = batch(MANY, HEAD_DIM_80)
     half = pixels.astype(np.float16)
     cuda = machine.driver.cuda()

@@ -65,7 +65,7 @@ def test_images_of_different_size_come_back_apart(runtime: VisionEncoder) -> Non
 def test_many_images_are_run_in_groups_that_change_nothing(
     runtime: VisionEncoder, exported: Path
 ) -> None:
-    """On a CPU a batch is cut between images, since masked attention costs the square of what it is given at once."""
+    """On a CPU a batch is cut between images: masked attention costs its square."""
     grid = [(1, 20, 20), (1, 2, 2), (1, 30, 30), (1, 40, 40), (1, 8, 8)] * 2
     pixels, rows = batch(grid, HEAD_DIM_80)
     whole = run_graph(exported / "model.onnx", pixels, rows)
@@ -285,7 +285,7 @@ def test_a_thousand_random_batches_equal_runs_of_one_image(runtime: VisionEncode
 
 @pytest.mark.slow
 def test_memory_is_flat_over_many_calls(runtime: VisionEncoder) -> None:
-    """Resident memory after 10,000 calls is what it was after 1,000, but for what an allocator keeps."""
+    """Resident memory after 10,000 calls is what it was after 1,000."""
     resource = psutil.Process()
     batches = [batch([(1, 2, 2 * n)], HEAD_DIM_80, seed=n) for n in range(1, 6)]
     after = []
@@ -298,7 +298,7 @@ def test_memory_is_flat_over_many_calls(runtime: VisionEncoder) -> None:
 
 @pytest.mark.slow
 def test_with_the_cpu_extra_only(exported: Path, tmp_path: Path) -> None:
-    """A virtual environment with what `pip install '.[cpu]'` brings runs `python -m mmvision_export.run`."""
+    """An environment of `pip install '.[cpu]'` runs `python -m mmvision_export.run`."""
     environment, root = tmp_path / "venv", Path(__file__).parents[2]
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     python = str(environment / "bin" / "python")

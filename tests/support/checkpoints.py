@@ -64,7 +64,10 @@ def write_checkpoint(folder: Path, tensors: State) -> Path:
 
 
 def write_sharded(folder: Path, tensors: State) -> Path:
-    """As the released one: the vision tensors in two of five shards, of which the other three are not there."""
+    """As the released one is.
+
+    The vision tensors in two of five shards, of which the other three are not there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder)
     names = sorted(tensors)

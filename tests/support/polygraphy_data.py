@@ -1,4 +1,7 @@
-"""Input for `polygraphy run`: a batch that its own random generator cannot make, since the grid must add up."""
+"""Input for `polygraphy run`.
+
+A batch that its own random generator cannot make, since the grid must add up.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ __all__ = ["PRESETS", "EncoderConfig", "Preset", "config_from_dict", "config_fro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Dimensions of the vision tower, projector and patch merger. Defaults are the released checkpoint's.
+    """Dimensions of the vision tower, projector and patch merger.
+
+    Defaults are the released checkpoint's.
 
     Attributes:
         hidden_size: Width of the tower.

@@ -100,7 +100,9 @@ class Layers(nn.Module):
 
 
 class PatchGeometry(nn.Module):
-    """Where each patch stands: the bounds of its image in the packed sequence, and its rotary angles.
+    """Where each patch stands.
+
+    The bounds of its image in the packed sequence, and its rotary angles.
 
     Everything that depends on `grid_thw` and nothing that depends on pixels. The angles and their
     cos and sin are float32 whatever the encoder's dtype (float64 in the float64 encoder).

@@ -1,4 +1,4 @@
-"""A packed batch: the patches of any number of images, one after the other, and the grid that tells them apart.
+"""A packed batch: the patches of images, one after the other, and the grid of each.
 
 One row (t, h, w) of `grid_thw` per image, counted in patches: t temporal patches of h x w spatial
 ones. Rows stand in the order in which their patches are packed. A batch is validated where it is
@@ -69,7 +69,7 @@ class PackedGrid:
         return [count // self.patches_per_token for count in self.patches_per_image]
 
     def split(self, per_token: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """What has one row per image token, as `[num_tokens, text_hidden_size]`, as one view per image."""
+        """What has a row per image token, `[num_tokens, width]`, as one view per image."""
         return np.split(per_token, [bound // self.patches_per_token for bound in self.bounds[1:-1]])
 
     def tuples(self) -> list[tuple[int, int, int]]:

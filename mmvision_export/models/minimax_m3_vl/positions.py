@@ -1,4 +1,4 @@
-"""Token geometry from `grid_thw`, with elementwise tensor operations only, so that it exports inside the graph.
+"""Token geometry from `grid_thw`, by elementwise operations, which export.
 
 No loop over images, no value read on the host: the number of patches and of images stays dynamic,
 and a graph traced with two images is the graph for any number of them. All arithmetic is int32 on
@@ -17,7 +17,9 @@ __all__ = ["cu_seqlens_from_grid", "inverse_frequencies", "positions_from_grid"]
 
 
 def inverse_frequencies(config: EncoderConfig) -> Tensor:
-    """Rotary frequencies of one axis, `theta ** -(2i / axis_dim)`: `[axis_dim/2]` float32, radians per patch.
+    """Rotary frequencies of one axis, `theta ** -(2i / axis_dim)`.
+
+    `[axis_dim/2]` float32, radians per patch.
 
     Rounded to float32 once, from float64.
     """

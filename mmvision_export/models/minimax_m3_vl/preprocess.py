@@ -187,7 +187,7 @@ class PreprocessorConfig:
         return dataclasses.replace(default, **found)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a `preprocessor_config.json`, which transformers' processor reads as well."""
+        """The content of a `preprocessor_config.json`, as transformers reads it."""
         content = dataclasses.asdict(self)
         size = {
             "shortest_edge": content.pop("min_pixels"),
@@ -202,7 +202,9 @@ class PreprocessorConfig:
 
 
 def smart_resize(height: int, width: int, config: PreprocessorConfig) -> tuple[int, int]:
-    """Size an image is resized to: near its own, both sides multiples of `factor`, the area within bounds.
+    """Size an image is resized to.
+
+    Near its own, both sides multiples of `factor`, the area within bounds.
 
     Args:
         height: In pixels.
@@ -237,7 +239,7 @@ def smart_resize(height: int, width: int, config: PreprocessorConfig) -> tuple[i
 
 
 def image_from_file(path: Path) -> Image.Image:
-    """Open an image of any format Pillow reads, upright (EXIF) and in 8-bit RGB (see `rgb_from_image`).
+    """Open an image, upright (EXIF) and in 8-bit RGB (see `rgb_from_image`).
 
     Raises:
         InputError: The file is missing, unreadable, truncated, too large, or of a pixel type with
@@ -264,7 +266,9 @@ def image_from_file(path: Path) -> Image.Image:
 
 
 def rgb_from_image(image: Image.Image) -> Image.Image:
-    """8-bit RGB: transparency composited onto white, as the processor does; 16-bit grey scaled to 8 bits.
+    """8-bit RGB.
+
+    Transparency is composited onto white, as the processor does, and 16-bit grey scaled to 8 bits.
 
     Raises:
         InputError: The pixel type has no defined range (32-bit integers beyond 16 bits, floats).

@@ -1,4 +1,6 @@
-"""The model's definition in float64 NumPy: the bottom rung of the ladder that every other implementation stands on.
+"""The model's definition in float64 NumPy.
+
+The bottom rung of the ladder that every other implementation stands on.
 
 Written for reading, one image at a time with plain loops, straight from the definition of the model
 and sharing no code with the encoder, the graph or the kernels. It is slow on purpose: it is what
@@ -101,7 +103,7 @@ def qk_rotary_embedding(
 def varlen_attention(
     q: npt.ArrayLike, k: npt.ArrayLike, v: npt.ArrayLike, cu_seqlens: npt.ArrayLike, *, scale: float
 ) -> Array:
-    """Bidirectional softmax attention inside each segment of a packed sequence, none across segments.
+    """Bidirectional softmax attention inside each segment of a packed sequence.
 
     Args:
         q: `[N, heads, head_dim]`.
@@ -126,7 +128,7 @@ def varlen_attention(
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
-    """Layer normalisation over the last axis, biased variance (https://arxiv.org/abs/1607.06450)."""
+    """Layer normalisation of the last axis, biased variance (arXiv:1607.06450)."""
     centred = x - x.mean(axis=-1, keepdims=True)
     normalised: Array = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps)
     return normalised * weight + bias

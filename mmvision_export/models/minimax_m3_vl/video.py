@@ -1,4 +1,4 @@
-"""Videos to segments of patches, as the checkpoint's video processor makes them, and their encoding piece by piece.
+"""Videos to segments of patches, as the checkpoint's processor makes them.
 
 Frames are sampled evenly; every `temporal_patch_size` of them make a temporal patch, the last one
 repeated to fill it; every `segment_max_frames` temporal patches make a segment, a grid row of its
@@ -93,7 +93,9 @@ class VideoSegment:
 def sampled_indices(
     num_frames: int, video_fps: float, config: VideoConfig
 ) -> npt.NDArray[np.int64]:
-    """Which frames are taken: `fps` per second, within `min_frames` and `max_frames`, evenly over the video.
+    """Which frames are taken.
+
+    `fps` per second, within `min_frames` and `max_frames`, evenly over the video.
 
     Args:
         num_frames: Of the video.

@@ -57,7 +57,7 @@ def _stage_axis(axes: Axes, stages: Sequence[str]) -> None:
 
 
 def error_figure(layers: LayerComparison) -> str:
-    """Error of each graph at each stage, PyTorch's in the same type beside it, and where it jumps."""
+    """Error of each graph at each stage, beside PyTorch's, and where it jumps."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(9.5, 4.2), layout="constrained")
         axes = figure.subplots()
@@ -143,7 +143,10 @@ def magnitude_figure(layers: LayerComparison) -> str:
 def _token_maps(
     sample: Sample, errors: npt.NDArray[np.float64], merge: int
 ) -> list[npt.NDArray[np.float64]]:
-    """Each image's errors in their place, `[t, h / merge, w / merge]`; tokens are packed row by row, frame by frame."""
+    """Each image's errors in their place, `[t, h / merge, w / merge]`.
+
+    Tokens are packed row by row, frame by frame.
+    """
     maps, start = [], 0
     for t, h, w in sample.grid_thw.tolist():
         shape = (t, h // merge, w // merge)
@@ -153,14 +156,19 @@ def _token_maps(
 
 
 def worst_images(sample: Sample, errors: npt.NDArray[np.float64], merge: int) -> list[int]:
-    """The images that a heat map shows: those with the largest errors, not finite ones first; in packing order."""
+    """The images that a heat map shows.
+
+    Those with the largest errors, not finite ones first; in packing order.
+    """
     unbounded = np.where(np.isnan(errors), np.inf, errors)
     worst = [float(tokens.max()) for tokens in _token_maps(sample, unbounded, merge)]
     return sorted(sorted(range(len(worst)), key=lambda i: -worst[i])[:_SHOWN_IMAGES])
 
 
 def heat_map_figure(sample: Sample, errors: npt.NDArray[np.float64], merge: int) -> str:
-    """Error of each image token where it stands in its image; the image beneath and beside it, if it is known.
+    """Error of each image token where it stands in its image.
+
+    The image beneath and beside it, if it is known.
 
     Args:
         sample: The batch.

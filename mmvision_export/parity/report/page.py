@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing beside it, and every number in a JSON file of the same stem."""
+"""The report: one HTML file, and every number in a JSON file of the same stem."""
 
 from __future__ import annotations
 

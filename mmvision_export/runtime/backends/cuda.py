@@ -69,7 +69,10 @@ class Cuda:
         self.driver.call("cuCtxSetCurrent", context)
 
     def close(self) -> None:
-        """Let the context go; it ends with its last holder. All that was made in it must be freed."""
+        """Let the context go.
+
+        It ends with its last holder. All that was made in it must be freed.
+        """
         with self._lock:
             held, self._context = self._context, None
         if held is not None:
@@ -135,7 +138,10 @@ class Cuda:
         self.driver.call("cuMemFree_v2", address)
 
     def allocate_pinned(self, size_bytes: int) -> int:
-        """Address of new host memory that the device can read by itself; free it with `free_pinned`."""
+        """Address of new host memory that the device can read by itself.
+
+        Free it with `free_pinned`.
+        """
         return self.driver.new("cuMemHostAlloc", size_bytes, 0)
 
     def free_pinned(self, address: int) -> None:
@@ -179,7 +185,10 @@ class Cuda:
         self.driver.call("cuStreamWaitEvent", stream, event, 0)
 
     def wait_here(self, event: int) -> None:
-        """Let the calling thread wait for what an event stands for; not at all if never recorded."""
+        """Let the calling thread wait for what an event stands for.
+
+        Not at all if never recorded.
+        """
         self.driver.call("cuEventSynchronize", event)
 
     def elapsed_ms(self, first: int, last: int) -> float:
@@ -189,7 +198,9 @@ class Cuda:
         return elapsed.value
 
     def captured(self, enqueue: Callable[[], None], stream: int) -> int:
-        """A CUDA graph of what is enqueued, ready to launch; nothing of it is run. Free it with `free_graph`.
+        """A CUDA graph of what is enqueued, ready to launch.
+
+        Nothing of it is run. Free it with `free_graph`.
 
         Args:
             enqueue: Puts work into the stream. It must not allocate, synchronise or use other

@@ -156,7 +156,7 @@ class CudaDriver:
         return hasattr(self._library, symbol)
 
     def check(self, symbol: str, result: int) -> None:
-        """Turn a CUresult other than success into an error with the driver's name and text for it."""
+        """Raise the driver's name and text for a CUresult other than success."""
         if result == 0:
             return
         name, text = self._text("cuGetErrorName", result), self._text("cuGetErrorString", result)

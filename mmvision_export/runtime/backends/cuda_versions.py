@@ -34,7 +34,7 @@ def tensorrt_cuda(backend: str) -> tuple[str, int] | None:
 
 
 def refuse_newer_cuda(cuda: Cuda, backend: str) -> None:
-    """Raise `BackendError` if a backend's TensorRT was made with a later CUDA major than the driver has.
+    """Raise `BackendError` if a backend's TensorRT is of a later CUDA than the driver.
 
     References:
         https://docs.nvidia.com/deploy/cuda-compatibility: within a major version a driver runs what any
@@ -61,7 +61,10 @@ def describe_driver(cuda: Cuda) -> str:
 
 
 def _module_version() -> str:
-    """Of the kernel module, with a space behind it; nothing where it does not say, as on a Jetson."""
+    """Of the kernel module, with a space behind it.
+
+    Nothing where it does not say, as on a Jetson.
+    """
     try:
         text = _MODULE_VERSION.read_text(encoding="utf-8")
     except OSError:

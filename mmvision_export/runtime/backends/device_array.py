@@ -1,4 +1,6 @@
-"""Arrays that are in device memory: where they are, through DLPack, without a copy and without their library.
+"""Arrays that are in device memory.
+
+Where they are, through DLPack, without a copy and without their library.
 
 References:
     https://dmlc.github.io/dlpack/latest/c_api.html, and for the protocol
@@ -73,7 +75,10 @@ class DeviceArray:
 
 
 def device_of(array: Any) -> int | None:
-    """Index of the CUDA device that an array is on; None for host memory and for what is no array."""
+    """Index of the CUDA device that an array is on.
+
+    None for host memory and for what is no array.
+    """
     if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
         return None
     try:
@@ -123,7 +128,10 @@ def device_array(array: Any, *, name: str, stream: int) -> DeviceArray:
 
 
 def library_of(array: Any) -> Any:
-    """The top package that an array's class comes from, as `torch`; imported, since there is an array."""
+    """The top package that an array's class comes from, as `torch`.
+
+    Imported, since there is an array.
+    """
     package, _, _ = type(array).__module__.partition(".")
     return sys.modules[package]
 

@@ -1,4 +1,6 @@
-"""What one stream needs to run an engine: a context for each profile, buffers at fixed addresses, and CUDA graphs.
+"""What one stream needs to run an engine.
+
+A context for each profile, buffers at fixed addresses, and CUDA graphs.
 
 Every profile has an execution context of its own, since a captured graph is tied to the state of
 the context it was captured from. They run one after the other, so that they share the memory for

@@ -69,7 +69,9 @@ def current_platform() -> str:
 
 
 class TensorRTBackend:
-    """One engine, with a lane for each stream: contexts, buffers and CUDA graphs of its own. See `Backend`.
+    """One engine, with a lane for each stream.
+
+    Contexts, buffers and CUDA graphs of its own. See `Backend`.
 
     Safe for use by several threads: a call takes a free lane, and waits for one if there is none.
 

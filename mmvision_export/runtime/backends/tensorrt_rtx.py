@@ -1,4 +1,7 @@
-"""TensorRT-RTX engines: as TensorRT's, with kernels compiled where they run and kept in a runtime cache file."""
+"""TensorRT-RTX engines.
+
+As TensorRT's, with kernels compiled where they run and kept in a runtime cache file.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
 __all__ = ["KERNEL_STRATEGIES", "KernelStrategy", "TensorRTRTXBackend"]
 
 KernelStrategy = Literal["lazy", "eager", "none"]
-"""When kernels are specialised to a shape: in the background while general ones run, before the first run, or never."""
+"""When kernels are specialised to a shape.
+
+In the background while general ones run, before the first run, or never.
+"""
 
 KERNEL_STRATEGIES: tuple[KernelStrategy, ...] = get_args(KernelStrategy)
 
@@ -98,7 +104,10 @@ class TensorRTRTXBackend(TensorRTBackend):
             self._cached = b""
 
     def close(self) -> None:
-        """See `Backend.close`. Keeps the runtime cache, if there is anything new in it and it can be written."""
+        """See `Backend.close`.
+
+        Keeps the runtime cache, if there is anything new in it and it can be written.
+        """
         cache, self._cache = self._cache, None
         super().close()
         # The cache has to outlive the contexts that use it.
