@@ -56,10 +56,10 @@ class VisionEncoder:
     """The vision encoder in one runtime. Safe for use by several threads.
 
     ```python
-    with VisionEncoder.open("engines/tiny") as encoder: image_embeds = encoder(pixel_values,
-        grid_thw)  # one packed batch per_image = encoder.encode_images([Image.open("photo.jpg")])
-        # a list of [tokens, text_hidden] for segment in encoder.encode_video("clip.mp4"):  # as
-        they are done
+    with VisionEncoder.open("engines/tiny") as encoder:
+        image_embeds = encoder(pixel_values, grid_thw)  # one packed batch
+        per_image = encoder.encode_images([Image.open("photo.jpg")])  # [tokens, text_hidden] each
+        for segment in encoder.encode_video("clip.mp4"):  # as they are done
             print(segment.timestamps, segment.image_embeds.shape)
     ```
     """
