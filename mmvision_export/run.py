@@ -26,6 +26,7 @@ from mmvision_export.core.errors import InputError, OutputError, print_error
 from mmvision_export.core.files import array_from_file
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images, image_from_file
+from mmvision_export.models.minimax_m3_vl.resize import RESIZE_RULES
 from mmvision_export.runtime.backends import BACKENDS
 from mmvision_export.runtime.embeds_file import (
     FORMATS,
@@ -100,6 +101,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     inputs.add_argument(
         "--grid-thw", type=Path, metavar="NPY", help="integers [num_images, 3]: t, h, w in patches"
     )
+    inputs.add_argument("--resize", choices=RESIZE_RULES, help="how images get their size: area as in transformers, "
+                        "long-side as in SGLang, box as of M3.1 (default: the model directory's)")  # fmt: skip
+    inputs.add_argument("--max-long-side", type=int, metavar="PIXELS", help="of --resize long-side: 112 to 3584, a "
+                        "multiple of 28 (default: 2016)")  # fmt: skip
     inputs.add_argument("--resize-to-fit", action="store_true", help="make what is too large for the engine as small "
                         "as it has to be, rather than refuse it")  # fmt: skip
     outputs = parser.add_argument_group("output")
@@ -126,8 +131,12 @@ def _checked_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namesp
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
     if arguments.fps is not None and arguments.video is None:
         parser.error("--fps goes with --video")
-    if arguments.resize_to_fit and arguments.pixel_values is not None:
-        parser.error("--resize-to-fit goes with --image or --video: patches cannot be resized")
+    sizing = (arguments.resize_to_fit, arguments.resize, arguments.max_long_side)
+    if any(sizing) and arguments.pixel_values is not None:
+        parser.error(
+            "--resize, --max-long-side and --resize-to-fit go with --image or --video: patches "
+            "cannot be resized"
+        )
     arguments.folder = any(path.is_dir() for path in arguments.image or ())
     if arguments.folder and (
         arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS
@@ -167,6 +176,8 @@ def _print_summary(arguments: argparse.Namespace) -> int:
 def _opened(arguments: argparse.Namespace) -> VisionEncoder:
     return VisionEncoder.open(
         find_model_directory(arguments.model),
+        resize=arguments.resize,
+        max_long_side=arguments.max_long_side,
         backend=arguments.backend,
         device=arguments.device,
         threads=arguments.threads,

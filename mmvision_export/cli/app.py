@@ -26,6 +26,7 @@ from mmvision_export.cli.verify_gpu import verify_gpu
 from mmvision_export.core.command import exit_code_of, print_failure
 from mmvision_export.core.errors import print_error
 from mmvision_export.models.minimax_m3_vl.config import Preset
+from mmvision_export.models.minimax_m3_vl.resize import LONG_SIDES, SIDE_STEP, ResizeRule
 from mmvision_export.models.random_kind import RandomKind
 from mmvision_export.version import __version__
 
@@ -133,6 +134,20 @@ def export(
     opset: Annotated[
         int, typer.Option(help="ONNX opset, 18 to 23. Below 23, attention is MatMul and Softmax.")
     ] = 23,
+    resize: Annotated[
+        Optional[ResizeRule],
+        typer.Option(
+            help="How images get their size: area as in transformers, long-side as in SGLang and "
+            "MiniMax's format check, box as of M3.1. Default: the checkpoint's, or area."
+        ),
+    ] = None,
+    max_long_side: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="PIXELS",
+            help="With --resize long-side: 112 to 3584, a multiple of 28. Default: 2016.",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model directory if it exists.")
     ] = False,
@@ -148,6 +163,15 @@ def export(
         raise typer.BadParameter("--preset and --seed go with --random-weights")
     if checkpoint == "":
         raise typer.BadParameter("--checkpoint is empty")
+    if max_long_side is not None:
+        if resize != "long-side":
+            raise typer.BadParameter("--max-long-side goes with --resize long-side")
+        least, most = LONG_SIDES
+        if not least <= max_long_side <= most or max_long_side % SIDE_STEP:
+            raise typer.BadParameter(
+                f"--max-long-side must be a multiple of {SIDE_STEP} from {least} to {most}, "
+                f"got {max_long_side}"
+            )
 
     from mmvision_export.export.onnx_export import export_model_directory
     from mmvision_export.models.weights import WeightSource
@@ -160,7 +184,14 @@ def export(
         output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).resolve().name
     with progress_display() as progress:
         manifest = export_model_directory(
-            source, output, precision=precision, opset=opset, force=force, progress=progress
+            source,
+            output,
+            precision=precision,
+            opset=opset,
+            resize=resize,
+            max_long_side=max_long_side,
+            force=force,
+            progress=progress,
         )
     size = sum(record.size_bytes for record in manifest.files.values())
     console.print(

@@ -31,6 +31,7 @@ from mmvision_export.graph.files import save_cpu_graph, save_graph, save_openvin
 from mmvision_export.graph.passes import name_after_modules, name_dimensions
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
+from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
 from mmvision_export.models.weight_statistics import weight_statistics
 from mmvision_export.models.weights import DTYPES, WeightSource
 from mmvision_export.ops.registry import attach_functions, translation_table
@@ -130,6 +131,8 @@ def export_model_directory(
     *,
     precision: str = "fp32",
     opset: int = ATTENTION_OPSET,
+    resize: ResizeRule | None = None,
+    max_long_side: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -140,11 +143,13 @@ def export_model_directory(
         output: The directory to make.
         precision: fp32, fp16 or bf16.
         opset: One of `OPSETS`.
+        resize: Rule by which images get their size; None for the checkpoint's.
+        max_long_side: Of the rule `long-side`, in pixels.
         force: Replace an existing directory.
         progress: Told about each step.
 
     Raises:
-        ConfigError, CheckpointError: The weights cannot be loaded.
+        ConfigError, CheckpointError: The weights cannot be loaded, or the rule has no such bound.
         ExportError: The graph cannot be made, or fails its check.
         OutputError: The directory exists, or cannot be written.
     """
@@ -156,7 +161,9 @@ def export_model_directory(
         loaded = source.load(DTYPES[precision], progress)
         statistics = weight_statistics(loaded.encoder)
         config = loaded.encoder.config
-        preprocessor = loaded.family.preprocessor(config, loaded.preprocessor)
+        preprocessor = loaded.family.preprocessor(config, loaded.preprocessor).by(
+            resize, max_long_side=max_long_side
+        )
         progress.step("tracing the encoder")
         model = onnx_from_encoder(loaded.encoder, opset=opset)
         save_graph(model, directory, GRAPH, progress)

@@ -47,6 +47,7 @@ from mmvision_export.runtime.backends.device_array import (
 from mmvision_export.runtime.launch_planner import ANY_SIZE
 
 if TYPE_CHECKING:
+    from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
     from mmvision_export.models.minimax_m3_vl.video import VideoSegment
 
 __all__ = ["VisionEncoder"]
@@ -73,7 +74,13 @@ class VisionEncoder:
 
     @classmethod
     def open(
-        cls, path: str | Path, options: BackendOptions | None = None, **changes: Any
+        cls,
+        path: str | Path,
+        options: BackendOptions | None = None,
+        *,
+        resize: ResizeRule | None = None,
+        max_long_side: int | None = None,
+        **changes: Any,
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
@@ -82,12 +89,14 @@ class VisionEncoder:
         Args:
             path: The directory, or an `.engine` with its sidecar beside it.
             options: How.
+            resize: Rule by which images get their size; None for the model directory's.
+            max_long_side: Of the rule `long-side`, in pixels.
             **changes: Fields of `BackendOptions` by keyword, as `backend="onnxruntime-cpu"`.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
             ManifestError: The files are missing, damaged, or not for this machine.
-            ConfigError: `preprocessor_config.json` is malformed.
+            ConfigError: `preprocessor_config.json` is malformed, or the rule has no such bound.
             TypeError: There is no such field.
         """
         path = Path(path)
@@ -98,6 +107,7 @@ class VisionEncoder:
             preprocessor = PreprocessorConfig.for_encoder(opened.config)
             if directory is not None and (directory / PREPROCESSOR).is_file():
                 preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, opened.config)
+            preprocessor = preprocessor.by(resize, max_long_side=max_long_side)
         except BaseException:
             opened.close()
             raise
@@ -146,7 +156,8 @@ class VisionEncoder:
                 "max_patches": self.max_patches,
                 "max_images": max(profile.max_images for profile in profiles),
             }
-        return {"backend": self._backend.name, **self.facts.to_dict(), **limits}
+        resize = str(self._preprocessor)
+        return {"backend": self._backend.name, **self.facts.to_dict(), "resize": resize, **limits}
 
     def __call__(self, pixel_values: Any, grid_thw: Any, *, stream: Any = None) -> Any:
         """Encode one packed batch of any number of images.

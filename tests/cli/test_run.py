@@ -75,6 +75,35 @@ def test_images_named_together_or_one_by_one(
     np.testing.assert_array_equal(np.load("a.npy"), np.load("b.npy"))
 
 
+def test_sizes_by_another_rule(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = ("--image", "coffee.jpg", "--backend", "onnxruntime-cpu")  # 600 x 400
+    plain = run(capsys, *image)
+    assert plain["grid_thw"] == [[1, 28, 42]]
+    assert plain["resize"] == "area: 3136 to 451584 pixels"
+    small = run(capsys, *image, "--resize", "long-side", "--max-long-side", "336")
+    assert small["grid_thw"] == [[1, 16, 24]]
+    assert small["resize"] == "long-side: at most 336 pixels"
+    box = run(capsys, *image, "--resize", "box")
+    assert box["grid_thw"] == [[1, 30, 44]]
+
+
+def test_a_model_directory_keeps_its_rule(
+    files: Path, mmvision: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ("export", "--preset", "tiny", "--random-weights", "--output", "m")
+    refused = mmvision(*export, "--max-long-side", "1008")
+    assert refused.code == 2
+    assert "--resize long-side" in refused.err
+    assert mmvision(*export, "--resize", "long-side", "--max-long-side", "100").code == 2
+    assert not Path("m").exists()
+    made = mmvision(*export, "--resize", "long-side", "--max-long-side", "336")
+    assert made.code == 0, made.err
+    image = ("--model", "m", "--image", str(files / "coffee.jpg"), "--backend", "onnxruntime-cpu")
+    assert run(capsys, *image)["grid_thw"] == [[1, 16, 24]]
+    assert run(capsys, *image, "--max-long-side", "224")["grid_thw"] == [[1, 10, 16]]
+    assert run(capsys, *image, "--resize", "area")["grid_thw"] == [[1, 28, 42]]
+
+
 def test_mmvision_run_is_this_command(
     files: Path, capsys: pytest.CaptureFixture[str], mmvision: Command
 ) -> None:

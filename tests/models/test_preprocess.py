@@ -23,8 +23,8 @@ from mmvision_export.models.minimax_m3_vl.preprocess import (
     batch_from_images,
     image_from_file,
     patches_from_image,
+    resized,
     rgb_from_image,
-    smart_resize,
 )
 from tests.support.errors import refused
 from tests.support.images import from_transformers, photographs
@@ -40,9 +40,9 @@ def test_the_grid_is_the_processors(height: int, width: int) -> None:
         expected = theirs(height, width, **arguments)
     except ValueError:
         with refused(InputError, "aspect ratio", 200, f"{width} x {height}"):
-            smart_resize(height, width, CONFIG)
+            resized(height, width, CONFIG)
         return
-    assert smart_resize(height, width, CONFIG) == expected
+    assert resized(height, width, CONFIG) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_grid_is_the_processors(height: int, width: int) -> None:
     ],
 )
 def test_sizes_known_by_hand(size: tuple[int, int], expected: tuple[int, int]) -> None:
-    height, width = smart_resize(*size, CONFIG)
+    height, width = resized(*size, CONFIG)
     assert (height % 28, width % 28) == (0, 0)
     assert CONFIG.min_pixels <= height * width <= CONFIG.max_pixels
     assert (height, width) == expected
@@ -235,6 +235,16 @@ def read(tmp_path: Path, content: Any) -> PreprocessorConfig:
             dataclasses.replace(CONFIG, max_pixels=200704),
         ),
         ({"image_mean": [0.5, 0.5, 0.5]}, dataclasses.replace(CONFIG, image_mean=(0.5, 0.5, 0.5))),
+        ({"resize": "long-side", "size": [672, 672]}, CONFIG.by("long-side")),
+        (
+            {"resize": "long-side", "max_long_side_pixel": 1008},
+            CONFIG.by("long-side", max_long_side=1008),
+        ),
+        (
+            {"resize": "box", "max_size": [1008, 672]},
+            dataclasses.replace(CONFIG.by("box"), max_size=(1008, 672)),
+        ),
+        ({"max_size": [1, 2, 3]}, CONFIG),
         (
             {"do_resize": True, "resample": 3, "rescale_factor": 1 / 127.5},
             dataclasses.replace(CONFIG, rescale_factor=1 / 127.5),
@@ -265,6 +275,12 @@ def test_preprocessor_config(
         ({"rescale_factor": "x"}, ["rescale_factor", "'x'"]),
         ({"rescale_factor": 0}, ["rescale_factor", 0]),
         ({"min_pixels": 10**9}, ["min_pixels", "max_pixels", 10**9]),
+        ({"resize": "height"}, ["resize", "long-side", "'height'"]),
+        ({"max_long_side_pixel": 2000}, ["max_long_side", 28, 112, 3584, 2000]),
+        ({"max_long_side_pixel": 3612}, ["max_long_side", 28, 112, 3584, 3612]),
+        ({"max_long_side_pixel": True}, ["max_long_side", True]),
+        ({"resize": "box", "max_size": [672]}, ["max_size", 28, 3584, (672,)]),
+        ({"resize": "box", "max_size": [672, 0]}, ["max_size", 28, 3584, (672, 0)]),
     ],
 )
 def test_preprocessor_config_refusals(
@@ -272,6 +288,18 @@ def test_preprocessor_config_refusals(
 ) -> None:
     with refused(ConfigError, tmp_path, *facts):
         read(tmp_path, content)
+
+
+def test_a_rule_is_kept_in_the_file(tmp_path: Path) -> None:
+    for config in (
+        CONFIG,
+        CONFIG.by("long-side"),
+        CONFIG.by("long-side", max_long_side=1008),
+        dataclasses.replace(CONFIG.by("box"), max_size=(1008, 672)),
+    ):
+        assert read(tmp_path, config.to_dict()) == config
+    # A file of the default rule is that of transformers, with nothing of ours.
+    assert not {"resize", "max_long_side_pixel", "max_size"} & set(CONFIG.to_dict())
 
 
 def test_written_config_reads_back_and_is_the_processors(tmp_path: Path) -> None:

@@ -22,6 +22,16 @@ from mmvision_export.core.errors import ConfigError, InputError
 from mmvision_export.core.files import read_json
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.models.minimax_m3_vl.resize import (
+    DEFAULT_LONG_SIDE,
+    LONG_SIDES,
+    MAX_PIXELS,
+    RESIZE_RULES,
+    ResizeRule,
+    size_by_area,
+    size_by_long_side,
+    size_in_box,
+)
 
 __all__ = [
     "PREPROCESSOR",
@@ -30,14 +40,15 @@ __all__ = [
     "image_from_file",
     "patches_from_frames",
     "patches_from_image",
-    "smart_resize",
+    "resized",
 ]
 
 PREPROCESSOR = "preprocessor_config.json"
 """The name of its file, in a checkpoint and in a model directory."""
 
-_MAX_ASPECT_RATIO = 200
 _BICUBIC = 3
+_MAX_AREA = 451584  # 2,304 patches
+_RESIZE, _LONG_SIDE, _MAX_SIZE = "resize", "max_long_side_pixel", "max_size"  # in the file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +59,11 @@ class PreprocessorConfig:
         patch_size: Side of a patch, in pixels.
         temporal_patch_size: Frames in one patch; a still image is repeated to fill it.
         merge_size: Side of a merge block, in patches.
-        min_pixels: Smallest area of a resized image.
+        resize: By which rule an image's size is chosen; servers of this model differ.
+        min_pixels: Smallest area of a resized image, by the rule `area`.
         max_pixels: Largest area of a resized image.
+        max_long_side: Longest side of a resized image by the rule `long-side`, in pixels.
+        max_size: Largest height and width by the rule `box`, in pixels.
         image_mean: Per channel, of values scaled to [0, 1].
         image_std: Per channel.
         rescale_factor: Factor from 8-bit levels to [0, 1].
@@ -58,8 +72,11 @@ class PreprocessorConfig:
     patch_size: int = 14
     temporal_patch_size: int = 2
     merge_size: int = 2
+    resize: ResizeRule = "area"
     min_pixels: int = 4 * 28 * 28
-    max_pixels: int = 451584
+    max_pixels: int = _MAX_AREA
+    max_long_side: int = DEFAULT_LONG_SIDE
+    max_size: tuple[int, int] = (672, 672)
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     rescale_factor: float = 1 / 255
@@ -72,6 +89,18 @@ class PreprocessorConfig:
         if self.min_pixels > self.max_pixels:
             raise ConfigError(
                 f"min_pixels must not exceed max_pixels, got {self.min_pixels} and {self.max_pixels}"
+            )
+        if self.resize not in RESIZE_RULES:
+            raise ConfigError(
+                f"resize must be one of {', '.join(RESIZE_RULES)}, got {self.resize!r}"
+            )
+        self._check_long_side()
+        if len(self.max_size) != 2 or not all(
+            type(side) is int and self.factor <= side <= LONG_SIDES[1] for side in self.max_size
+        ):
+            raise ConfigError(
+                f"max_size must be two sides of {self.factor} to {LONG_SIDES[1]} pixels, "
+                f"got {self.max_size!r}"
             )
         factor = self.rescale_factor
         if not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
@@ -89,6 +118,14 @@ class PreprocessorConfig:
             raise ConfigError(
                 "rescale_factor, image_mean and image_std must give finite float32 values, got "
                 f"{factor!r}, {self.image_mean!r} and {self.image_std!r}"
+            )
+
+    def _check_long_side(self) -> None:
+        side, (least, most) = self.max_long_side, LONG_SIDES
+        if type(side) is not int or not least <= side <= most or side % self.factor:
+            raise ConfigError(
+                f"max_long_side must be a multiple of {self.factor} from {least} to {most} pixels, "
+                f"got {side!r}"
             )
 
     @functools.cached_property
@@ -118,6 +155,38 @@ class PreprocessorConfig:
                 hint="build an engine with a larger bucket",
             )
         return dataclasses.replace(self, max_pixels=min(self.max_pixels, most))
+
+    def by(
+        self, rule: ResizeRule | None = None, *, max_long_side: int | None = None
+    ) -> PreprocessorConfig:
+        """The same, with sizes by another rule, whose own bounds replace those of this one.
+
+        Args:
+            rule: By which rule; this one's if None.
+            max_long_side: For the rule `long-side`, in pixels.
+
+        Raises:
+            ConfigError: It is no rule, or has no long side, or not this one.
+        """
+        rule = self.resize if rule is None else rule
+        if max_long_side is not None and rule != "long-side":
+            raise ConfigError(
+                f"only the resize rule long-side has a longest side, got {max_long_side} for {rule}"
+            )
+        changes: dict[str, Any] = {"resize": rule}
+        if rule != self.resize:
+            changes["max_pixels"] = _MAX_AREA if rule == "area" else MAX_PIXELS
+        if max_long_side is not None:
+            changes["max_long_side"] = max_long_side
+        return dataclasses.replace(self, **changes)
+
+    def __str__(self) -> str:
+        """The rule and its bounds, for people."""
+        if self.resize == "long-side":
+            return f"long-side: at most {self.max_long_side} pixels"
+        if self.resize == "box":
+            return f"box: at most {self.max_size[0]} x {self.max_size[1]} pixels"
+        return f"area: {self.min_pixels} to {self.max_pixels} pixels"
 
     @classmethod
     def for_encoder(cls, config: EncoderConfig) -> PreprocessorConfig:
@@ -168,7 +237,13 @@ class PreprocessorConfig:
             for field in dataclasses.fields(cls)
             if content.get(field.name) is not None
         }
-        for name in ("image_mean", "image_std"):
+        if content.get(_LONG_SIDE) is not None:
+            found["max_long_side"] = content[_LONG_SIDE]
+        if found.get(_RESIZE, "area") != "area":
+            found.setdefault("max_pixels", MAX_PIXELS)
+        if found.get(_RESIZE) != "box":  # transformers' video processors have one, of another sense
+            found.pop(_MAX_SIZE, None)
+        for name in ("image_mean", "image_std", _MAX_SIZE):
             if name in found:
                 found[name] = tuple(found[name])
         size = content.get("size")
@@ -187,55 +262,51 @@ class PreprocessorConfig:
         return dataclasses.replace(default, **found)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a `preprocessor_config.json`, as transformers reads it."""
+        """The content of a `preprocessor_config.json`, as transformers reads it.
+
+        transformers knows the rule `area` only; of another the file says so in fields of ours.
+        """
         content = dataclasses.asdict(self)
-        size = {
-            "shortest_edge": content.pop("min_pixels"),
-            "longest_edge": content.pop("max_pixels"),
-        }
+        min_pixels, max_pixels = content.pop("min_pixels"), content.pop("max_pixels")
+        rule, long_side = content.pop("resize"), content.pop("max_long_side")
+        max_size = content.pop("max_size")
+        chosen: dict[str, Any] = {
+            "area": {},
+            "long-side": {_RESIZE: rule, _LONG_SIDE: long_side},
+            "box": {_RESIZE: rule, _MAX_SIZE: max_size},
+        }[rule]
         return {
             "image_processor_type": "MiniMaxM3VLImageProcessor",
-            "size": size,
+            "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
             "resample": _BICUBIC,
             **content,
+            **chosen,
         }
 
 
-def smart_resize(height: int, width: int, config: PreprocessorConfig) -> tuple[int, int]:
-    """Size an image is resized to.
-
-    Near its own, both sides multiples of `factor`, the area within bounds.
-
-    Args:
-        height: In pixels.
-        width: In pixels.
-        config: Gives the factor and the bounds.
-
-    Returns:
-        Height and width in pixels.
+def resized(height: int, width: int, config: PreprocessorConfig) -> tuple[int, int]:
+    """Height and width, in pixels, that an image is resized to; see `resize.py` for the rules.
 
     Raises:
         InputError: The aspect ratio is over 200.
-
-    References:
-        `smart_resize` of Qwen2-VL's processor, which this model's processor shares.
     """
-    if max(height, width) > _MAX_ASPECT_RATIO * min(height, width):
-        raise InputError(
-            f"aspect ratio must be at most {_MAX_ASPECT_RATIO}, got {width} x {height} pixels"
-        )
     factor = config.factor
-    # Python's round is to even at a half, as the processor's is.
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > config.max_pixels:
-        shrink = math.sqrt(height * width / config.max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < config.min_pixels:
-        grow = math.sqrt(config.min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
+    if config.resize == "area":
+        return size_by_area(
+            height,
+            width,
+            factor=factor,
+            min_pixels=config.min_pixels,
+            max_pixels=config.max_pixels,
+        )
+    if config.resize == "long-side":
+        size = size_by_long_side(height, width, factor=factor, max_long_side=config.max_long_side)
+    else:
+        size = size_in_box(height, width, factor=factor, max_size=config.max_size)
+    if size[0] * size[1] <= config.max_pixels:
+        return size
+    # No server does that: it is what fits an engine, where that was asked for.
+    return size_by_area(*size, factor=factor, min_pixels=1, max_pixels=config.max_pixels)
 
 
 def image_from_file(path: Path) -> Image.Image:
@@ -315,7 +386,7 @@ def patches_from_image(
         (channel, frame, row, column) order; and its grid row (1, h, w), in patches.
 
     Raises:
-        InputError: See `smart_resize` and `rgb_from_image`.
+        InputError: See `resized` and `rgb_from_image`.
     """
     return patches_from_frames([rgb_from_image(ImageOps.exif_transpose(image))], config)
 
@@ -334,9 +405,9 @@ def patches_from_frames(
         `patches_from_image`; and the grid row (t, h, w), in patches.
 
     Raises:
-        InputError: See `smart_resize`.
+        InputError: See `resized`.
     """
-    height, width = smart_resize(frames[0].height, frames[0].width, config)
+    height, width = resized(frames[0].height, frames[0].width, config)
     merge, side, depth = config.merge_size, config.patch_size, config.temporal_patch_size
     t, h, w = -(-len(frames) // depth), height // side, width // side
     table = config.normalised_levels

@@ -9,6 +9,7 @@ rate, as the processor writes it into the prompt.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
+from mmvision_export.models.minimax_m3_vl.resize import DEFAULT_LONG_SIDE
 
 __all__ = ["VideoConfig", "VideoSegment", "encoded_segments", "sampled_indices"]
 
@@ -62,7 +64,17 @@ class VideoConfig:
 
     @classmethod
     def for_preprocessor(cls, image: PreprocessorConfig, *, fps: float) -> VideoConfig:
-        """A model's preprocessing of images, with the bounds of a video's frames."""
+        """A model's preprocessing of images, with the bounds of a video's frames.
+
+        By the rule `long-side` a frame has at most the square that SGLang derives from the frames'
+        area, unless another longest side than the images' default was chosen.
+        """
+        if image.resize == "box":
+            return cls(frame=image, fps=fps)
+        if image.resize == "long-side":
+            side = math.isqrt(_MAX_FRAME_PIXELS) // image.factor * image.factor
+            side = side if image.max_long_side == DEFAULT_LONG_SIDE else image.max_long_side
+            return cls(frame=image.by(max_long_side=side), fps=fps)
         frame = dataclasses.replace(
             image, min_pixels=4 * image.factor**2, max_pixels=_MAX_FRAME_PIXELS
         )
