@@ -53,13 +53,15 @@ def write_plots(result: Result, folder: Path) -> None:
             if points:
                 points.sort()
                 ticks |= {point[0] for point in points}
-                line = "none" if series is None else "-"
+                # Ten colours, and more sides than that: what is in fewer bits is dashed.
+                exact = facts["precision"] == result.model["precision"]
+                line = "none" if series is None else "-" if exact else "--"
                 width, order = (2.2, 3) if index == 0 else (1.2, 2)
                 xs, ys = zip(*points, strict=True)
                 axes.plot(
                     xs,
                     ys,
-                    color=f"C{index}",
+                    color=f"C{index % 10}",
                     marker="o",
                     markersize=4,
                     label=label_of(side),
