@@ -134,6 +134,7 @@ class EngineRecord:
         versions: Packages that took part.
         created: When, in UTC, ISO 8601.
         plugin_library: The library its plugins are in, or None if it has none.
+        passed_over: What the builder could not build before it, in the order it was tried, and why.
     """
 
     backend: TensorRTName
@@ -149,6 +150,7 @@ class EngineRecord:
     versions: dict[str, str]
     created: str
     plugin_library: PluginFile | None = None
+    passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
