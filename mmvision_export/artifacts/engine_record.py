@@ -74,11 +74,13 @@ class GraphRecord:
         sha256: Of the file.
         data_sha256: Of the weights beside it. The graphs of two checkpoints are the same file: it
             is the weights that tell them apart.
+        data_bytes: Size of the weights; None in sidecars from before it was kept.
     """
 
     name: str
     sha256: str
     data_sha256: str
+    data_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +161,15 @@ class EngineRecord:
             )
         if not self.profiles:
             raise ManifestError("profiles must have at least one entry")
+
+    @property
+    def plan_per_weights(self) -> float | None:
+        """Size of the engine, as a multiple of that of the weights it was built from.
+
+        Above 1 are kernels, tables, and weights that several profiles keep in several layouts.
+        """
+        weights = self.graph.data_bytes
+        return self.engine.size_bytes / weights if weights else None
 
     def to_json(self) -> dict[str, Any]:
         """The sidecar's content: attention in words for people, and as `lowering` in fields."""

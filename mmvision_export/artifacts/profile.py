@@ -11,6 +11,8 @@ from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = ["Profile", "checked_profile", "profiles_from_buckets"]
 
+_OPT_IMAGES = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -50,6 +52,20 @@ class Profile:
     def is_bucket(self) -> bool:
         """Whether it accepts one size only."""
         return self.min_patches == self.max_patches and self.min_images == self.max_images
+
+    def input_shapes(self, patch_dim: int) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Least, best and largest shape of each of the graph's inputs.
+
+        Args:
+            patch_dim: Values in one patch row.
+        """
+        patches = (self.min_patches, self.opt_patches, self.max_patches)
+        opt_images = max(self.min_images, min(_OPT_IMAGES, self.max_images))
+        images = (self.min_images, opt_images, self.max_images)
+        return {
+            "pixel_values": tuple((n, patch_dim) for n in patches),
+            "grid_thw": tuple((n, 3) for n in images),
+        }
 
     def takes(self, num_patches: int, num_images: int) -> bool:
         """Whether a batch fits, in a bucket after padding, which takes a row of its own."""

@@ -48,6 +48,8 @@ from mmvision_export.version import __version__
 
 __all__ = ["build_engine"]
 
+_LARGEST_PLAN = 1.2  # times the weights
+
 
 def build_engine(
     directory: Path,
@@ -125,6 +127,7 @@ def build_engine(
         progress.step("writing the engine")
         record = _record(target, graph, built, manifest, profiles)
         _write(new, engine, built, record)
+    _note_repeated_weights(record, progress)
     # What was measured on an engine of this name was measured on another one.
     if f"{PLANS}/{engine.name}" in manifest.parity:
         manifest.update(directory, without_parity=f"{PLANS}/{engine.name}")
@@ -219,6 +222,7 @@ def _record(
             name=graph,
             sha256=manifest.files[graph].sha256,
             data_sha256=manifest.files[f"{graph}.data"].sha256,
+            data_bytes=manifest.files[f"{graph}.data"].size_bytes,
         ),
         engine=FileRecord.of(built.plan),
         plugin_library=None if library is None else PluginFile.of(library[1].library),
@@ -230,6 +234,19 @@ def _record(
         },
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         passed_over=built.passed_over,
+    )
+
+
+def _note_repeated_weights(record: EngineRecord, progress: Progress) -> None:
+    ratio = record.plan_per_weights
+    if ratio is None or ratio <= _LARGEST_PLAN or len(record.profiles) == 1:
+        return
+    assert record.graph.data_bytes is not None
+    progress.note(
+        f"the engine has {record.engine.size_bytes / 1e6:.1f} MB for "
+        f"{record.graph.data_bytes / 1e6:.1f} MB of weights, {ratio:.2f} times as much, where at "
+        f"most {_LARGEST_PLAN} is expected: its {len(record.profiles)} profiles may keep weights "
+        "once more; fewer --buckets or a newer TensorRT make it smaller"
     )
 
 

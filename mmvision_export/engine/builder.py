@@ -130,7 +130,7 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
     from polygraphy.backend.trt import CreateConfig
 
     options: dict[str, Any] = {
-        "profiles": [_tensor_profile(profile, request.patch_dim) for profile in request.profiles],
+        "profiles": _tensor_profiles(request),
         "progress_monitor": monitor,
     }
     if request.timing_cache is not None and request.timing_cache.is_file():
@@ -143,19 +143,30 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
     return CreateConfigRTX(compute_capabilities=pairs, **options)
 
 
-def _tensor_profile(profile: Profile, patch_dim: int) -> Any:
+def _tensor_profiles(request: PlanRequest) -> list[Any]:
+    """Polygraphy's profiles, of which all but the first keep no weights of their own.
+
+    References:
+        NvInfer.h, `IOptimizationProfile::setExtraMemoryTarget`: by default (1.0) a profile may keep
+        weights once more, in the layout of its own kernels; at 0.0 the builder "attempts to create
+        the new optimization profile without allocating any additional weight memory". It is a hint,
+        and left aside for the first profile.
+    """
     from polygraphy.backend.trt import Profile as TensorProfile
 
-    patches = (profile.min_patches, profile.opt_patches, profile.max_patches)
-    images = (
-        profile.min_images,
-        max(profile.min_images, min(4, profile.max_images)),
-        profile.max_images,
-    )
-    tensors = TensorProfile()
-    tensors.add("pixel_values", *((n, patch_dim) for n in patches))
-    tensors.add("grid_thw", *((n, 3) for n in images))
-    return tensors
+    class SharingProfile(TensorProfile):  # type: ignore[misc]
+        def to_trt(self, builder: Any, network: Any) -> Any:
+            profile = super().to_trt(builder, network)
+            profile.extra_memory_target = 0.0
+            return profile
+
+    profiles = []
+    for profile in request.profiles:
+        tensors = SharingProfile() if profiles else TensorProfile()
+        for name, shapes in profile.input_shapes(request.patch_dim).items():
+            tensors.add(name, *shapes)
+        profiles.append(tensors)
+    return profiles
 
 
 @contextlib.contextmanager
