@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
+from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
@@ -137,6 +138,9 @@ class EngineRecord:
         created: When, in UTC, ISO 8601.
         plugin_library: The library its plugins are in, or None if it has none.
         passed_over: What the builder could not build before it, in the order it was tried, and why.
+        gpu: The GPU that its kernels were timed on: on another one of the same compute capability it
+            runs, with kernels that may not be the fastest there. None where nothing was timed, and in
+            sidecars from before it was kept.
     """
 
     backend: TensorRTName
@@ -153,6 +157,7 @@ class EngineRecord:
     created: str
     plugin_library: PluginFile | None = None
     passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
+    gpu: Gpu | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:

@@ -159,6 +159,15 @@ def build_engine(
             "this machine's GPU, or without one all that TensorRT-RTX supports.",
         ),
     ] = None,
+    device: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="CUDA device to build on with TensorRT, or to build for with TensorRT-RTX. "
+            "Default: 0.",
+        ),
+    ] = None,
     attention: Annotated[
         AttentionWay,
         typer.Option(
@@ -246,6 +255,7 @@ def build_engine(
             precision=precision,
             backend=backend,
             compute_capabilities=compute_capabilities or (),
+            device=device,
             attention=attention,
             plugin_library=plugin_library,
             check=check,

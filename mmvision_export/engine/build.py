@@ -41,7 +41,7 @@ from mmvision_export.engine.builder import PlanRequest, plan_from_model
 from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.engine.parser_support import parser_version
-from mmvision_export.engine.target import resolve_target
+from mmvision_export.engine.target import resolve_target, timing_on
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
 from mmvision_export.version import __version__
@@ -59,6 +59,7 @@ def build_engine(
     precision: str | None = None,
     backend: TensorRTChoice = "auto",
     compute_capabilities: Sequence[ComputeCapability] = (),
+    device: int | None = None,
     attention: AttentionWay = "auto",
     plugin_library: Path | None = None,
     check: bool = True,
@@ -77,6 +78,8 @@ def build_engine(
         backend: TensorRT to build with.
         compute_capabilities: GPUs to build for with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
+        device: CUDA device to build on with TensorRT, or to build for with TensorRT-RTX; the first if
+            None.
         attention: How attention is done.
         plugin_library: Where the plugin library is; where `build-plugins` puts it if None. The
             engine's folder gets a copy.
@@ -90,7 +93,7 @@ def build_engine(
 
     Raises:
         ManifestError: Files of the model directory are missing or damaged.
-        BackendError: TensorRT is not installed.
+        BackendError: TensorRT is not installed, or there is no such device.
         EngineError: The request cannot be met, the graph was not parsed, or the engine was not
             built.
         OutputError: The engine exists, or cannot be written.
@@ -103,6 +106,7 @@ def build_engine(
         precision=precision,
         backend=backend,
         compute_capabilities=compute_capabilities,
+        device=device,
         progress=progress,
     )
     engine = directory / PLANS / target.engine_name
@@ -114,7 +118,7 @@ def build_engine(
     lowering = choose_lowering(
         attention, target, config=manifest.config, library=library, progress=progress
     )
-    with new_files(engine.parent, name=engine.name) as new:
+    with new_files(engine.parent, name=engine.name) as new, timing_on(target, device):
         built = first_that_builds(
             attempts_from_lowering(
                 lowering, precision=target.precision, parser=parser_version(target)
@@ -193,12 +197,15 @@ def _plan_of(
 
 
 def _timing_cache(directory: Path, target: BuildTarget) -> Path | None:
-    """The file of a TensorRT's timings; TensorRT-RTX times nothing when it builds."""
-    if target.backend == "tensorrt-rtx":
+    """The file of a TensorRT's timings on one GPU; TensorRT-RTX times nothing when it builds.
+
+    TensorRT itself refuses the timings of another compute capability only.
+    """
+    if target.gpu is None:
         return None
     folder = directory / PLANS / ".timing"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{target.backend}-{target.tensorrt_version}"
+    return folder / f"{target.backend}-{target.tensorrt_version}-{target.gpu.file_name}"
 
 
 def _record(
@@ -234,6 +241,7 @@ def _record(
         },
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         passed_over=built.passed_over,
+        gpu=target.gpu,
     )
 
 
