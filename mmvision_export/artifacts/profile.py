@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mmvision_export.core.errors import EngineError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
-__all__ = ["Profile", "checked_profile", "profiles_from_buckets"]
+__all__ = ["DEFAULT_PROFILE", "Profile", "checked_profile", "profiles_from_buckets"]
 
 _OPT_IMAGES = 4
 
@@ -78,6 +78,10 @@ class Profile:
             self.min_patches <= num_patches <= self.max_patches
             and self.min_images <= num_images <= self.max_images
         )
+
+
+DEFAULT_PROFILE = Profile(min_patches=4, opt_patches=1024, max_patches=4096, max_images=64)
+"""Where nobody says otherwise. A still image is at most 2304 patches with the released preprocessing."""
 
 
 def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:

@@ -223,7 +223,7 @@ def build_engine(
     image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
-    from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
+    from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, profiles_from_buckets
     from mmvision_export.engine.build import build_engine as build
 
     sizes = [min_patches, opt_patches, max_patches]
@@ -238,11 +238,12 @@ def build_engine(
     if sizes_of_buckets is not None:
         profiles = profiles_from_buckets(sizes_of_buckets, max_images, manifest.config)
     else:
-        most = 4096 if max_patches is None else max_patches
+        default = DEFAULT_PROFILE
+        most = default.max_patches if max_patches is None else max_patches
         profiles = [
             Profile(
-                min_patches=4 if min_patches is None else min_patches,
-                opt_patches=min(1024, most) if opt_patches is None else opt_patches,
+                min_patches=default.min_patches if min_patches is None else min_patches,
+                opt_patches=min(default.opt_patches, most) if opt_patches is None else opt_patches,
                 max_patches=most,
                 max_images=max_images,
             )
