@@ -19,6 +19,7 @@ from mmvision_export.engine.attempts import Attempt, attempts_from_lowering, fir
 from mmvision_export.engine.attention import Lowering
 from mmvision_export.engine.build import build_engine
 from mmvision_export.engine.builder import BuilderError, PlanRequest, plan_from_model
+from mmvision_export.engine.polygraphy_setup import use_tensorrt
 from tests.support.configs import copy_of
 from tests.support.errors import refused
 from tests.support.notes import Notes
@@ -143,6 +144,8 @@ class FailingBuilder:
     """Polygraphy's builder: fails so often, with TensorRT's messages, and then builds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *failures: str) -> None:
+        pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+        use_tensorrt("tensorrt-rtx")  # before Polygraphy looks for one by itself
         import polygraphy.backend.trt as polygraphy
 
         self.failures = list(failures)
@@ -160,7 +163,6 @@ class FailingBuilder:
 
 
 def build(directory: Path, **options: Any) -> tuple[Path, EngineRecord]:
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     return build_engine(
         directory,
         Manifest.read(directory),
@@ -225,7 +227,6 @@ def test_a_graph_that_is_not_parsed_is_not_written_otherwise(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every way would build: none is tried after the parser has failed."""
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     builder = FailingBuilder(monkeypatch)
     monkeypatch.setattr(
         "mmvision_export.engine.build.choose_lowering",

@@ -34,6 +34,7 @@ from mmvision_export.engine.build import (
 )
 from mmvision_export.engine.builder import PlanRequest
 from mmvision_export.engine.float16 import derive_fp16
+from mmvision_export.engine.polygraphy_setup import use_tensorrt
 from mmvision_export.engine.target import choose_tensorrt
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.graph.passes import retype
@@ -94,6 +95,7 @@ def test_one_engine_with_a_profile_for_each_bucket(
 ) -> None:
     """None of them but the first may keep weights of its own."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    use_tensorrt("tensorrt-rtx")  # before Polygraphy looks for one by itself
     from polygraphy.backend.trt import Profile as TensorProfile
 
     made: list[Any] = []
