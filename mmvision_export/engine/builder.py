@@ -160,7 +160,7 @@ def _tensor_profiles(request: PlanRequest) -> list[Any]:
             profile.extra_memory_target = 0.0
             return profile
 
-    profiles = []
+    profiles: list[Any] = []
     for profile in request.profiles:
         tensors = SharingProfile() if profiles else TensorProfile()
         for name, shapes in profile.input_shapes(request.patch_dim).items():

@@ -45,5 +45,6 @@ def test_another_gpu_has_another_name(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("field", ["multiprocessors", "memory_bytes"])
 def test_numbers_are_positive(field: str) -> None:
+    changed: dict[str, Any] = {field: 0}
     with refused(ManifestError, field, 0):
-        dataclasses.replace(ORIN, **{field: 0})
+        dataclasses.replace(ORIN, **changed)

@@ -113,6 +113,7 @@ def test_the_tensorrt_provider_has_a_profile_of_every_input(
 
 
 def test_no_launch_is_outside_the_profile(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_backend(exported, BackendOptions(backend="onnxruntime-cpu"))
     provider = TensorRTProvider(monkeypatch)
     limits: dict[str, Any] = {"max_patches": 256, "max_images": 2}
     backend = open_backend(exported, BackendOptions(backend="onnxruntime-tensorrt", **limits))
@@ -120,7 +121,6 @@ def test_no_launch_is_outside_the_profile(exported: Path, monkeypatch: pytest.Mo
     batch = batch_of(rows, backend)
     embeds = backend.run(batch)
     assert len(provider.ran) > 2
-    whole = open_backend(exported, BackendOptions(backend="onnxruntime-cpu"))
     np.testing.assert_allclose(embeds, whole.run(batch), rtol=0, atol=1e-5)
     # The control: the stand-in does refuse what is outside.
     with pytest.raises(BackendError, match="outside the profile"):
