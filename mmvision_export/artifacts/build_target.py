@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any, Literal, get_args
 
+from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ManifestError
 
@@ -81,11 +82,14 @@ class BuildTarget(Installation):
         compute_capabilities: GPUs it shall run on, ascending.
         precision: Of the engine.
         opset: Of the graph it is built from.
+        gpu: The one that the kernels are timed on. None for TensorRT-RTX, which times nothing when it
+            builds.
     """
 
     compute_capabilities: tuple[ComputeCapability, ...]
     precision: str
     opset: int
+    gpu: Gpu | None = None
 
     @property
     def engine_name(self) -> str:

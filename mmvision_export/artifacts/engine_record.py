@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
+from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
@@ -76,11 +77,13 @@ class GraphRecord:
         sha256: Of the file.
         data_sha256: Of the weights beside it. The graphs of two checkpoints are the same file: it
             is the weights that tell them apart.
+        data_bytes: Size of the weights; None in sidecars from before it was kept.
     """
 
     name: str
     sha256: str
     data_sha256: str
+    data_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,10 @@ class EngineRecord:
         versions: Packages that took part.
         created: When, in UTC, ISO 8601.
         plugin_library: The library its plugins are in, or None if it has none.
+        passed_over: What the builder could not build before it, in the order it was tried, and why.
+        gpu: The GPU that its kernels were timed on: on another one of the same compute capability it
+            runs, with kernels that may not be the fastest there. None where nothing was timed, and in
+            sidecars from before it was kept.
     """
 
     backend: TensorRTName
@@ -151,6 +158,8 @@ class EngineRecord:
     versions: dict[str, str]
     created: str
     plugin_library: PluginFile | None = None
+    passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
+    gpu: Gpu | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -159,6 +168,15 @@ class EngineRecord:
             )
         if not self.profiles:
             raise ManifestError("profiles must have at least one entry")
+
+    @property
+    def plan_per_weights(self) -> float | None:
+        """Size of the engine, as a multiple of that of the weights it was built from.
+
+        Above 1 are kernels, tables, and weights that several profiles keep in several layouts.
+        """
+        weights = self.graph.data_bytes
+        return self.engine.size_bytes / weights if weights else None
 
     def to_json(self) -> dict[str, Any]:
         """The sidecar's content: attention in words for people, and as `lowering` in fields."""

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from mmvision_export.core.errors import EngineError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
-__all__ = ["Profile", "checked_profile", "profiles_from_buckets"]
+__all__ = ["DEFAULT_PROFILE", "Profile", "checked_profile", "profiles_from_buckets"]
+
+_OPT_IMAGES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,20 @@ class Profile:
         """Whether it accepts one size only."""
         return self.min_patches == self.max_patches and self.min_images == self.max_images
 
+    def input_shapes(self, patch_dim: int) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Least, best and largest shape of each of the graph's inputs.
+
+        Args:
+            patch_dim: Values in one patch row.
+        """
+        patches = (self.min_patches, self.opt_patches, self.max_patches)
+        opt_images = max(self.min_images, min(_OPT_IMAGES, self.max_images))
+        images = (self.min_images, opt_images, self.max_images)
+        return {
+            "pixel_values": tuple((n, patch_dim) for n in patches),
+            "grid_thw": tuple((n, 3) for n in images),
+        }
+
     def takes(self, num_patches: int, num_images: int) -> bool:
         """Whether a batch fits, in a bucket after padding, which takes a row of its own."""
         if self.is_bucket:
@@ -62,6 +78,10 @@ class Profile:
             self.min_patches <= num_patches <= self.max_patches
             and self.min_images <= num_images <= self.max_images
         )
+
+
+DEFAULT_PROFILE = Profile(min_patches=4, opt_patches=1024, max_patches=4096, max_images=64)
+"""Where nobody says otherwise. A still image is at most 2304 patches with the released preprocessing."""
 
 
 def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:

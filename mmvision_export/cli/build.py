@@ -159,6 +159,15 @@ def build_engine(
             "this machine's GPU, or without one all that TensorRT-RTX supports.",
         ),
     ] = None,
+    device: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="CUDA device to build on with TensorRT, or to build for with TensorRT-RTX. "
+            "Default: 0.",
+        ),
+    ] = None,
     attention: Annotated[
         AttentionWay,
         typer.Option(
@@ -214,7 +223,7 @@ def build_engine(
     image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
-    from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
+    from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, profiles_from_buckets
     from mmvision_export.engine.build import build_engine as build
 
     sizes = [min_patches, opt_patches, max_patches]
@@ -229,11 +238,12 @@ def build_engine(
     if sizes_of_buckets is not None:
         profiles = profiles_from_buckets(sizes_of_buckets, max_images, manifest.config)
     else:
-        most = 4096 if max_patches is None else max_patches
+        default = DEFAULT_PROFILE
+        most = default.max_patches if max_patches is None else max_patches
         profiles = [
             Profile(
-                min_patches=4 if min_patches is None else min_patches,
-                opt_patches=min(1024, most) if opt_patches is None else opt_patches,
+                min_patches=default.min_patches if min_patches is None else min_patches,
+                opt_patches=min(default.opt_patches, most) if opt_patches is None else opt_patches,
                 max_patches=most,
                 max_images=max_images,
             )
@@ -246,6 +256,7 @@ def build_engine(
             precision=precision,
             backend=backend,
             compute_capabilities=compute_capabilities or (),
+            device=device,
             attention=attention,
             plugin_library=plugin_library,
             check=check,

@@ -21,6 +21,7 @@ from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.choices import ATTENTION_WAYS, AttentionWay
+from mmvision_export.engine.layer_norm import LayerNormForm
 from mmvision_export.engine.parser_lowering import write_for_parser
 from mmvision_export.engine.parser_support import ParserVersion
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
@@ -51,7 +52,7 @@ class Lowering:
         body: Definition that replaces `VarlenAttention`, or None where the nodes stay for the
             plugins.
         library: The plugin library, where the nodes stay.
-        fallback: What to build instead, if this cannot be built.
+        fallback: What to build instead, where the builder cannot build this.
     """
 
     body: AttentionBody | None
@@ -90,8 +91,8 @@ def choose_lowering(
 
     Args:
         way: `auto` is the plugin where it can be, with a note where it is only the library that is
-            missing; otherwise packed where TensorRT has it, and native if that cannot be built;
-            otherwise native.
+            missing; otherwise packed where TensorRT has it; otherwise native. Each is the fallback
+            of the one before. Any other way is built or fails.
         target: What is built for.
         config: The encoder's dimensions.
         library: Where the plugin library is, if it has been built.
@@ -117,8 +118,9 @@ def choose_lowering(
         if way == "plugin":
             raise EngineError(f"no plugins: {obstacle}", hint="--attention native, or auto")
         return without_plugins
+    fallback = without_plugins if way == "auto" else None
     try:
-        return Lowering(None, (library, _fitting(library, target, config)))
+        return Lowering(None, (library, _fitting(library, target, config)), fallback)
     except (EngineError, ManifestError) as error:
         if way == "plugin":
             raise
@@ -175,11 +177,23 @@ def _fitting(library: Path, target: BuildTarget, config: EncoderConfig) -> Plugi
     return record
 
 
-def lowered_model(graph: Path, lowering: Lowering, parser: ParserVersion) -> ir.Model:
+def lowered_model(
+    graph: Path,
+    lowering: Lowering,
+    parser: ParserVersion,
+    *,
+    layer_norms: LayerNormForm | None = None,
+) -> ir.Model:
     """The graph as the parser shall see it. Weights stay in their file.
 
     With plugins the nodes stay and their definitions go: TensorRT's parsers do not agree on which
     of the two comes first. Otherwise the definitions take the nodes' place.
+
+    Args:
+        graph: The ONNX file.
+        lowering: How attention is done.
+        parser: The TensorRT whose parser it is for.
+        layer_norms: How LayerNormalization is written; as suits the parser if None.
 
     Raises:
         EngineError: The graph holds something that cannot be written for this parser.
@@ -190,5 +204,5 @@ def lowered_model(graph: Path, lowering: Lowering, parser: ParserVersion) -> ir.
         model.opset_imports.setdefault(DOMAIN, 1)
     else:
         attach_functions(model, bodies={VARLEN_ATTENTION.name: lowering.body})
-    write_for_parser(model, parser)
+    write_for_parser(model, parser, layer_norms=layer_norms)
     return model

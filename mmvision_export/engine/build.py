@@ -30,23 +30,25 @@ from mmvision_export.core.errors import EngineError, OutputError
 from mmvision_export.core.files import FileRecord, new_files
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
-from mmvision_export.engine.attention import (
-    Lowering,
-    choose_lowering,
-    lowered_model,
+from mmvision_export.engine.attempts import (
+    Attempt,
+    Built,
+    attempts_from_lowering,
+    first_that_builds,
 )
+from mmvision_export.engine.attention import choose_lowering, lowered_model
 from mmvision_export.engine.builder import PlanRequest, plan_from_model
 from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.engine.parser_support import parser_version
-from mmvision_export.engine.target import resolve_target
+from mmvision_export.engine.target import resolve_target, timing_on
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
 from mmvision_export.version import __version__
 
 __all__ = ["build_engine"]
 
-_NO_FUSED_KERNEL = "not supported by a dedicated kernel"
+_LARGEST_PLAN = 1.2  # times the weights
 
 
 def build_engine(
@@ -57,6 +59,7 @@ def build_engine(
     precision: str | None = None,
     backend: TensorRTChoice = "auto",
     compute_capabilities: Sequence[ComputeCapability] = (),
+    device: int | None = None,
     attention: AttentionWay = "auto",
     plugin_library: Path | None = None,
     check: bool = True,
@@ -75,6 +78,8 @@ def build_engine(
         backend: TensorRT to build with.
         compute_capabilities: GPUs to build for with TensorRT-RTX. This machine's if empty; on a
             machine without a GPU, all that this TensorRT-RTX can build for.
+        device: CUDA device to build on with TensorRT, or to build for with TensorRT-RTX; the first if
+            None.
         attention: How attention is done.
         plugin_library: Where the plugin library is; where `build-plugins` puts it if None. The
             engine's folder gets a copy.
@@ -88,7 +93,7 @@ def build_engine(
 
     Raises:
         ManifestError: Files of the model directory are missing or damaged.
-        BackendError: TensorRT is not installed.
+        BackendError: TensorRT is not installed, or there is no such device.
         EngineError: The request cannot be met, the graph was not parsed, or the engine was not
             built.
         OutputError: The engine exists, or cannot be written.
@@ -101,6 +106,7 @@ def build_engine(
         precision=precision,
         backend=backend,
         compute_capabilities=compute_capabilities,
+        device=device,
         progress=progress,
     )
     engine = directory / PLANS / target.engine_name
@@ -112,13 +118,20 @@ def build_engine(
     lowering = choose_lowering(
         attention, target, config=manifest.config, library=library, progress=progress
     )
-    with new_files(engine.parent, name=engine.name) as new:
-        lowering, plan, fused = _built(
-            target, directory / graph, lowering, manifest, profiles, progress
+    with new_files(engine.parent, name=engine.name) as new, timing_on(target, device):
+        built = first_that_builds(
+            attempts_from_lowering(
+                lowering, precision=target.precision, parser=parser_version(target)
+            ),
+            lambda attempt: _plan_of(
+                attempt, target, directory / graph, manifest, profiles, progress
+            ),
+            progress,
         )
         progress.step("writing the engine")
-        record = _record(target, graph, lowering, manifest, profiles, plan=plan, fused=fused)
-        _write(new, engine, plan, record, lowering)
+        record = _record(target, graph, built, manifest, profiles)
+        _write(new, engine, built, record)
+    _note_repeated_weights(record, progress)
     # What was measured on an engine of this name was measured on another one.
     if f"{PLANS}/{engine.name}" in manifest.parity:
         manifest.update(directory, without_parity=f"{PLANS}/{engine.name}")
@@ -157,93 +170,52 @@ def _refuse_failed_parity(
             )
 
 
-def _built(
-    target: BuildTarget,
-    graph: Path,
-    lowering: Lowering,
-    manifest: Manifest,
-    profiles: Sequence[Profile],
-    progress: Progress,
-) -> tuple[Lowering, bytes, bool]:
-    """What was built, its plan, and whether all attention is known to be one fused kernel."""
-    try:
-        plan, fused = _plan_of(target, graph, lowering, manifest, profiles, progress)
-    except EngineError as error:
-        if lowering.fallback is None:
-            raise
-        progress.note(
-            f"{lowering.attention(fused=False).way} attention could not be built, building "
-            f"{lowering.fallback.attention(fused=False).way} attention, which costs the square of "
-            f"the whole batch: {error}"
-        )
-        return _built(target, graph, lowering.fallback, manifest, profiles, progress)
-    return lowering, plan, fused
-
-
 def _plan_of(
+    attempt: Attempt,
     target: BuildTarget,
     graph: Path,
-    lowering: Lowering,
     manifest: Manifest,
     profiles: Sequence[Profile],
     progress: Progress,
-) -> tuple[bytes, bool]:
-    if lowering.library is not None:
-        path, library = lowering.library
+) -> bytes:
+    if attempt.lowering.library is not None:
+        path, library = attempt.lowering.library
         load_plugin_library(import_tensorrt(target.backend), path, library.library.sha256)
     progress.step("lowering the graph")
-    lowered = lowered_model(graph, lowering, parser_version(target))
-    model = ir.serde.serialize_model(lowered).SerializeToString()
+    lowered = lowered_model(
+        graph, attempt.lowering, parser_version(target), layer_norms=attempt.layer_norms
+    )
     request = PlanRequest(
-        model=model,
+        model=ir.serde.serialize_model(lowered).SerializeToString(),
         location=graph,
         target=target,
         profiles=profiles,
         patch_dim=manifest.config.patch_dim,
         timing_cache=_timing_cache(graph.parent, target),
     )
-    if lowering.body == "packed":
-        # From several kernels it would cost the square of the batch, which it is there to avoid.
-        return plan_from_model(request, decomposable=False, progress=progress), True
-    # No TensorRT has a fused attention kernel in float32.
-    may_fuse = lowering.body == "attention" and PRECISIONS[target.precision].has_half_attention
-    return _plan(request, may_fuse=may_fuse, progress=progress)
-
-
-def _plan(request: PlanRequest, *, may_fuse: bool, progress: Progress) -> tuple[bytes, bool]:
-    if may_fuse:
-        # Without permission to decompose, the builder fails rather than fall back to unfused
-        # kernels in silence.
-        try:
-            return plan_from_model(request, decomposable=False, progress=progress), True
-        except EngineError as error:
-            if _NO_FUSED_KERNEL not in str(error):
-                raise
-        progress.note(
-            "there is no fused attention kernel for this: building it from separate products"
-        )
-    return plan_from_model(request, decomposable=True, progress=progress), False
+    return plan_from_model(request, decomposable=attempt.decomposable, progress=progress)
 
 
 def _timing_cache(directory: Path, target: BuildTarget) -> Path | None:
-    """The file of a TensorRT's timings; TensorRT-RTX times nothing when it builds."""
-    if target.backend == "tensorrt-rtx":
+    """The file of a TensorRT's timings on one GPU; TensorRT-RTX times nothing when it builds.
+
+    TensorRT itself refuses the timings of another compute capability only.
+    """
+    if target.gpu is None:
         return None
     folder = directory / PLANS / ".timing"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{target.backend}-{target.tensorrt_version}"
+    return folder / f"{target.backend}-{target.tensorrt_version}-{target.gpu.file_name}"
 
 
 def _record(
     target: BuildTarget,
     graph: str,
-    lowering: Lowering,
+    built: Built,
     manifest: Manifest,
     profiles: Sequence[Profile],
-    *,
-    plan: bytes,
-    fused: bool,
 ) -> EngineRecord:
+    lowering = built.attempt.lowering
     library = lowering.library
     return EngineRecord(
         backend=target.backend,
@@ -251,14 +223,15 @@ def _record(
         compute_capabilities=target.compute_capabilities,
         platform=target.platform,
         precision=target.precision,
-        attention=lowering.attention(fused=fused),
+        attention=lowering.attention(fused=built.attempt.fused),
         profiles=tuple(profiles),
         graph=GraphRecord(
             name=graph,
             sha256=manifest.files[graph].sha256,
             data_sha256=manifest.files[f"{graph}.data"].sha256,
+            data_bytes=manifest.files[f"{graph}.data"].size_bytes,
         ),
-        engine=FileRecord.of(plan),
+        engine=FileRecord.of(built.plan),
         plugin_library=None if library is None else PluginFile.of(library[1].library),
         config=manifest.config,
         versions={
@@ -267,12 +240,28 @@ def _record(
             "onnx": importlib.metadata.version("onnx"),
         },
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        passed_over=built.passed_over,
+        gpu=target.gpu,
     )
 
 
-def _write(new: Path, engine: Path, plan: bytes, record: EngineRecord, lowering: Lowering) -> None:
-    (new / engine.name).write_bytes(plan)
+def _note_repeated_weights(record: EngineRecord, progress: Progress) -> None:
+    ratio = record.plan_per_weights
+    if ratio is None or ratio <= _LARGEST_PLAN or len(record.profiles) == 1:
+        return
+    assert record.graph.data_bytes is not None
+    progress.note(
+        f"the engine has {record.engine.size_bytes / 1e6:.1f} MB for "
+        f"{record.graph.data_bytes / 1e6:.1f} MB of weights, {ratio:.2f} times as much, where at "
+        f"most {_LARGEST_PLAN} is expected: its {len(record.profiles)} profiles may keep weights "
+        "once more; fewer --buckets or a newer TensorRT make it smaller"
+    )
+
+
+def _write(new: Path, engine: Path, built: Built, record: EngineRecord) -> None:
+    (new / engine.name).write_bytes(built.plan)
     record.write(new / sidecar_path(engine).name)
-    if record.plugin_library is not None and lowering.library is not None:
+    library = built.attempt.lowering.library
+    if record.plugin_library is not None and library is not None:
         # Beside the engine, so that its folder is all there is to copy.
-        shutil.copyfile(lowering.library[0], new / record.plugin_library.name)
+        shutil.copyfile(library[0], new / record.plugin_library.name)

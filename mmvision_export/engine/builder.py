@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,15 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.engine.polygraphy_setup import captured_messages, use_tensorrt
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
 
-__all__ = ["PlanRequest", "plan_from_model"]
+__all__ = ["BuilderError", "PlanRequest", "plan_from_model"]
+
+# TensorRT reports each tactic that lacks memory as an error, and a layer left with none as one
+# without an implementation: https://github.com/NVIDIA/TensorRT/issues/2643 and 477.
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|could not be allocated", re.IGNORECASE)
+
+
+class BuilderError(EngineError):
+    """The builder gave no plan for a graph that its parser took, and not for lack of memory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,8 @@ def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progr
         progress: Told the builder's phases.
 
     Raises:
-        EngineError: With everything that the parser or the builder reported.
+        BuilderError: The builder failed; with everything that it reported.
+        EngineError: The graph was not parsed, or memory ran out; with everything that was reported.
     """
     use_tensorrt(request.target.backend)
     trt = import_tensorrt(request.target.backend)
@@ -61,22 +71,33 @@ def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progr
 
     progress.step("parsing the graph")
     with captured_messages() as messages, _monitor(trt, progress) as monitor:
+        kind: type[EngineError] = EngineError
         try:
             network = _network_from_model(trt, request.model, request.location)
             if decomposable and hasattr(trt.LayerType, "ATTENTION_INPUT"):
                 network = SetDecomposableAttentions(network)()
+            config = _config(request, monitor)(network[0], network[1])
             cache = None if request.timing_cache is None else str(request.timing_cache)
-            plan = EngineBytesFromNetwork(
-                network, config=_config(request, monitor), save_timing_cache=cache
-            )()
+            kind = BuilderError
+            plan = EngineBytesFromNetwork(network, config=config, save_timing_cache=cache)()
         except PolygraphyException as error:
             if monitor.cancelled:
                 raise KeyboardInterrupt from None
-            reasons = list(dict.fromkeys([*messages, str(error)]))
-            raise EngineError("the engine was not built:\n  " + "\n  ".join(reasons)) from error
+            raise _failure(kind, [*messages, str(error)]) from error
     if monitor.cancelled:
         raise KeyboardInterrupt
     return bytes(plan)
+
+
+def _failure(kind: type[EngineError], messages: Sequence[str]) -> EngineError:
+    reasons = list(dict.fromkeys(messages))
+    text = "the engine was not built:\n  " + "\n  ".join(reasons)
+    if any(map(_OUT_OF_MEMORY.search, reasons)):
+        return EngineError(
+            text,
+            hint="memory ran out: free some, or build for less with --max-patches or --buckets",
+        )
+    return kind(text)
 
 
 def _network_from_model(trt: Any, model: bytes, location: Path) -> tuple[Any, Any, Any]:
@@ -109,7 +130,7 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
     from polygraphy.backend.trt import CreateConfig
 
     options: dict[str, Any] = {
-        "profiles": [_tensor_profile(profile, request.patch_dim) for profile in request.profiles],
+        "profiles": _tensor_profiles(request),
         "progress_monitor": monitor,
     }
     if request.timing_cache is not None and request.timing_cache.is_file():
@@ -122,19 +143,30 @@ def _config(request: PlanRequest, monitor: Any) -> Any:
     return CreateConfigRTX(compute_capabilities=pairs, **options)
 
 
-def _tensor_profile(profile: Profile, patch_dim: int) -> Any:
+def _tensor_profiles(request: PlanRequest) -> list[Any]:
+    """Polygraphy's profiles, of which all but the first keep no weights of their own.
+
+    References:
+        NvInfer.h, `IOptimizationProfile::setExtraMemoryTarget`: by default (1.0) a profile may keep
+        weights once more, in the layout of its own kernels; at 0.0 the builder "attempts to create
+        the new optimization profile without allocating any additional weight memory". It is a hint,
+        and left aside for the first profile.
+    """
     from polygraphy.backend.trt import Profile as TensorProfile
 
-    patches = (profile.min_patches, profile.opt_patches, profile.max_patches)
-    images = (
-        profile.min_images,
-        max(profile.min_images, min(4, profile.max_images)),
-        profile.max_images,
-    )
-    tensors = TensorProfile()
-    tensors.add("pixel_values", *((n, patch_dim) for n in patches))
-    tensors.add("grid_thw", *((n, 3) for n in images))
-    return tensors
+    class SharingProfile(TensorProfile):  # type: ignore[misc]
+        def to_trt(self, builder: Any, network: Any) -> Any:
+            profile = super().to_trt(builder, network)
+            profile.extra_memory_target = 0.0
+            return profile
+
+    profiles: list[Any] = []
+    for profile in request.profiles:
+        tensors = SharingProfile() if profiles else TensorProfile()
+        for name, shapes in profile.input_shapes(request.patch_dim).items():
+            tensors.add(name, *shapes)
+        profiles.append(tensors)
+    return profiles
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,20 @@ from mmvision_export.artifacts.build_target import (
     TensorRTName,
     TensorRTVersion,
 )
+from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.artifacts.manifest import Manifest, flavour_graph
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.choices import TensorRTChoice
-from mmvision_export.runtime.backends.cuda import current_compute_capability
+from mmvision_export.runtime.backends.cuda import Cuda, current_gpu
 from mmvision_export.runtime.backends.tensorrt import (
     current_platform,
     import_tensorrt,
 )
 
-__all__ = ["choose_tensorrt", "resolve_target", "supported_by_rtx"]
+__all__ = ["choose_tensorrt", "resolve_target", "supported_by_rtx", "timing_on"]
 
 
 def choose_tensorrt(choice: TensorRTChoice) -> TensorRTName:
@@ -61,6 +63,7 @@ def resolve_target(
     precision: str | None,
     backend: TensorRTChoice,
     compute_capabilities: Sequence[ComputeCapability],
+    device: int | None,
     progress: Progress,
 ) -> BuildTarget:
     """What an engine of a model directory is built with and for.
@@ -71,10 +74,11 @@ def resolve_target(
         precision: Of the engine, that of `model.onnx` if None.
         backend: TensorRT to build with.
         compute_capabilities: See `build_engine`.
+        device: See `build_engine`.
         progress: Told if no GPU was named and none is here.
 
     Raises:
-        BackendError: TensorRT is not installed.
+        BackendError: TensorRT is not installed, or there is no such device.
         EngineError: It cannot build that, or no graph of that precision can be had.
     """
     backend = choose_tensorrt(backend)
@@ -82,8 +86,10 @@ def resolve_target(
     version = TensorRTVersion(str(trt.__version__))
     precision = precision or manifest.precision
     _refuse_precision(directory, manifest, precision)
+    gpu: Gpu | None = None
     if backend == "tensorrt":
-        capabilities = _gpu_of_this_machine(compute_capabilities)
+        gpu = _gpu_of_this_machine(compute_capabilities, device)
+        capabilities = [gpu.compute_capability]
     else:
         supported = list(filter(PRECISIONS[precision].runs_on, supported_by_rtx(trt)))
         for capability in compute_capabilities:
@@ -92,7 +98,7 @@ def resolve_target(
                     f"TensorRT-RTX {version} does not build {precision} engines for {capability}, "
                     f"only for {', '.join(map(str, supported))}"
                 )
-        capabilities = _gpus_for_rtx(compute_capabilities, supported, progress)
+        capabilities = _gpus_for_rtx(compute_capabilities, supported, device, progress)
     return BuildTarget(
         backend=backend,
         tensorrt_version=version,
@@ -100,7 +106,30 @@ def resolve_target(
         compute_capabilities=tuple(capabilities),
         precision=precision,
         opset=manifest.opset,
+        gpu=gpu,
     )
+
+
+@contextlib.contextmanager
+def timing_on(target: BuildTarget, device: int | None) -> Iterator[None]:
+    """Let kernels be timed on a target's GPU meanwhile: TensorRT takes the calling thread's device.
+
+    Args:
+        target: What is built for; without a GPU of its own, nothing is timed.
+        device: The GPU's index.
+
+    Raises:
+        BackendError: The device does not work.
+    """
+    if target.gpu is None:
+        yield
+        return
+    cuda = Cuda(device or 0)
+    cuda.use()
+    try:
+        yield
+    finally:
+        cuda.close()
 
 
 def _refuse_precision(directory: Path, manifest: Manifest, precision: str) -> None:
@@ -122,31 +151,45 @@ def _refuse_precision(directory: Path, manifest: Manifest, precision: str) -> No
         )
 
 
-def _gpu_of_this_machine(wanted: Sequence[ComputeCapability]) -> list[ComputeCapability]:
-    here = current_compute_capability()
+def _gpu_of_this_machine(wanted: Sequence[ComputeCapability], device: int | None) -> Gpu:
+    here = current_gpu(device or 0)
     if here is None:
         raise EngineError(
             "TensorRT builds for the GPU it runs on, and there is none here",
             hint="build with --backend tensorrt-rtx --compute-capability ..., "
             "or on the target machine",
         )
-    if not set(wanted) <= {here}:
+    if not set(wanted) <= {here.compute_capability}:
         raise EngineError(
-            f"TensorRT builds for the GPU it runs on, {here}; "
+            f"TensorRT builds for the GPU it runs on, {here.compute_capability}; "
             f"it cannot build for {', '.join(map(str, wanted))}",
             hint="build with --backend tensorrt-rtx, or on the target machine",
         )
-    return [here]
+    return here
 
 
 def _gpus_for_rtx(
-    wanted: Sequence[ComputeCapability], supported: list[ComputeCapability], progress: Progress
+    wanted: Sequence[ComputeCapability],
+    supported: list[ComputeCapability],
+    device: int | None,
+    progress: Progress,
 ) -> list[ComputeCapability]:
     if wanted:
+        if device is not None:
+            raise EngineError(
+                f"TensorRT-RTX builds on no GPU: compute capability "
+                f"{', '.join(map(str, wanted))} and device {device} were both given",
+                hint="name what to build for by one of --compute-capability and --device",
+            )
         return sorted(set(wanted))
-    here = current_compute_capability()
+    here = current_gpu(device or 0)
     if here is not None:
-        return [here]
+        return [here.compute_capability]
+    if device is not None:
+        raise EngineError(
+            f"there is no CUDA device {device}: this machine has no GPU",
+            hint="name the GPU to build for with --compute-capability",
+        )
     progress.note(
         "no GPU here: building for all that TensorRT-RTX supports, "
         f"{', '.join(map(str, supported))}"

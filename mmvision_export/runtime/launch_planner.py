@@ -215,7 +215,8 @@ def refuse_too_large(grid: PackedGrid, profiles: Sequence[Profile], config: Enco
         f"image {image} has {counts[image]} patches ({counts[image] // per_token} image tokens, "
         f"{frames}{w * side} x {h * side} pixels), the engine takes at most {most} "
         f"({most // per_token} image tokens); {fits}",
-        hint="resize it, with --resize-to-fit (resize_to_fit=True), or build an engine with a larger bucket",
+        hint="resize it, with --resize-to-fit (resize_to_fit=True), or build an engine with a larger bucket, "
+        "or open onnxruntime-tensorrt with a larger max_patches",
     )
 
 

@@ -359,3 +359,16 @@ def test_manifest_file_is_plain_json(exported: Path) -> None:
         file_record(exported / "model.onnx")
     )
     assert isinstance(Manifest.read(exported).files["model.onnx"], FileRecord)
+
+
+def test_sidecars_from_before_a_field_was_kept(tmp_path: Path) -> None:
+    """They open, and do not know it."""
+    engine = write_engine(tmp_path)
+    content = json.loads(sidecar_path(engine).read_text())
+    del content["passed_over"], content["gpu"]
+    del content["graph"]["data_bytes"]
+    sidecar_path(engine).write_text(json.dumps(content))
+    record = EngineRecord.read(engine)
+    assert record.passed_over == {}
+    assert record.gpu is None
+    assert record.plan_per_weights is None

@@ -251,6 +251,7 @@ def test_errors_are_one_line(
         ),
         (["build-engine", "--int8", "--fp8"], "choose one of --int8, --fp8"),
         (["build-engine", "--compute-capability", "ada"], "'ada'"),
+        (["build-engine", "--device", "-1"], "--device"),
         (["build-plugins", "--sm", "8"], "'8'"),
     ],
 )

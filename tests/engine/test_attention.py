@@ -178,6 +178,24 @@ def test_auto_without_plugins_is_packed_where_it_can_be_and_native_if_that_fails
 
 
 @pytest.mark.parametrize(
+    ("changes", "fallback"),
+    [
+        ({}, Lowering("matmul")),
+        ({"precision": "bf16"}, Lowering("matmul")),
+        ({"version": "10.14.1.48"}, Lowering("attention")),
+    ],
+)
+def test_auto_with_plugins_falls_back_and_plugin_does_not(
+    changes: dict[str, Any], fallback: Lowering, library: Path
+) -> None:
+    chosen = choose("auto", library, **changes)
+    assert chosen.fallback == fallback
+    asked_for = choose("plugin", library, **changes)
+    assert asked_for.fallback is None
+    assert dataclasses.replace(chosen, fallback=None) == asked_for
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"version": "11.0.0.114"},
@@ -259,7 +277,4 @@ def test_request_is_not_changed_by_another_gpu(library: Path) -> None:
     assert (
         choose("plugin", library, compute_capabilities=(ComputeCapability(12, 0),)).library
         is not None
-    )
-    assert dataclasses.astuple(choose("plugin", library)) == dataclasses.astuple(
-        choose("auto", library)
     )

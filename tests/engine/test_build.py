@@ -34,6 +34,7 @@ from mmvision_export.engine.build import (
 )
 from mmvision_export.engine.builder import PlanRequest
 from mmvision_export.engine.float16 import derive_fp16
+from mmvision_export.engine.polygraphy_setup import use_tensorrt
 from mmvision_export.engine.target import choose_tensorrt
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.graph.passes import retype
@@ -79,19 +80,67 @@ def test_fp16_engine_for_a_gpu_that_is_not_here(directory: Path) -> None:
         name="model.fp16.onnx",
         sha256=manifest.files["model.fp16.onnx"].sha256,
         data_sha256=manifest.files["model.fp16.onnx.data"].sha256,
+        data_bytes=(directory / "model.fp16.onnx.data").stat().st_size,
     )
+    assert record.graph.data_bytes is not None
+    assert record.plan_per_weights == engine.stat().st_size / record.graph.data_bytes
     manifest.verify(directory, manifest.files)
     assert "comparing model.fp16.onnx with model.onnx" in notes.steps
     assert "building engine" in notes.steps
     assert any("has not been compared with PyTorch" in note for note in notes.notes)
 
 
-def test_one_engine_with_a_profile_for_each_bucket(directory: Path) -> None:
+def test_one_engine_with_a_profile_for_each_bucket(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them but the first may keep weights of its own."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    use_tensorrt("tensorrt-rtx")  # before Polygraphy looks for one by itself
+    from polygraphy.backend.trt import Profile as TensorProfile
+
+    made: list[Any] = []
+    whole = TensorProfile.to_trt
+
+    def to_trt(self: Any, builder: Any, network: Any) -> Any:
+        made.append((builder, whole(self, builder, network)))
+        assert made[-1][1].extra_memory_target == 1.0  # TensorRT's default
+        return made[-1][1]
+
+    monkeypatch.setattr(TensorProfile, "to_trt", to_trt)
     profiles = profiles_from_buckets([256, 64, 1024], 8, HEAD_DIM_80)
     _, record = build(directory, profiles=profiles, precision="fp16", compute_capabilities=[ADA])
     assert [p.max_patches for p in record.profiles] == [64, 256, 1024]
     assert all(p.is_bucket and p.max_images == 9 for p in record.profiles)
     assert record.attention == FUSED
+    assert [profile.extra_memory_target for _, profile in made] == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("buckets", "times", "is_noted"),
+    [([64, 256], 1.25, True), ([64, 256], 1.15, False), ([64], 1.25, False)],
+)
+def test_an_engine_that_keeps_weights_twice_is_noted(
+    directory: Path,
+    buckets: list[int],
+    times: float,
+    is_noted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights_bytes = Manifest.read(directory).files["model.onnx.data"].size_bytes
+    plan = bytes(round(times * weights_bytes))
+    monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", lambda *_, **__: plan)
+    notes = Notes()
+    _, record = build(
+        directory,
+        profiles=profiles_from_buckets(buckets, 8, HEAD_DIM_80),
+        compute_capabilities=[ADA],
+        progress=notes,
+    )
+    assert record.plan_per_weights == pytest.approx(times, rel=1e-3)
+    noted = [note for note in notes.notes if "--buckets" in note]
+    assert bool(noted) == is_noted
+    if is_noted:
+        assert all(fact in noted[0] for fact in ("1.25", f"{weights_bytes / 1e6:.1f} MB", "1.2 "))
 
 
 def test_one_engine_for_several_gpus(directory: Path) -> None:
@@ -326,9 +375,9 @@ def test_an_engine_with_plugins_brings_its_library(
     loaded: list[str] = []
     nodes: list[str] = []
 
-    def plan(request: PlanRequest, **_: Any) -> tuple[bytes, bool]:
+    def plan(request: PlanRequest, **_: Any) -> bytes:
         nodes.extend(node.op_type for node in onnx.load_model_from_string(request.model).graph.node)
-        return b"plan", False
+        return b"plan"
 
     monkeypatch.setattr(
         "mmvision_export.engine.build.choose_lowering",
@@ -338,7 +387,7 @@ def test_an_engine_with_plugins_brings_its_library(
         "mmvision_export.engine.build.load_plugin_library",
         lambda _, __, sha256: loaded.append(sha256),
     )
-    monkeypatch.setattr("mmvision_export.engine.build._plan", plan)
+    monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", plan)
     engine, written = build(directory, compute_capabilities=[ADA])
     assert loaded == [record.library.sha256]
     assert nodes.count("VarlenAttention") == HEAD_DIM_80.num_hidden_layers
@@ -376,8 +425,9 @@ def test_packed_attention_that_was_not_asked_for_falls_back_to_native(
     notes = Notes()
     _, record = build(directory, precision="fp16", compute_capabilities=[ADA], progress=notes)
     assert record.attention == EngineAttention(way="native", body="attention", fused=True)
-    (note,) = [note for note in notes.notes if "packed attention could not be built" in note]
-    assert "the engine was not built" in note  # the first error is kept
+    first = next(iter(record.passed_over))
+    assert first == "packed attention"
+    assert any(record.passed_over[first] in note for note in notes.notes)
 
 
 def test_packed_attention_may_not_be_built_from_several_kernels(

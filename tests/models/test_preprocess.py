@@ -195,7 +195,7 @@ def test_images_opened_elsewhere(tmp_path: Path) -> None:
         _, row = patches_from_image(lazy, CONFIG)
     assert row == patches_from_image(image_from_file(path), CONFIG)[1] == (1, 20, 8)
     path.write_bytes(path.read_bytes()[:-300])
-    with Image.open(path) as lazy, refused(InputError, "image 0", reason="unreadable"):
+    with Image.open(path) as lazy, refused(InputError, "image 0"):
         batch_from_images([lazy], CONFIG)
     premultiplied = Image.new("RGBA", (60, 60), (0, 0, 0, 0)).convert("RGBa")
     assert rgb_from_image(premultiplied).getpixel((0, 0)) == (255, 255, 255)

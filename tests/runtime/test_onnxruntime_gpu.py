@@ -9,11 +9,13 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
-from mmvision_export.core.errors import BackendError
-from mmvision_export.runtime.backends import AUTO_BACKENDS, BackendOptions, open_backend
+from mmvision_export.core.errors import BackendError, InputError
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
+from mmvision_export.runtime.backends import AUTO_BACKENDS, Backend, BackendOptions, open_backend
 from mmvision_export.runtime.backends.onnxruntime import create_session
 from tests.support.errors import refused
 
@@ -57,6 +59,110 @@ def test_what_sessions_are_opened_with(
         assert opened[0][1]["trt_engine_cache_path"] == str(
             exported / "plans" / "onnxruntime-tensorrt"
         )
+
+
+class TensorRTProvider:
+    """A stand-in for ONNX Runtime's TensorRT provider: takes the sizes of its profile, and computes on the CPU."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.options: dict[str, str] = {}
+        self.ran: list[dict[str, tuple[int, ...]]] = []
+        self._whole = onnxruntime.InferenceSession
+        every = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+        monkeypatch.setattr(onnxruntime, "InferenceSession", self.session)
+
+    def session(self, path: str, options: Any, providers: Any) -> Any:
+        self.options = providers[0][1]
+        self._real = self._whole(path, options, providers=["CPUExecutionProvider"])
+        return types.SimpleNamespace(
+            get_providers=lambda: [providers[0][0]], get_inputs=self._real.get_inputs, run=self.run
+        )
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        inputs = (each.split(":") for each in self.options[f"trt_profile_{kind}_shapes"].split(","))
+        return {name: tuple(map(int, shape.split("x"))) for name, shape in inputs}
+
+    def run(self, names: Any, feeds: dict[str, Any]) -> Any:
+        least, most = self.shapes("min"), self.shapes("max")
+        self.ran.append({name: array.shape for name, array in feeds.items()})
+        for name, array in feeds.items():
+            for low, size, high in zip(least[name], array.shape, most[name], strict=True):
+                assert low <= size <= high, f"{name} is outside the profile"
+        return self._real.run(names, feeds)
+
+
+def test_the_tensorrt_provider_has_a_profile_of_every_input(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = TensorRTProvider(monkeypatch)
+    backend = open_backend(exported, BackendOptions(backend="onnxruntime-tensorrt"))
+    (profile,) = backend.profiles
+    assert (profile.max_patches, profile.max_images) == (4096, 64)
+    found = {key: value for key, value in provider.options.items() if "profile" in key}
+    assert found == {
+        "trt_profile_min_shapes": "pixel_values:4x1176,grid_thw:1x3",
+        "trt_profile_opt_shapes": "pixel_values:1024x1176,grid_thw:4x3",
+        "trt_profile_max_shapes": "pixel_values:4096x1176,grid_thw:64x3",
+    }
+    inputs = {each.name for each in provider._real.get_inputs()}
+    assert all(set(provider.shapes(kind)) == inputs for kind in ("min", "opt", "max"))
+    open_backend(
+        exported, BackendOptions(backend="onnxruntime-tensorrt", max_patches=256, max_images=2)
+    ).close()
+    assert provider.shapes("opt") == {"pixel_values": (256, 1176), "grid_thw": (2, 3)}
+    assert provider.shapes("max") == {"pixel_values": (256, 1176), "grid_thw": (2, 3)}
+
+
+def test_no_launch_is_outside_the_profile(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_backend(exported, BackendOptions(backend="onnxruntime-cpu"))
+    provider = TensorRTProvider(monkeypatch)
+    limits: dict[str, Any] = {"max_patches": 256, "max_images": 2}
+    backend = open_backend(exported, BackendOptions(backend="onnxruntime-tensorrt", **limits))
+    rows = [(1, 8, 8), (1, 4, 4), (1, 2, 2), (1, 16, 16), (1, 12, 8)]
+    batch = batch_of(rows, backend)
+    embeds = backend.run(batch)
+    assert len(provider.ran) > 2
+    np.testing.assert_allclose(embeds, whole.run(batch), rtol=0, atol=1e-5)
+    # The control: the stand-in does refuse what is outside.
+    with pytest.raises(BackendError, match="outside the profile"):
+        backend._launch(batch)  # type: ignore[attr-defined]
+    with pytest.raises(InputError) as caught:
+        backend.run(batch_of([(1, 18, 16)], backend))
+    assert "max_patches" in str(caught.value.hint)
+
+
+def batch_of(rows: list[tuple[int, int, int]], backend: Backend) -> PackedBatch:
+    """Random patches in a grid."""
+    count = sum(t * h * w for t, h, w in rows)
+    patches = np.random.default_rng(0).standard_normal((count, 1176)).astype(np.float32)
+    return checked_batch(patches, np.array(rows), backend.config, np.float32)
+
+
+def test_limits_that_cannot_be() -> None:
+    with refused(BackendError, "max_patches", 1, 0):
+        BackendOptions(max_patches=0)
+
+
+def test_limits_that_do_not_fit_the_encoder(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TensorRTProvider(monkeypatch)
+    backend = open_backend(exported, BackendOptions(backend="onnxruntime-tensorrt", max_patches=16))
+    assert backend.profiles[0].max_images == 4  # there is room for no more
+    for max_patches, max_images, facts in (
+        (254, None, ("max_patches", 4, 254)),
+        (16, 5, ("max_images", 4, 5)),
+    ):
+        with refused(BackendError, *facts):
+            open_backend(
+                exported,
+                BackendOptions(
+                    backend="onnxruntime-tensorrt", max_patches=max_patches, max_images=max_images
+                ),
+            )
+    with refused(BackendError, "onnxruntime-cpu"):
+        open_backend(exported, BackendOptions(backend="onnxruntime-cpu", max_patches=256))
 
 
 def test_a_provider_that_does_not_start_is_an_error(

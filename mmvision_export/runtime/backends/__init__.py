@@ -70,7 +70,10 @@ BACKENDS: dict[str, BackendRow] = {
         ),
         BackendRow(name="onnxruntime-rtx", module="onnxruntime_gpu", cls="RtxBackend"),
         BackendRow(
-            name="onnxruntime-tensorrt", module="onnxruntime_gpu", cls="TensorRTProviderBackend"
+            name="onnxruntime-tensorrt",
+            module="onnxruntime_gpu",
+            cls="TensorRTProviderBackend",
+            takes=("max_images", "max_patches"),
         ),
         BackendRow(name="onnxruntime-cuda", module="onnxruntime_gpu", cls="CudaBackend"),
         BackendRow(

@@ -42,6 +42,10 @@ class BackendOptions:
             if None.
         kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default
             the one in the model directory's own `plugins/`. Executable content, as an engine is.
+        max_patches: For `onnxruntime-tensorrt`: most patches of a launch, 4096 by default. Its
+            engine is built once for all sizes up to it; memory for masked attention grows with its
+            square.
+        max_images: For `onnxruntime-tensorrt`: most images of a launch, 64 by default.
         precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
         refuse_non_finite: Whether embeddings that are not finite are an error; parity measures
             them.
@@ -60,11 +64,13 @@ class BackendOptions:
     runtime_cache: str | Path | None = None
     flavour: str | None = None
     kernel_library: str | Path | None = None
+    max_patches: int | None = None
+    max_images: int | None = None
     precision: str | None = None
     refuse_non_finite: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("threads", "streams"):
+        for name in ("threads", "streams", "max_patches", "max_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BackendError(f"{name} must be at least 1, got {value}")

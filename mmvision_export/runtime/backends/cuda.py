@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy.typing as npt
 
+from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError
 from mmvision_export.runtime.backends.cuda_driver import CudaDriver, NoGpuError
 
-__all__ = ["LEGACY_STREAM", "Cuda", "current_compute_capability"]
+__all__ = ["LEGACY_STREAM", "Cuda", "current_compute_capability", "current_gpu"]
 
 LEGACY_STREAM = 1
 """The default stream, which waits for all blocking streams, by the name (`CU_STREAM_LEGACY`) that
@@ -28,7 +29,7 @@ DLPack has for it too. Its other name is 0, which DLPack forbids."""
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 _NO_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 _THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-_MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CU_DEVICE_ATTRIBUTE_...
+_MAJOR, _MINOR, _INTEGRATED, _MULTIPROCESSORS = 75, 76, 18, 16  # CU_DEVICE_ATTRIBUTE_...
 
 
 class Cuda:
@@ -99,6 +100,15 @@ class Cuda:
     def compute_capability(self) -> ComputeCapability:
         """The device's."""
         return ComputeCapability(self.attribute(_MAJOR), self.attribute(_MINOR))
+
+    def gpu(self) -> Gpu:
+        """The device, as records name it."""
+        return Gpu(
+            name=self.name(),
+            compute_capability=self.compute_capability(),
+            multiprocessors=self.attribute(_MULTIPROCESSORS),
+            memory_bytes=self.memory_bytes(),
+        )
 
     def is_integrated(self) -> bool:
         """Whether it shares the host's memory, as a Jetson's does."""
@@ -247,5 +257,18 @@ def current_compute_capability(device: int = 0) -> ComputeCapability | None:
     """
     try:
         return Cuda(device).compute_capability()
+    except NoGpuError:
+        return None
+
+
+def current_gpu(device: int = 0) -> Gpu | None:
+    """A GPU of this machine, or None where there is none at all.
+
+    Raises:
+        BackendError: There is no such device, or there may be one, but the driver is too old, a stub,
+            or does not work.
+    """
+    try:
+        return Cuda(device).gpu()
     except NoGpuError:
         return None

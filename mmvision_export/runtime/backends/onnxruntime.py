@@ -74,10 +74,11 @@ class OnnxRuntimeBackend:
         # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
         source = manifest.quantization.get(graph, {}).get("source", graph)
         self._masked = source != CPU_GRAPH
+        self.config = manifest.config
+        self._plan = self._new_planner(options)
         self._session: onnxruntime.InferenceSession | None = self._new_session(
             directory / graph, options
         )
-        self.config = manifest.config
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
         import onnxruntime
 
@@ -94,6 +95,10 @@ class OnnxRuntimeBackend:
         """The file of a model directory that this backend runs: the one place where a backend chooses a flavour."""
         return GRAPH
 
+    def _new_planner(self, options: BackendOptions) -> LaunchPlanner | None:
+        """What cuts batches into launches; None where a batch is one launch."""
+        return None
+
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
         return create_session(
             graph, provider=PROVIDERS[self.name], device=options.device, threads=options.threads
@@ -101,6 +106,12 @@ class OnnxRuntimeBackend:
 
     def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
+        if self._plan is None:
+            return self._launch(batch)
+        pieces = [self._launch(batch.images(launch.images)) for launch in self._plan(batch.grid)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _launch(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         if self._session is None:
             raise BackendError("the encoder is closed")
         feeds = {"pixel_values": batch.pixel_values, "grid_thw": batch.grid.rows}
@@ -121,10 +132,11 @@ class CpuBackend(OnnxRuntimeBackend):
 
     name = "onnxruntime-cpu"
 
-    def __init__(self, directory: Path, options: BackendOptions) -> None:
-        super().__init__(directory, options)
+    def _new_planner(self, options: BackendOptions) -> LaunchPlanner | None:
+        if not self._masked:
+            return None
         # The work and memory of masked attention grow with the square of a launch, so that a batch is cut.
-        self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+        return LaunchPlanner(self.profiles, Costs(self.config, masked=True))
 
     def _graph_name(self, manifest: Manifest) -> str:
         if manifest.precision == "bf16":
@@ -133,16 +145,6 @@ class CpuBackend(OnnxRuntimeBackend):
                 hint="export with --fp32 or --fp16 to run it here",
             )
         return CPU_GRAPH if CPU_GRAPH in manifest.files else GRAPH
-
-    def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
-        """See `Backend.run`."""
-        if not self._masked:
-            return super().run(batch)
-        pieces = [
-            super(CpuBackend, self).run(batch.images(launch.images))
-            for launch in self._plan(batch.grid)
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def require_provider(provider: str) -> None:

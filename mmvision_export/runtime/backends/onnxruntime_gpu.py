@@ -5,12 +5,15 @@ None of them has run on the machines this project is developed on, which have no
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmvision_export.artifacts.manifest import PLANS
-from mmvision_export.core.errors import BackendError
+from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, checked_profile
+from mmvision_export.core.errors import BackendError, EngineError
+from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.runtime.backends.backend import BackendOptions
 from mmvision_export.runtime.backends.onnxruntime import (
     PROVIDERS,
@@ -18,6 +21,7 @@ from mmvision_export.runtime.backends.onnxruntime import (
     create_session,
     session_options,
 )
+from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -34,14 +38,38 @@ class CudaBackend(OnnxRuntimeBackend):
 
 
 class TensorRTProviderBackend(OnnxRuntimeBackend):
-    """ONNX Runtime's TensorRT provider: builds an engine at the first run, and keeps it in `plans/`.
+    """ONNX Runtime's TensorRT provider: builds an engine when it is opened first, and keeps it in `plans/`.
 
-    See https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html for the options.
+    Without a profile it would build the engine anew for each size beyond those it has met. With one it takes
+    no size beyond, so that a batch is cut.
+
+    References:
+        https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html has the options;
+        the comment on profiles in `tensorrt_execution_provider.cc` ("Initialize shape range for each dynamic
+        shape input tensor") what becomes of the shapes: "It won't make adjustment for profile values during
+        EP compute time."
     """
 
     name = "onnxruntime-tensorrt"
 
+    def _new_planner(self, options: BackendOptions) -> LaunchPlanner | None:
+        default, per_token = DEFAULT_PROFILE, self.config.patches_per_token
+        max_patches = options.max_patches or default.max_patches
+        max_tokens = max_patches // per_token
+        try:
+            profile = dataclasses.replace(
+                default,
+                opt_patches=min(default.opt_patches, max_tokens * per_token),
+                max_patches=max_patches,
+                max_images=options.max_images or min(default.max_images, max_tokens),
+            )
+            self.profiles = (checked_profile(profile, self.config),)
+        except EngineError as error:
+            raise BackendError(str(error), hint=error.hint) from error
+        return LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
+        (profile,) = self.profiles
         cache = str(graph.parent / PLANS / "onnxruntime-tensorrt")
         return create_session(
             graph,
@@ -52,9 +80,21 @@ class TensorRTProviderBackend(OnnxRuntimeBackend):
                 "trt_engine_cache_path": cache,
                 "trt_timing_cache_enable": "1",
                 "trt_timing_cache_path": cache,
+                **_shape_options(profile, self.config.patch_dim),
             },
             behind=[PROVIDERS["onnxruntime-cuda"]],
         )
+
+
+def _shape_options(profile: Profile, patch_dim: int) -> dict[str, str]:
+    """The provider's options for a profile, with every input in each: `pixel_values:4x1176,grid_thw:1x3`."""
+    shapes = profile.input_shapes(patch_dim)
+    return {
+        f"trt_profile_{kind}_shapes": ",".join(
+            f"{name}:{'x'.join(map(str, of_input[index]))}" for name, of_input in shapes.items()
+        )
+        for index, kind in enumerate(("min", "opt", "max"))
+    }
 
 
 class RtxBackend(OnnxRuntimeBackend):
