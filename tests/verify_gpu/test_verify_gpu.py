@@ -346,6 +346,8 @@ def test_an_interrupt_keeps_what_was_found(
         findings.not_run("kernels", "the one before Ctrl-C", "a test")
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("mmvision_export.verify_gpu.pack.write_pack", lambda *_, **__: 0)
+    monkeypatch.setattr(Pack, "read", lambda _: None)
     monkeypatch.setattr("mmvision_export.verify_gpu.check.check_kernels", interrupted)
     result = mmvision("verify-gpu", "--model", str(exported), "--output", str(tmp_path / "out"))
     assert result.code == 130
