@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmvision_export.cli.console import console, messages, progress_display
+from mmvision_export.cli.console import console, messages
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
+from mmvision_export.core.errors import OutputError
+from mmvision_export.core.progress import Progress
 
 if TYPE_CHECKING:
     from mmvision_export.core.compute_capability import ComputeCapability
     from mmvision_export.runtime.backends.cuda import Cuda
+    from mmvision_export.verify_gpu.budget import Budget
+    from mmvision_export.verify_gpu.findings import Findings
 
 __all__ = ["verify_gpu"]
 
 _STAND_IN_SM = 87
+
+
+class _Steps(Progress):
+    """A line for each step: findings are printed in between, which a bar would be in the way of."""
+
+    def step(self, description: str, total: float | None = None) -> None:
+        """See `Progress.step`."""
+        messages.print(f"{description} ...", markup=False)
+
+    def note(self, message: str) -> None:
+        """See `Progress.note`."""
+        messages.print(f"note: {message}", markup=False)
 
 
 def verify_gpu(
@@ -28,38 +45,83 @@ def verify_gpu(
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for verify-gpu.json and verify-gpu.md.")
     ] = Path("verify-gpu"),
+    budget_minutes: Annotated[
+        float, typer.Option(help="Begin nothing more when its part of this time is over.")
+    ] = 45,
     verbose: Verbose = False,
 ) -> None:
     """Run on a GPU what has never run on one, and write one JSON and one page to send back.
 
-    So far its first part: the attention and rotary kernels for the model's head size, launched by the CUDA driver
-    alone, plain and under a captured graph, against float64 results, with times by CUDA events. Without a GPU it runs
-    against a stand-in for the driver, which checks launches and computes nothing, and says so on every line.
-    For a machine that has NumPy alone: python -m mmvision_export.verify_gpu pack --output DIR, carry, python3 DIR.
+    In order: the attention and rotary kernels by the CUDA driver alone, against float64; an engine
+    for each TensorRT here and each way of attention, with one dynamic profile and with buckets,
+    against ONNX Runtime on the CPU; captures of every bucket; leaks; latency, clocks and power;
+    arrays on the device; what must be refused. What fails is a finding, and the next part goes on.
+    Ctrl-C keeps what was found so far.
+
+    Without a GPU the kernels run against a stand-in for the driver, which checks launches and
+    computes nothing; the rest is not run. Every line says so.
+
+    For a machine that has NumPy alone: python -m mmvision_export.verify_gpu pack --output DIR,
+    carry, python3 DIR.
     """
     from mmvision_export.artifacts.manifest import Manifest
+    from mmvision_export.verify_gpu.budget import Budget
+    from mmvision_export.verify_gpu.findings import Findings
+    from mmvision_export.verify_gpu.machine import is_stand_in, machine_facts
+
+    directory = the_model(model)
+    head_dim = Manifest.read(directory).config.head_dim
+    budget = Budget(budget_minutes)
+    tell = lambda line: console.print(line, markup=False, soft_wrap=True)  # noqa: E731
+    with tempfile.TemporaryDirectory(prefix="mmvision-verify-gpu-") as temporary:
+        cuda = _gpu_or_stand_in(device, Path(temporary))
+        findings = Findings(machine_facts(cuda), is_stand_in(cuda), tell)
+        files = _written(findings, output)  # that it can be is known before the long work
+        try:
+            _run_parts(directory, head_dim, cuda, findings, budget, Path(temporary), output)
+            findings.is_complete = True
+        finally:
+            files = _written(findings, output)
+            console.print(
+                f"{findings.summary}: {', '.join(map(str, files))}", markup=False, soft_wrap=True
+            )
+    if findings.failed:
+        raise typer.Exit(1)
+
+
+def _run_parts(
+    directory: Path,
+    head_dim: int,
+    cuda: Cuda,
+    findings: Findings,
+    budget: Budget,
+    temporary: Path,
+    output: Path,
+) -> None:
     from mmvision_export.verify_gpu.check import check_kernels
     from mmvision_export.verify_gpu.pack import write_pack
     from mmvision_export.verify_gpu.pack_file import Pack
+    from mmvision_export.verify_gpu.whole import check_model, tensorrt_versions
 
-    head_dim = Manifest.read(the_model(model)).config.head_dim
-    with tempfile.TemporaryDirectory(prefix="mmvision-verify-gpu-") as temporary:
-        cuda = _gpu_or_stand_in(device, Path(temporary))
-        folder = Path(temporary) / "pack"
-        with progress_display() as progress:
-            write_pack(
-                folder,
-                compute_capabilities=_compiled_for(cuda),
-                head_dim=head_dim,
-                progress=progress,
-            )
-        tell = lambda line: console.print(line, markup=False, soft_wrap=True)  # noqa: E731
-        findings = check_kernels(Pack.read(folder), folder, cuda, tell=tell)
-    output.mkdir(parents=True, exist_ok=True)
-    files = findings.write(output)
-    console.print(f"{findings.summary}: {', '.join(map(str, files))}", markup=False, soft_wrap=True)
-    if findings.failed:
-        raise typer.Exit(1)
+    findings.machine |= {"model": str(directory), **tensorrt_versions()}
+    progress = _Steps()
+    with findings.failure_is_a_finding("kernels", "all"):
+        folder = temporary / "pack"
+        compiled_for = _compiled_for(cuda)
+        write_pack(folder, compute_capabilities=compiled_for, head_dim=head_dim, progress=progress)
+        is_spent = functools.partial(budget.is_spent, "kernels")
+        check_kernels(Pack.read(folder), folder, cuda, findings, is_spent=is_spent)
+    check_model(
+        directory, cuda, findings, budget, folder=temporary, output=output, progress=progress
+    )
+
+
+def _written(findings: Findings, output: Path) -> list[Path]:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        return findings.write(output)
+    except OSError as error:
+        raise OutputError(f"{error.filename or output}: {error.strerror}") from error
 
 
 def _compiled_for(cuda: Cuda) -> list[ComputeCapability]:

@@ -89,10 +89,10 @@ def _attention(
     exact, plain = np.empty(shape), np.empty(shape)
     floats = [float_from_bits(x, dtype) for x in (q, k, v)]
     for start, end in itertools.pairwise(bounds):
-        parts = [x[start:end].transpose(1, 0, 2) for x in floats]  # [heads, length, head_dim]
+        q_, k_, v_ = (x[start:end].transpose(1, 0, 2) for x in floats)  # [heads, length, head_dim]
         if end > start:
-            exact[start:end] = _softmax_attention(*parts, scale).transpose(1, 0, 2)
-            rounded = _softmax_attention(*parts, scale, dtype=dtype)
+            exact[start:end] = _softmax_attention(q_, k_, v_, scale).transpose(1, 0, 2)
+            rounded = _softmax_attention(q_, k_, v_, scale, dtype=dtype)
             plain[start:end] = rounded.transpose(1, 0, 2)
     allowed = _allowed(plain, exact, dtype)
     return Case(

@@ -31,10 +31,13 @@ _MODULES = (
     "runtime/__init__",
     "runtime/backends/cuda",
     "runtime/backends/cuda_driver",
+    "runtime/backends/cuda_versions",
     "verify_gpu/__init__",
     "verify_gpu/cases",
     "verify_gpu/check",
+    "verify_gpu/findings",
     "verify_gpu/launch",
+    "verify_gpu/machine",
     "verify_gpu/pack_file",
     "verify_gpu/run",
 )
@@ -76,7 +79,7 @@ def write_pack(
     targets = sorted({*(compute_capabilities or ARCHITECTURES), PORTABLE_PTX})
     with new_directory(output, marker="pack.json", force=force) as new:
         progress.step("compiling kernels", 4 * len(targets))
-        kernels = []
+        kernels: list[KernelImage] = []
         for compiled in compile_kernels(targets, [head_dim]):
             kernels += _written(compiled, new)
             progress.advance()
@@ -123,5 +126,5 @@ def _copy_modules(folder: Path, modules: Iterable[str]) -> None:
         target = folder / package.name / f"{module}.py"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(package / f"{module}.py", target)
-    # Of the backends only these two go along, and not the registry that names them all.
+    # Of the backends only these three go along, and not the registry that names them all.
     (folder / package.name / "runtime" / "backends" / "__init__.py").touch()

@@ -12,6 +12,8 @@ from mmvision_export.core.errors import BackendError, MmvisionError, print_error
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.cuda_driver import CudaDriver
 from mmvision_export.verify_gpu.check import check_kernels
+from mmvision_export.verify_gpu.findings import Findings
+from mmvision_export.verify_gpu.machine import is_stand_in, machine_facts
 from mmvision_export.verify_gpu.pack_file import Pack
 
 __all__ = ["main"]
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         argv: Arguments without the program's name.
 
     Returns:
-        0 if nothing failed, 1 if something did or nothing could be run.
+        0 if nothing failed, 1 if something did or nothing could be run, 130 if interrupted.
     """
     parser = argparse.ArgumentParser(prog="verify-gpu", description=__doc__)
     parser.add_argument("pack", type=Path)
@@ -39,15 +41,23 @@ def main(argv: Sequence[str]) -> int:
     try:
         pack = Pack.read(arguments.pack)
         driver = _driver(arguments.driver)
-        findings = check_kernels(pack, arguments.pack, Cuda(arguments.device, driver))
+        cuda = Cuda(arguments.device, driver)
         arguments.output.mkdir(parents=True, exist_ok=True)
-        files = findings.write(arguments.output)
+        findings = Findings(machine_facts(cuda), is_stand_in(cuda))
+        try:
+            check_kernels(pack, arguments.pack, cuda, findings)
+            findings.is_complete = True
+        finally:
+            files = findings.write(arguments.output)
     except MmvisionError as error:
         print_error(str(error), error.hint)
         return 1
     except OSError as error:
         print_error(f"{error.filename or arguments.output}: {error.strerror}")
         return 1
+    except KeyboardInterrupt:
+        print_error(f"interrupted; what was found until then: {arguments.output}")
+        return 130
     print(f"{findings.summary}: {', '.join(map(str, files))}")
     return 1 if findings.failed else 0
 

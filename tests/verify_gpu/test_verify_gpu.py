@@ -18,6 +18,7 @@ import pytest
 
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import InputError, ManifestError
+from mmvision_export.verify_gpu.budget import SHARES
 from mmvision_export.verify_gpu.cases import (
     DTYPES,
     bits_from_float,
@@ -25,7 +26,8 @@ from mmvision_export.verify_gpu.cases import (
     relative_l2,
     sample_cases,
 )
-from mmvision_export.verify_gpu.check import Findings, check_kernels
+from mmvision_export.verify_gpu.check import KernelFinding, check_kernels
+from mmvision_export.verify_gpu.findings import Findings
 from mmvision_export.verify_gpu.launch import wrong_inputs
 from mmvision_export.verify_gpu.pack import MAX_PACK_BYTES, write_pack
 from mmvision_export.verify_gpu.pack_file import Pack, kernel_for
@@ -137,13 +139,16 @@ def run(
     driver.on_launch(Kernels(driver, dtype, fault))
     cases = [case for case in pack.cases if case.dtype == dtype and keep(case)]
     assert cases
-    return check_kernels(
-        dataclasses.replace(pack, cases=cases),
-        folder,
-        driver.cuda(),
-        computes=True,
-        tell=lambda _: None,
+    findings = Findings({}, is_stand_in=True, tell=lambda _: None)
+    check_kernels(
+        dataclasses.replace(pack, cases=cases), folder, driver.cuda(), findings, computes=True
     )
+    return findings
+
+
+def kernels(findings: Findings) -> list[KernelFinding]:
+    assert all(isinstance(finding, KernelFinding) for finding in findings.findings)
+    return [f for f in findings.findings if isinstance(f, KernelFinding)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,15 +159,15 @@ def test_right_kernels_pass_plain_and_captured_with_controls_and_times(
     dtype: str,
 ) -> None:
     findings = run(pack, folder, fake_driver, lambda case: case.name != "long", dtype=dtype)
-    assert findings.failed == 0, [f.line for f in findings.findings if f.status == "FAIL"]
+    assert findings.failed == 0, [f.line for f in kernels(findings) if f.status == "FAIL"]
     for how in ("plain", "graph"):
-        found = [f for f in findings.findings if f.how == how]
-        assert len(found) == len(findings.findings) - len(found) - sum(
-            f.how == "control" for f in findings.findings
+        found = [f for f in kernels(findings) if f.how == how]
+        assert len(found) == len(kernels(findings)) - len(found) - sum(
+            f.how == "control" for f in kernels(findings)
         )
-        assert all(f.times_us is not None and f.times_us["median"] > 0 for f in found)
+        assert all(f.numbers["median_us"] > 0 for f in found)
     for op in ("varlen_attention", "qk_rotary_embedding"):
-        assert any((f.op, f.how) == (op, "control") for f in findings.findings)
+        assert any((f.op, f.how) == (op, "control") for f in kernels(findings))
     assert fake_driver.holds_nothing()
 
 
@@ -189,7 +194,7 @@ def test_wrong_kernels_fail(
         lambda c: c.op == op and c.name in ("around a tile", "many"),
         fault,
     )
-    assert {f.how for f in findings.findings if f.status == "FAIL"} >= {"plain", "graph"}
+    assert {f.how for f in kernels(findings) if f.status == "FAIL"} >= {"plain", "graph"}
 
 
 def test_a_control_that_is_not_refused_fails(
@@ -200,7 +205,7 @@ def test_a_control_that_is_not_refused_fails(
 ) -> None:
     monkeypatch.setattr("mmvision_export.verify_gpu.check.wrong_inputs", lambda case: case.inputs)
     findings = run(pack, folder, fake_driver, lambda case: case.name == "primes")
-    assert [f.how for f in findings.findings if f.status == "FAIL"] == ["control"]
+    assert [f.how for f in kernels(findings) if f.status == "FAIL"] == ["control"]
 
 
 def test_what_the_driver_refuses_is_a_finding_and_nothing_leaks(
@@ -210,9 +215,9 @@ def test_what_the_driver_refuses_is_a_finding_and_nothing_leaks(
 ) -> None:
     fake_driver.refuse_captures()
     findings = run(pack, folder, fake_driver, lambda case: case.name == "primes")
-    (failed,) = [f for f in findings.findings if f.status == "FAIL"]
+    (failed,) = [f for f in kernels(findings) if f.status == "FAIL"]
     assert failed.how == "graph"
-    assert "CUDA_ERROR_STREAM_CAPTURE" in str(failed.error)
+    assert "CUDA_ERROR_STREAM_CAPTURE" in str(failed.detail)
     assert fake_driver.holds_nothing()
 
 
@@ -335,6 +340,41 @@ def test_a_damaged_pack_is_refused(tmp_path: Path) -> None:
 def test_the_command_without_a_gpu(mmvision: Command, exported: Path, tmp_path: Path) -> None:
     result = mmvision("verify-gpu", "--model", str(exported), "--output", str(tmp_path / "out"))
     assert result.code == 0, result.err
-    assert all("stand-in" in line for line in result.out.splitlines())
-    assert (tmp_path / "out" / "verify-gpu.json").is_file()
-    assert (tmp_path / "out" / "verify-gpu.md").is_file()
+    lines = result.out.splitlines()
+    assert all("stand-in driver, no GPU" in line for line in lines)
+    for part in list(SHARES)[1:]:
+        assert f"stand-in driver, no GPU: not run: {part}, all; no GPU" in lines
+    report = json.loads((tmp_path / "out" / "verify-gpu.json").read_text())
+    assert report["is_complete"] is True
+    assert report["machine"]["multiprocessors"] == 1
+    assert set(report["machine"]) >= {"driver", "gpu", "memory_bytes", "packages", "tensorrt"}
+    page = (tmp_path / "out" / "verify-gpu.md").read_text()
+    assert [x[3:] for x in page.splitlines() if x.startswith("## ")] == list(SHARES)
+
+
+def test_an_interrupt_keeps_what_was_found(
+    mmvision: Command, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(pack: Pack, folder: Path, cuda: Any, findings: Findings, **_: Any) -> None:
+        findings.not_run("kernels", "the one before Ctrl-C", "a test")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmvision_export.verify_gpu.pack.write_pack", lambda *_, **__: 0)
+    monkeypatch.setattr(Pack, "read", lambda _: None)
+    monkeypatch.setattr("mmvision_export.verify_gpu.check.check_kernels", interrupted)
+    result = mmvision("verify-gpu", "--model", str(exported), "--output", str(tmp_path / "out"))
+    assert result.code == 130
+    report = json.loads((tmp_path / "out" / "verify-gpu.json").read_text())
+    assert [f["case"] for f in report["findings"]] == ["the one before Ctrl-C"]
+    assert report["is_complete"] is False
+    assert "not complete" in (tmp_path / "out" / "verify-gpu.md").read_text().splitlines()[0]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    mmvision: Command, exported: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    result = mmvision("verify-gpu", "--model", str(exported), "--output", str(tmp_path / "file"))
+    assert result.code == 1
+    assert result.out == ""
+    assert any(str(tmp_path / "file") in line for line in result.errors)

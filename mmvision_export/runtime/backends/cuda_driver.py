@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 from collections.abc import Sequence
@@ -103,6 +104,9 @@ class CudaDriver:
     Args:
         library: What has them; what `found` finds, or a test's.
 
+    Attributes:
+        calls: Function -> how often it succeeded.
+
     Raises:
         NoGpuError: There is no GPU.
         BackendError: There is a driver, but it is too old, a stub, or it does not start.
@@ -111,6 +115,7 @@ class CudaDriver:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         self._functions: dict[str, Any] = {}
+        self.calls: collections.Counter[str] = collections.Counter()
         version = c_int()
         # The one call that is allowed before cuInit. A stub answers it with its error.
         self.check("cuDriverGetVersion", self._function("cuDriverGetVersion")(version))
@@ -140,6 +145,7 @@ class CudaDriver:
             BackendError: It gives any other error.
         """
         self.check(symbol, self._function(symbol)(*arguments))
+        self.calls[symbol] += 1
 
     def new(self, symbol: str, *arguments: Any) -> int:
         """Call a function that writes a handle or an address to its first argument, and give that.

@@ -1,0 +1,47 @@
+"""TensorRT-RTX's runtime cache: the first opening writes it, the second reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from mmvision_export.runtime.backends import BackendOptions
+from mmvision_export.verify_gpu.budget import Budget
+from mmvision_export.verify_gpu.built_engine import BuiltEngine, Opener, filling_batch, open_engine
+from mmvision_export.verify_gpu.findings import Findings
+
+__all__ = ["check_runtime_cache"]
+
+_PART = "runtime cache"
+
+
+def check_runtime_cache(
+    engines: Sequence[BuiltEngine],
+    findings: Findings,
+    budget: Budget,
+    *,
+    options: BackendOptions,
+    opener: Opener = open_engine,
+) -> None:
+    """Open each engine of TensorRT-RTX twice, without the cache that other parts have left."""
+    for engine in engines:
+        if engine.record.backend != "tensorrt-rtx":
+            continue
+        if budget.is_spent(_PART):
+            findings.not_run(_PART, engine.name, "no time is left")
+            continue
+        with findings.failure_is_a_finding(_PART, engine.name):
+            engine.path.with_suffix(".rtxcache").unlink(missing_ok=True)
+            said, numbers = [], {}
+            for which in ("first", "second"):
+                began = time.monotonic()
+                backend = opener(engine.path, options)
+                try:
+                    numbers[f"{which}_open_seconds"] = time.monotonic() - began
+                    said.append(str(backend.info.runtime_cache).rpartition(": ")[2])
+                    _, batch = filling_batch(backend, backend.profiles[0].max_patches, seed=0)
+                    backend.run(batch)
+                finally:
+                    backend.close()
+            failures = [] if said == ["new", "read"] else [f"the cache was {', then '.join(said)}"]
+            findings.judge(_PART, engine.name, failures, numbers)
