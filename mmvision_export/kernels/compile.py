@@ -165,8 +165,7 @@ def compile_varlen_attention(
             signature={
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
                 "cu_seqlens_ptr": "*i32",
-                "num_segments": "i32",
-                "row_stride": "i32",
+                **dict.fromkeys(("num_patches", "num_segments", "row_stride"), "i32"),
                 "scale_log2": "fp32",
             },
             constants={**parts, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
