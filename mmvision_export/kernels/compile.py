@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -26,6 +22,7 @@ from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import PluginError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, Tile
+from mmvision_export.kernels.sass import sass_from_cubin
 
 __all__ = [
     "DTYPES",
@@ -165,8 +162,7 @@ def compile_varlen_attention(
             signature={
                 **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
                 "cu_seqlens_ptr": "*i32",
-                "num_segments": "i32",
-                "row_stride": "i32",
+                **dict.fromkeys(("num_patches", "num_segments", "row_stride"), "i32"),
                 "scale_log2": "fp32",
             },
             constants={**parts, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n},
@@ -269,7 +265,7 @@ def _compile(
             f"{op} for sm_{compute_capability.sm} needs scratch memory, which its plugin does not provide"
         )
     cubin = compiled.asm["cubin"]
-    registers, instructions = _disassembled(cubin)
+    sass = sass_from_cubin(cubin)
     return CompiledKernel(
         op=op,
         compute_capability=compute_capability,
@@ -281,34 +277,9 @@ def _compile(
         # Triton may add warps to those it is asked for, to specialise them.
         num_warps=compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
-        registers=registers,
-        spills=instructions["STL"] + instructions["LDL"],
-        tensor_core={
-            name: count for name, count in sorted(instructions.items()) if name.endswith("MMA")
-        },
+        registers=sass.registers,
+        spills=sass.spills,
+        tensor_core=sass.tensor_core,
         cubin=cubin,
         ptx=compiled.asm["ptx"],
     )
-
-
-def _disassembled(cubin: bytes) -> tuple[int, Counter[str]]:
-    """Registers per thread, and how often each tensor-core and local-memory instruction stands in the code."""
-    import triton.backends.nvidia
-
-    tools = Path(triton.backends.nvidia.__file__).parent / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output(str(tools / "cuobjdump"), "-res-usage", file.name)
-        code = _output(str(tools / "nvdisasm"), "-c", file.name)
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise PluginError(f"cuobjdump reports no registers: {usage.strip()}")
-    return int(registers[1]), Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|STL|LDL)\b", code))
-
-
-def _output(*command: str) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise PluginError(f"{Path(command[0]).name} failed: {result.stderr.strip()}")
-    return result.stdout

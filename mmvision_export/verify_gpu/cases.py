@@ -30,7 +30,7 @@ _ONE_ROUNDING = {
 }  # relative, at most: a result is always rounded once
 
 # Shapes that hurt: one tile, primes, a tile plus and minus one, many tiny segments, an empty one
-# within, and one of many steps over its keys.
+# within, one of many steps over its keys, and a bucket in which one image leaves the other rows empty.
 _SEGMENTS = {
     "one": [1],
     "one tile": [128],
@@ -39,6 +39,7 @@ _SEGMENTS = {
     "many tiny": [4] * 75,
     "empty ones": [0, 36, 0, 0, 100, 0],
     "long": [1531],
+    "bucket of 64 images": [300, 84, *[0] * 63],
 }
 _PATCHES = {"one": 1, "one block": 16, "blocks and one": 33, "many": 601}
 _ROTATED_HALF = 39

@@ -64,7 +64,8 @@ class Launcher:
         if case.op == "varlen_attention":
             num_segments = len(case.inputs[3]) - 1
             scale_log2 = case.scalars["scale"] * math.log2(math.e)
-            return [c_int32(num_segments), c_int32(num_heads * head_dim), c_float(scale_log2)]
+            row_stride = num_heads * head_dim
+            return [*map(c_int32, (num_patches, num_segments, row_stride)), c_float(scale_log2)]
         half = int(case.scalars["half"])
         return [c_int32(num_patches), c_int32(num_heads), c_int32(head_dim), c_int32(half)]
 

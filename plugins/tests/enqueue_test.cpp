@@ -118,16 +118,17 @@ TEST_CASE("attention is launched with its grid, block, shared memory and every a
         CHECK(launch.stream == stream);
         CHECK(cuStreamSynchronize(stream) == CUDA_SUCCESS);
         CHECK(cuStreamDestroy(stream) == CUDA_SUCCESS);
-        REQUIRE(launch.arguments.size() == 10);
+        REQUIRE(launch.arguments.size() == 11);
         for (size_t i = 0; i < 4; ++i) {
             CHECK(argument<uintptr_t>(launch, i) == 0x1000 * (i + 1));
         }
         CHECK(argument<uintptr_t>(launch, 4) == 0x100000);
-        CHECK(argument<int32_t>(launch, 5) == one.segments);
-        CHECK(argument<int32_t>(launch, 6) == 16 * one.headDim);
-        CHECK(argument<float>(launch, 7) == doctest::Approx(kSCALE / std::log(2.0)));
-        CHECK(argument<uintptr_t>(launch, 8) == 0);
+        CHECK(argument<int32_t>(launch, 5) == one.patches);
+        CHECK(argument<int32_t>(launch, 6) == one.segments);
+        CHECK(argument<int32_t>(launch, 7) == 16 * one.headDim);
+        CHECK(argument<float>(launch, 8) == doctest::Approx(kSCALE / std::log(2.0)));
         CHECK(argument<uintptr_t>(launch, 9) == 0);
+        CHECK(argument<uintptr_t>(launch, 10) == 0);
     }
 }
 

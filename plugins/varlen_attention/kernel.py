@@ -3,6 +3,9 @@
 O(N) memory, no mask, no padding, and no length computed on the host: `N // BLOCK_M + num_segments` programs per head
 find their segment and tile in `cu_seqlens` on the device. float16 or bfloat16 in and out, float32 accumulation.
 
+An engine's bucket has a segment for every image it may take. Those that a batch leaves empty follow the others, and
+their programs return after one load.
+
 A head whose size is no power of two is split into parts that are (80 = 64 + 16), so that nothing is padded.
 
 References:
@@ -38,6 +41,9 @@ def num_programs(num_patches: int, num_segments: int, block_m: int) -> int:
     Segment s owns the programs from `cu_seqlens[s] // block_m + s` on. That leaves it
     `cu_seqlens[s+1] // block_m - cu_seqlens[s] // block_m + 1` programs, which is never fewer than its
     `cdiv(length, block_m)` tiles; the rest return at once.
+
+    Program p belongs to none of the segments before `p - num_patches // block_m`, for a segment's first program is at
+    most `num_patches // block_m + s`, and to none after p.
     """
     return num_patches // block_m + num_segments
 
@@ -70,6 +76,7 @@ def varlen_attention_kernel(
     v_ptr,  # [N, H, D]
     cu_seqlens_ptr,  # [S + 1] int32
     out_ptr,  # [N, H, D]
+    num_patches,  # N, int32
     num_segments,  # S, int32
     row_stride,  # H * D, int32
     scale_log2,  # scale * log2(e), float32
@@ -83,9 +90,14 @@ def varlen_attention_kernel(
     program = tl.program_id(0)
     head = tl.program_id(1)
 
+    # Where the earliest segment that this program can belong to starts at the end, it and all after it are empty.
+    earliest = program - num_patches // BLOCK_M
+    if tl.load(cu_seqlens_ptr + earliest, mask=earliest >= 0, other=0) >= num_patches:
+        return
+
     # The last segment whose first program is at or before this one.
-    low = 0
-    high = num_segments
+    low = tl.maximum(earliest, 0)
+    high = tl.minimum(num_segments, program + 1)
     while high - low > 1:
         middle = (low + high) // 2
         is_before = tl.load(cu_seqlens_ptr + middle) // BLOCK_M + middle <= program

@@ -19,7 +19,7 @@ void VarlenAttention::launch(LoadedKernel const& kernel, Attributes const& attri
                              void* const* outputs, CUstream stream) {
     constexpr float kLOG2_E = 1.44269504088896340736F;
     nvinfer1::Dims const& q = inputDesc[0].dims;
-    auto const numPatches = static_cast<uint32_t>(q.d[0]);
+    auto numPatches = static_cast<int32_t>(q.d[0]);
     auto const numHeads = static_cast<uint32_t>(q.d[1]);
 
     // In the order of plugins/varlen_attention/kernel.py, then the two scratch buffers that Triton
@@ -33,13 +33,14 @@ void VarlenAttention::launch(LoadedKernel const& kernel, Attributes const& attri
     auto rowStride = static_cast<int32_t>(q.d[1] * q.d[2]);
     float scaleLog2 = attributes.scale * kLOG2_E;
     void* scratch = nullptr;
-    std::array<void*, 10> arguments{&qPtr,        &kPtr,      &vPtr,      &cuSeqlensPtr, &outPtr,
-                                    &numSegments, &rowStride, &scaleLog2, &scratch,      &scratch};
+    std::array<void*, 11> arguments{&qPtr,      &kPtr,       &vPtr,        &cuSeqlensPtr,
+                                    &outPtr,    &numPatches, &numSegments, &rowStride,
+                                    &scaleLog2, &scratch,    &scratch};
 
     // Enough programs for every segment's tiles, whatever the lengths: see num_programs() in
     // kernel.py.
-    uint32_t const numPrograms =
-        numPatches / kernel.embedded().blockM + static_cast<uint32_t>(numSegments);
+    uint32_t const numPrograms = static_cast<uint32_t>(numPatches) / kernel.embedded().blockM +
+                                 static_cast<uint32_t>(numSegments);
     kernel.launch({numPrograms, numHeads, 1}, arguments.data(), stream);
 }
 

@@ -17,6 +17,8 @@ from mmvision_export.kernels.compile import (
     kernel_module,
 )
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel, Tile, resource_table
+from mmvision_export.kernels.sass import Sass, sass_from_cubin
+from tests.support.cubin import entry_from_cubin
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -35,6 +37,42 @@ def check(kernels: list[CompiledKernel]) -> None:
         # The right generation of tensor-core instructions, and no other.
         expected = {architecture.tensor_core} if kernel.op == "varlen_attention" else set()
         assert set(kernel.tensor_core) == expected
+        check_code(kernel)
+        check_launch(kernel)
+
+
+def check_code(kernel: CompiledKernel) -> None:
+    """What stands in the code, as the disassembler prints it."""
+    sass = sass_from_cubin(kernel.cubin)
+    assert (sass.registers, sass.spills) == (kernel.registers, kernel.spills)
+    accesses = sass.global_accesses
+    if kernel.op == "varlen_attention":
+        assert not any(access.endswith((" 8", " 16")) for access in accesses), accesses
+        assert accesses["STG 128"] > 0
+        # A program of an empty segment at the end loads one element of cu_seqlens and returns: no
+        # other load is moved in front of that. What it loads is counted in test_idle_programs.py.
+        assert sass.loads_before_branch == 1
+    else:
+        assert accesses["LDG 16"] > 0  # the control: 39 is odd, and halves of a head lie anyhow
+
+
+def check_launch(kernel: CompiledKernel) -> None:
+    """What the binary says of its entry, against what the launch gives it."""
+    entry = entry_from_cubin(kernel.cubin)
+    assert entry.function == kernel.function
+    assert entry.threads == 32 * kernel.num_warps
+    assert entry.registers == kernel.registers
+    assert entry.registers * entry.threads <= 65536
+    assert entry.frame_bytes == 0  # no local memory, by another word than that of the code
+    # All shared memory is asked for at the launch.
+    assert entry.static_shared_bytes <= 1024
+    limit = ARCHITECTURES[kernel.compute_capability].shared_per_block_bytes
+    assert entry.static_shared_bytes + kernel.shared_bytes <= limit
+    pointer, word, scratch = 8, 4, (8, 8)
+    if kernel.op == "varlen_attention":
+        assert entry.parameter_bytes == (*[pointer] * 5, *[word] * 4, *scratch)
+    else:
+        assert entry.parameter_bytes == (*[pointer] * 6, *[word] * 4, *scratch)
 
 
 def test_released_head_dim_on_every_architecture() -> None:
@@ -96,6 +134,36 @@ def test_table() -> None:
         in table
     )
     assert "| any | 8 warps |" in table
+
+
+LISTING = """
+        .section .text.kernel
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 LDG.E R2, desc[UR4][R2.64] ;
+        /*0020*/              @UP1 EXIT ;
+        /*0030*/                   LDG.E.U16.CONSTANT R4, desc[UR4][R4.64] ;
+        /*0040*/                   LDG.E.LTC128B.128 R4, desc[UR4][R4.64] ;
+        /*0050*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR4][R4.64] ;
+        /*0060*/                   HGMMA.64x80x16.F32 R24, gdesc[UR8], R24 ;
+        /*0070*/                   STL.64 [R1], R2 ;
+        /*0080*/                   STG.E.64 desc[UR4][R4.64], R2 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_a_listing_by_hand() -> None:
+    """Controls: an access of 16 bits, a spill, and loads after a branch are told from the others."""
+    sass = Sass.from_listing(LISTING, registers=32)
+    assert len(sass.instructions) == 10
+    assert sass.global_accesses == {
+        "LDG 32": 1, "LDG 16": 1, "LDG 128": 1, "LDGSTS 128": 1, "STG 64": 1,
+    }  # fmt: skip
+    assert sass.loads_before_branch == 1
+    assert sass.spills == 1
+    assert sass.tensor_core == {"HGMMA": 1}
+    late = LISTING.replace("@UP1 EXIT", "NOP")
+    assert Sass.from_listing(late, registers=32).loads_before_branch == 4
 
 
 def test_refusals() -> None:

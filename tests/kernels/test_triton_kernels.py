@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from mmvision_export.kernels.compile import kernel_module
 from mmvision_export.models.minimax_m3_vl import reference
+from tests.support.attention import attention_by_kernel as attention
 from tests.support.attention import cu, eager_attention_error, qkv
 from tests.support.configs import relative_l2
 
@@ -48,27 +49,6 @@ def bfloat16_products() -> Any:
     patch.setattr(InterpreterBuilder, "create_dot", dot)
     yield
     patch.undo()
-
-
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bounds: torch.Tensor,
-    block_m: int = 64,
-    block_n: int = 32,
-) -> torch.Tensor:
-    """Launch as the plugin will; the output starts as NaN."""
-    n, heads, head_dim = q.shape
-    out = torch.full_like(q, math.nan)
-    segments = len(bounds) - 1
-    grid = (ATTENTION.num_programs(n, segments, block_m), heads)
-    scale = head_dim**-0.5 * math.log2(math.e)
-    parts = ATTENTION.head_parts(head_dim)
-    ATTENTION.varlen_attention_kernel[grid](
-        q, k, v, bounds, out, segments, heads * head_dim, scale, *parts, block_m, block_n
-    )
-    return out
 
 
 def check(lengths: list[int], head_dim: int, dtype: str, heads: int = 2, **blocks: int) -> None:

@@ -93,9 +93,9 @@ class Kernels:
         return values.reshape(shape)
 
     def attention(self, grid: tuple[int, ...], words: list[int], arguments: list[int]) -> None:
-        segments = ctypes.c_int32.from_address(arguments[5]).value
-        stride = ctypes.c_int32.from_address(arguments[6]).value
-        scale = ctypes.c_float.from_address(arguments[7]).value * np.log(2)
+        segments = ctypes.c_int32.from_address(arguments[6]).value
+        stride = ctypes.c_int32.from_address(arguments[7]).value
+        scale = ctypes.c_float.from_address(arguments[8]).value * np.log(2)
         bounds = self.array(words[3], (segments + 1,), np.int32)
         shape = (int(bounds[-1]), grid[1], stride // grid[1])
         q, k, v = (float_from_bits(self.array(w, shape), self.dtype) for w in words[:3])
