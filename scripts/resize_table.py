@@ -25,7 +25,7 @@ _BOXES = ((672, 672), (1008, 672), (2016, 2016))
 def _function(wheel: zipfile.ZipFile, module: str, name: str) -> Callable[..., Any]:
     """One function of a module, with the constants and types it names."""
     tree = ast.parse(wheel.read(f"sglang/srt/multimodal/processors/{module}.py"))
-    wanted = [
+    wanted: list[ast.stmt] = [
         node
         for node in tree.body
         if (isinstance(node, ast.FunctionDef) and node.name == name)
