@@ -68,7 +68,7 @@ def engine_sizes(config: EncoderConfig) -> dict[str, list[Profile]]:
     }
 
 
-def build_in(directory: Path, precision: str, progress: Progress) -> Build:
+def build_in(directory: Path, precision: str, device: int | None, progress: Progress) -> Build:
     """Builds as `mmvision build-engine` does, into a model directory that may be changed.
 
     The engine's file is then given its case's name: those of one TensorRT have the same.
@@ -76,7 +76,7 @@ def build_in(directory: Path, precision: str, progress: Progress) -> Build:
 
     def build(case: EngineCase, profiles: Sequence[Profile]) -> tuple[Path, EngineRecord]:
         manifest = Manifest.read(directory)
-        refuse_impossible(case, directory, manifest, precision)
+        refuse_impossible(case, directory, manifest, precision, device)
         engine, record = build_engine(
             directory,
             manifest,
@@ -84,6 +84,7 @@ def build_in(directory: Path, precision: str, progress: Progress) -> Build:
             precision=precision,
             backend=case.tensorrt,
             attention=case.way,
+            device=device,
             check=False,  # `Reference` has derived the graph, and what fails shall be seen to
             force=True,
             progress=progress,
@@ -100,7 +101,7 @@ class ImpossibleError(EngineError):
 
 
 def refuse_impossible(
-    case: EngineCase, directory: Path, manifest: Manifest, precision: str
+    case: EngineCase, directory: Path, manifest: Manifest, precision: str, device: int | None
 ) -> None:
     """Refuse what cannot be asked of this TensorRT, before it is.
 
@@ -114,6 +115,7 @@ def refuse_impossible(
             precision=precision,
             backend=case.tensorrt,
             compute_capabilities=(),
+            device=device,
             progress=Progress(),
         )
         choose_lowering(

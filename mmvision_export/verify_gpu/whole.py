@@ -111,7 +111,7 @@ def _engines(
 ) -> list[BuiltEngine]:
     manifest = Manifest.read(directory)
     reference = reference_from_directory(directory, progress=progress)
-    build = build_in(directory, engine_precision(manifest), progress)
+    build = build_in(directory, engine_precision(manifest), options.device, progress)
     sizes = engine_sizes(manifest.config)
     engines = []
     for engine in build_engines(findings, budget, sizes=sizes, build=build):

@@ -34,7 +34,7 @@ def slots(include: Path, folder: Path) -> dict[str, str]:
     command = ["g++", "-std=c++17", "-w", f"-I{include}", f"-isystem{cuda_headers()}", str(source)]
     subprocess.run([*command, "-o", str(program)], check=True)
     result = subprocess.run([str(program)], check=True, capture_output=True, text=True)
-    return dict(line.rsplit(" ", 1) for line in result.stdout.splitlines())  # type: ignore[misc]
+    return dict(line.rsplit(" ", 1) for line in result.stdout.splitlines())
 
 
 def test_the_headers_at_hand_have_the_slots_of_their_major_version(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmvision_export.artifacts.engine_record import EngineRecord
+from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
@@ -107,13 +108,14 @@ def test_engines_are_built_as_build_engine_does(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    monkeypatch.setattr(
-        "mmvision_export.engine.target.current_compute_capability", lambda: ComputeCapability(8, 9)
+    ada = Gpu(
+        name="Ada", compute_capability=ComputeCapability(8, 9), multiprocessors=1, memory_bytes=1
     )
+    monkeypatch.setattr("mmvision_export.engine.target.current_gpu", lambda _: ada)
     directory = model_copy(exported, tmp_path / "copy")
     precision = engine_precision(Manifest.read(directory))
     assert precision == "fp16"
-    build = build_in(directory, precision, Progress())
+    build = build_in(directory, precision, None, Progress())
     path, record = build(EngineCase("tensorrt-rtx", "native", "dynamic"), [PROFILE])
     assert path.name.endswith("-sm89-fp16.native-dynamic.engine")
     assert EngineRecord.read(path) == record
