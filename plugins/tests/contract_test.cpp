@@ -350,7 +350,7 @@ TEST_CASE(
     REQUIRE(attached.runtime().enqueue(inputs.data(), results.data(), in, out, nullptr, nullptr) ==
             kOK);
     float scale = 0.0F;
-    std::memcpy(&scale, fake::launches().at(0).arguments.at(7).data(), sizeof(scale));
+    std::memcpy(&scale, fake::launches().at(0).arguments.at(8).data(), sizeof(scale));
     CHECK(scale == doctest::Approx(kSCALE * std::log2(std::exp(1.0))));
 
     // On a GPU without a kernel the execution context is not made.
