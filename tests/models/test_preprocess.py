@@ -211,7 +211,7 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_extreme_aspect_ratio_names_the_image() -> None:
     with refused(InputError, "image 1", 200, 601, 3):
         batch_from_images([Image.new("RGB", (60, 60)), Image.new("RGB", (601, 3))], CONFIG)
-    with refused(InputError, "images"):
+    with refused(InputError, "images", reason="missing"):
         batch_from_images([], CONFIG)
 
 
