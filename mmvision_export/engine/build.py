@@ -253,8 +253,9 @@ def _note_repeated_weights(record: EngineRecord, progress: Progress) -> None:
     progress.note(
         f"the engine has {record.engine.size_bytes / 1e6:.1f} MB for "
         f"{record.graph.data_bytes / 1e6:.1f} MB of weights, {ratio:.2f} times as much, where at "
-        f"most {_LARGEST_PLAN} is expected: its {len(record.profiles)} profiles may keep weights "
-        "once more; fewer --buckets or a newer TensorRT make it smaller"
+        f"most {_LARGEST_PLAN} is expected: its {len(record.profiles)} profiles have kernels of "
+        "their own, which is much beside small weights only, or keep weights once more; fewer "
+        "--buckets or a newer TensorRT make it smaller"
     )
 
 
