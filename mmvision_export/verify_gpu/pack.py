@@ -25,6 +25,8 @@ MAX_PACK_BYTES = 60_000_000
 _MODULES = (
     "__init__",
     "version",
+    "artifacts/__init__",
+    "artifacts/gpu",
     "core/__init__",
     "core/compute_capability",
     "core/errors",

@@ -221,7 +221,7 @@ def test_manifests_that_name_the_attention_ops_are_still_read(
     (directory / "manifest.json").write_text(json.dumps({**content, "attention_body": "matmul"}))
     assert Manifest.read(directory) == Manifest.read(exported)
     (directory / "manifest.json").write_text(json.dumps({**content, "attention_bodies": "matmul"}))
-    with refused(ManifestError, "attention_bodies"):
+    with refused(ManifestError, "attention_bodies", reason="malformed"):
         Manifest.read(directory)
 
 
