@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ from mmvision_export.verify_gpu.budget import Budget
 from mmvision_export.verify_gpu.built_engine import (
     BuiltEngine,
     Opener,
+    arrays_on_device,
     encoder_from_backend,
     filling_batch,
     open_engine,
+    same_bits,
 )
 from mmvision_export.verify_gpu.findings import Findings
-from mmvision_export.verify_gpu.latency import arrays_on_device
 
 __all__ = ["check_arrays", "import_torch"]
 
@@ -47,35 +49,33 @@ def check_arrays(
     """Give each engine the same patches on the host, in device memory, and as torch's tensors."""
     torch = import_torch()
     for engine in engines:
-        if budget.is_spent(_PART):
-            findings.not_run(_PART, engine.name, "no time is left")
+        if not budget.allows(_PART, engine.name, findings):
             continue
         size = max(profile.max_patches for profile in engine.record.profiles)
-        with findings.failure_is_a_finding(_PART, engine.name):
-            backend = opener(engine.path, options)
-            try:
-                _, batch = filling_batch(backend, size, seed=0)
-                host = backend.run(batch)
-                case = f"{engine.name}, own stream"
-                with findings.failure_is_a_finding(_PART, case):
-                    given = _through_the_device(backend, cuda, size)
-                    findings.judge(_PART, case, _differences(given, host), {})
-                case = f"{engine.name}, torch"
-                if isinstance(torch, str):
-                    findings.not_run(_PART, case, torch)
-                    continue
-                with findings.failure_is_a_finding(_PART, case):
-                    failures = []
-                    for given in _through_torch(torch, backend, size):
-                        failures += _differences(given, host)
-                    findings.judge(_PART, case, failures, {})
-            finally:
-                backend.close()
+        with (
+            findings.failure_is_a_finding(_PART, engine.name),
+            contextlib.closing(opener(engine.path, options)) as backend,
+        ):
+            _, batch = filling_batch(backend, size, seed=0)
+            host = backend.run(batch)
+            case = f"{engine.name}, own stream"
+            with findings.failure_is_a_finding(_PART, case):
+                given = _through_the_device(backend, cuda, size)
+                findings.judge(_PART, case, _differences(given, host), {})
+            case = f"{engine.name}, torch"
+            if isinstance(torch, str):
+                findings.not_run(_PART, case, torch)
+                continue
+            with findings.failure_is_a_finding(_PART, case):
+                failures = []
+                for given in _through_torch(torch, backend, size):
+                    failures += _differences(given, host)
+                findings.judge(_PART, case, failures, {})
     cuda.close()
 
 
 def _differences(given: np.ndarray, host: np.ndarray) -> list[str]:
-    if np.array_equal(given.view(np.uint16), host.view(np.uint16)):
+    if same_bits(given, host):
         return []
     return ["the embeddings are not those of host arrays, bit for bit"]
 

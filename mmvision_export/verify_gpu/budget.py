@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from mmvision_export.core.errors import InputError
+from mmvision_export.verify_gpu.findings import Findings
 
 __all__ = ["SHARES", "Budget"]
 
@@ -48,6 +49,13 @@ class Budget:
         names = list(SHARES)
         until = sum(SHARES[name] for name in names[: names.index(part) + 1])
         return max(0.0, self._started + 60 * self.minutes * until - self.now())
+
+    def allows(self, part: str, case: str, findings: Findings) -> bool:
+        """Whether there is time for a case; where there is none, that is a finding."""
+        if self.is_spent(part):
+            findings.not_run(part, case, "no time is left")
+            return False
+        return True
 
     def is_spent(self, part: str) -> bool:
         """Whether a part must begin nothing more."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
@@ -16,10 +17,20 @@ from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, Packe
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 from mmvision_export.models.sample_batches import batch_of_grid
 from mmvision_export.runtime.backends import BackendOptions, open_backend
+from mmvision_export.runtime.backends.cuda import Cuda
+from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
-__all__ = ["BuiltEngine", "Opener", "encoder_from_backend", "filling_batch", "open_engine"]
+__all__ = [
+    "BuiltEngine",
+    "Opener",
+    "arrays_on_device",
+    "encoder_from_backend",
+    "filling_batch",
+    "open_engine",
+    "same_bits",
+]
 
 Opener = Callable[[Path, BackendOptions], TensorRTBackend]
 """Opens an engine; tests open theirs on the stand-ins."""
@@ -83,3 +94,38 @@ def filling_batch(
     pixels, rows = batch_of_grid(grid, patch_dim=backend.config.patch_dim, seed=seed)
     packed = PackedGrid(rows, backend.config.patches_per_token)
     return pixels, PackedBatch(pixels, packed).of_type(backend.dtype)
+
+
+@contextlib.contextmanager
+def arrays_on_device(
+    backend: TensorRTBackend, cuda: Cuda, num_patches: int
+) -> Iterator[tuple[PackedBatch, DeviceArray, int]]:
+    """Patches and room for the embeddings on the device, and a stream, freed at the end.
+
+    Yields:
+        The batch of one image with its patches on the device; room for image_embeds
+        `[num_image_tokens, text_hidden_size]`; the stream's handle.
+    """
+    cuda.use()
+    with contextlib.ExitStack() as freed:
+        stream = cuda.new_stream()
+        freed.callback(cuda.free_stream, stream)
+        _, batch = filling_batch(backend, num_patches, seed=0)
+        host = np.ascontiguousarray(batch.pixel_values)
+        shapes = (host.shape, (batch.grid.num_tokens, backend.config.text_hidden_size))
+        arrays = []
+        for shape in shapes:
+            address = cuda.allocate(int(np.prod(shape)) * backend.dtype.itemsize)
+            freed.callback(cuda.free, address)
+            arrays.append(DeviceArray(address, shape, backend.dtype, cuda.device, None))
+        source, target = arrays
+        cuda.to_device(source.address, host, stream)
+        cuda.synchronize(stream)
+        freed.callback(cuda.synchronize, stream)
+        yield PackedBatch(source, batch.grid), target, stream
+
+
+def same_bits(a: npt.NDArray[np.floating], b: npt.NDArray[np.floating]) -> bool:
+    """Whether two arrays are equal as bytes, in which NaN equals itself and -0 does not equal 0."""
+    bits_a, bits_b = (np.ascontiguousarray(x).view(np.uint8) for x in (a, b))
+    return np.array_equal(bits_a, bits_b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,13 @@ import numpy as np
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
 from mmvision_export.verify_gpu.budget import Budget
-from mmvision_export.verify_gpu.built_engine import BuiltEngine, Opener, filling_batch, open_engine
+from mmvision_export.verify_gpu.built_engine import (
+    BuiltEngine,
+    Opener,
+    filling_batch,
+    open_engine,
+    same_bits,
+)
 from mmvision_export.verify_gpu.findings import Findings
 
 __all__ = ["check_captures"]
@@ -32,23 +39,21 @@ def check_captures(
     for engine in engines:
         if not engine.buckets:
             continue
-        if budget.is_spent(_PART):
-            findings.not_run(_PART, engine.name, "no time is left")
+        if not budget.allows(_PART, engine.name, findings):
             continue
-        with findings.failure_is_a_finding(_PART, engine.name):
-            backend = opener(engine.path, options)
-            try:
-                for bucket in engine.buckets:
-                    case = f"{engine.name}, {bucket.max_patches} patches"
-                    with findings.failure_is_a_finding(_PART, case):
-                        failures = _replayed(backend, bucket.max_patches)
-                        refused = backend.info.captures_refused or {}
-                        reason = refused.get(f"{bucket.max_patches} patches")
-                        if reason is not None:
-                            failures.append(f"the capture was refused: {reason}")
-                        findings.judge(_PART, case, failures, {})
-            finally:
-                backend.close()
+        with (
+            findings.failure_is_a_finding(_PART, engine.name),
+            contextlib.closing(opener(engine.path, options)) as backend,
+        ):
+            for bucket in engine.buckets:
+                case = f"{engine.name}, {bucket.max_patches} patches"
+                with findings.failure_is_a_finding(_PART, case):
+                    failures = _replayed(backend, bucket.max_patches)
+                    refused = backend.info.captures_refused or {}
+                    reason = refused.get(f"{bucket.max_patches} patches")
+                    if reason is not None:
+                        failures.append(f"the capture was refused: {reason}")
+                    findings.judge(_PART, case, failures, {})
 
 
 def _replayed(backend: TensorRTBackend, num_patches: int) -> list[str]:
@@ -65,13 +70,8 @@ def _replayed(backend: TensorRTBackend, num_patches: int) -> list[str]:
     if not np.isfinite(first).all():
         failures.append("the first result is not finite")
     for name, result in (("second", again), ("fourth", back)):
-        if not np.array_equal(_bits(result), _bits(first)):
+        if not same_bits(result, first):
             failures.append(f"the {name} result is not that of the first launch, bit for bit")
-    if np.array_equal(_bits(of_other), _bits(first)):
+    if same_bits(of_other, first):
         failures.append("other patches gave the same result")
     return failures
-
-
-def _bits(values: np.ndarray) -> np.ndarray:
-    """As bytes, in which NaN equals itself and -0 does not equal 0."""
-    return np.ascontiguousarray(values).view(np.uint8)

@@ -12,7 +12,7 @@ from mmvision_export.artifacts.build_target import TENSORRT_NAMES, TensorRTName
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.plugin_library import default_library
-from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
+from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, profiles_from_buckets
 from mmvision_export.core.errors import BackendError, EngineError, ManifestError
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
@@ -39,7 +39,6 @@ __all__ = ["EngineCase", "build_engines", "build_in", "check_engine", "engine_si
 _PART = "engines"
 _WAYS: tuple[AttentionWay, ...] = ("plugin", "packed", "native")
 _BUCKETS = (256, 1024, 2304, 4096)  # a still image of the released preprocessing has at most 2304
-_MAX_IMAGES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +60,9 @@ Build = Callable[[EngineCase, Sequence[Profile]], tuple[Path, EngineRecord]]
 
 def engine_sizes(config: EncoderConfig) -> dict[str, list[Profile]]:
     """Name -> profiles: what `build-engine` does by default, and with buckets."""
-    dynamic = Profile(min_patches=4, opt_patches=1024, max_patches=4096, max_images=_MAX_IMAGES)
     return {
-        "dynamic": [dynamic],
-        "buckets": profiles_from_buckets(_BUCKETS, _MAX_IMAGES, config),
+        "dynamic": [DEFAULT_PROFILE],
+        "buckets": profiles_from_buckets(_BUCKETS, DEFAULT_PROFILE.max_images, config),
     }
 
 
@@ -160,8 +158,7 @@ def build_engines(
         # were seen.
         for name, way in itertools.product(reversed(list(sizes)), _WAYS):
             case = EngineCase(backend, way, name)
-            if budget.is_spent(_PART):
-                findings.not_run(_PART, case.name, "no time is left")
+            if not budget.allows(_PART, case.name, findings):
                 continue
             if (engine := _built(case, sizes[name], findings, build)) is not None:
                 yield engine

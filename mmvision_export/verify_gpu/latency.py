@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
-from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
 from mmvision_export.verify_gpu.budget import Budget
-from mmvision_export.verify_gpu.built_engine import BuiltEngine, Opener, filling_batch, open_engine
+from mmvision_export.verify_gpu.built_engine import (
+    BuiltEngine,
+    Opener,
+    arrays_on_device,
+    open_engine,
+)
 from mmvision_export.verify_gpu.clocks import describe_clocks
 from mmvision_export.verify_gpu.findings import Finding, Findings, Status
 
-__all__ = ["arrays_on_device", "check_latency"]
+__all__ = ["check_latency"]
 
 _PART = "latency"
 _WARM_UP, _RUNS = 10, 200
@@ -37,15 +40,11 @@ def check_latency(
     for engine in engines:
         for bucket in engine.buckets:
             case = f"{engine.name}, {bucket.max_patches} patches"
-            if budget.is_spent(_PART):
-                findings.not_run(_PART, case, "no time is left")
+            if not budget.allows(_PART, case, findings):
                 continue
             with findings.failure_is_a_finding(_PART, case):
-                backend = opener(engine.path, options)
-                try:
+                with contextlib.closing(opener(engine.path, options)) as backend:
                     times, clocks = _times_ms(backend, cuda, bucket.max_patches)
-                finally:
-                    backend.close()
                 values = np.percentile(times, _PERCENTILES)
                 numbers = {f"p{p}_ms": float(v) for p, v in zip(_PERCENTILES, values, strict=True)}
                 numbers["runs"] = float(len(times))
@@ -79,32 +78,3 @@ def _times_ms(backend: TensorRTBackend, cuda: Cuda, num_patches: int) -> tuple[l
             backend.run_into(target, source, stream=stream)
         clocks = describe_clocks(cuda)
     return times, clocks
-
-
-@contextlib.contextmanager
-def arrays_on_device(
-    backend: TensorRTBackend, cuda: Cuda, num_patches: int
-) -> Iterator[tuple[PackedBatch, DeviceArray, int]]:
-    """Patches and room for the embeddings on the device, and a stream, freed at the end.
-
-    Yields:
-        The batch of one image with its patches on the device; room for image_embeds
-        `[num_image_tokens, text_hidden_size]`; the stream's handle.
-    """
-    cuda.use()
-    with contextlib.ExitStack() as freed:
-        stream = cuda.new_stream()
-        freed.callback(cuda.free_stream, stream)
-        _, batch = filling_batch(backend, num_patches, seed=0)
-        host = np.ascontiguousarray(batch.pixel_values)
-        shapes = (host.shape, (batch.grid.num_tokens, backend.config.text_hidden_size))
-        arrays = []
-        for shape in shapes:
-            address = cuda.allocate(int(np.prod(shape)) * backend.dtype.itemsize)
-            freed.callback(cuda.free, address)
-            arrays.append(DeviceArray(address, shape, backend.dtype, cuda.device, None))
-        source, target = arrays
-        cuda.to_device(source.address, host, stream)
-        cuda.synchronize(stream)
-        freed.callback(cuda.synchronize, stream)
-        yield PackedBatch(source, batch.grid), target, stream

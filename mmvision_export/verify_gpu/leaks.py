@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,8 +71,7 @@ def check_leaks(
     is the host's, of which everybody takes: it is shown there and not judged.
     """
     for engine in engines:
-        if budget.is_spent(_PART):
-            findings.not_run(_PART, engine.name, "no time is left")
+        if not budget.allows(_PART, engine.name, findings):
             continue
         with findings.failure_is_a_finding(_PART, engine.name):
             _cycle(engine, 1, options, opener)
@@ -101,11 +101,8 @@ def check_leaks(
 
 
 def _cycle(engine: BuiltEngine, calls: int, options: BackendOptions, opener: Opener) -> None:
-    backend = opener(engine.path, options)
-    try:
+    with contextlib.closing(opener(engine.path, options)) as backend:
         sizes = [profile.max_patches for profile in engine.record.profiles]
         for call in range(calls):
             _, batch = filling_batch(backend, sizes[call % len(sizes)], seed=0)
             backend.run(batch)
-    finally:
-        backend.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,19 +40,17 @@ def check_refusals(
         opener: Opens them.
     """
     for engine in engines:
-        if budget.is_spent(_PART):
-            findings.not_run(_PART, engine.name, "no time is left")
+        if not budget.allows(_PART, engine.name, findings):
             continue
         case = f"{engine.name}, an image beyond it"
-        with findings.failure_is_a_finding(_PART, case):
-            backend = opener(engine.path, options)
-            try:
-                beyond = max(profile.max_patches for profile in engine.record.profiles)
-                beyond += backend.config.patches_per_token
-                _, batch = filling_batch(backend, beyond, seed=0)
-                _expect(findings, case, InputError, backend.run, batch)
-            finally:
-                backend.close()
+        with (
+            findings.failure_is_a_finding(_PART, case),
+            contextlib.closing(opener(engine.path, options)) as backend,
+        ):
+            beyond = max(profile.max_patches for profile in engine.record.profiles)
+            beyond += backend.config.patches_per_token
+            _, batch = filling_batch(backend, beyond, seed=0)
+            _expect(findings, case, InputError, backend.run, batch)
         case = f"{engine.name}, one byte more"
         with findings.failure_is_a_finding(_PART, case):
             damaged = _with_one_byte_more(engine.path, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -27,21 +28,17 @@ def check_runtime_cache(
     for engine in engines:
         if engine.record.backend != "tensorrt-rtx":
             continue
-        if budget.is_spent(_PART):
-            findings.not_run(_PART, engine.name, "no time is left")
+        if not budget.allows(_PART, engine.name, findings):
             continue
         with findings.failure_is_a_finding(_PART, engine.name):
             engine.path.with_suffix(".rtxcache").unlink(missing_ok=True)
             said, numbers = [], {}
             for which in ("first", "second"):
                 began = time.monotonic()
-                backend = opener(engine.path, options)
-                try:
+                with contextlib.closing(opener(engine.path, options)) as backend:
                     numbers[f"{which}_open_seconds"] = time.monotonic() - began
                     said.append(str(backend.info.runtime_cache).rpartition(": ")[2])
                     _, batch = filling_batch(backend, backend.profiles[0].max_patches, seed=0)
                     backend.run(batch)
-                finally:
-                    backend.close()
             failures = [] if said == ["new", "read"] else [f"the cache was {', then '.join(said)}"]
             findings.judge(_PART, engine.name, failures, numbers)

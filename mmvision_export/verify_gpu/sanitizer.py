@@ -25,9 +25,7 @@ def check_sanitizer(engines: Sequence[BuiltEngine], findings: Findings, budget: 
         findings.not_run(_PART, "memcheck", "compute-sanitizer is not installed")
         return
     for engine in engines:
-        seconds = budget.seconds_left(_PART)
-        if not seconds:
-            findings.not_run(_PART, engine.name, "no time is left")
+        if not budget.allows(_PART, engine.name, findings):
             continue
         command = [program, "--tool", "memcheck", "--error-exitcode", str(_FOUND)]
         command += [sys.executable, "-m", "mmvision_export.run", "--model", str(engine.path)]
@@ -35,7 +33,11 @@ def check_sanitizer(engines: Sequence[BuiltEngine], findings: Findings, budget: 
         with findings.failure_is_a_finding(_PART, engine.name):
             try:
                 ran = subprocess.run(
-                    command, capture_output=True, text=True, check=False, timeout=seconds
+                    command,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    timeout=budget.seconds_left(_PART),
                 )
             except subprocess.TimeoutExpired:
                 findings.not_run(_PART, engine.name, "it was not done when the time was")
