@@ -24,9 +24,9 @@ from mmvision_export.cli.options import Verbose, one_precision, the_model
 from mmvision_export.cli.quantize import quantize
 from mmvision_export.cli.verify_gpu import verify_gpu
 from mmvision_export.core.command import exit_code_of, print_failure
-from mmvision_export.core.errors import print_error
+from mmvision_export.core.errors import ConfigError, print_error
 from mmvision_export.models.minimax_m3_vl.config import Preset
-from mmvision_export.models.minimax_m3_vl.resize import LONG_SIDES, SIDE_STEP, ResizeRule
+from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
 from mmvision_export.models.random_kind import RandomKind
 from mmvision_export.version import __version__
 
@@ -166,12 +166,13 @@ def export(
     if max_long_side is not None:
         if resize != "long-side":
             raise typer.BadParameter("--max-long-side goes with --resize long-side")
-        least, most = LONG_SIDES
-        if not least <= max_long_side <= most or max_long_side % SIDE_STEP:
-            raise typer.BadParameter(
-                f"--max-long-side must be a multiple of {SIDE_STEP} from {least} to {most}, "
-                f"got {max_long_side}"
-            )
+        # Before the weights are loaded, by the rule that the preprocessing has.
+        from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
+
+        try:
+            PreprocessorConfig().by(resize, max_long_side=max_long_side)
+        except ConfigError as error:
+            raise typer.BadParameter(str(error)) from error
 
     from mmvision_export.export.onnx_export import export_model_directory
     from mmvision_export.models.weights import WeightSource

@@ -16,7 +16,6 @@ __all__ = [
     "LONG_SIDES",
     "MAX_PIXELS",
     "RESIZE_RULES",
-    "SIDE_STEP",
     "ResizeRule",
     "size_by_area",
     "size_by_long_side",
@@ -31,9 +30,6 @@ DEFAULT_LONG_SIDE = 2016
 
 LONG_SIDES = (112, 3584)
 """Least and most `max_long_side_pixel`."""
-
-SIDE_STEP = 28
-"""Pixels of a merge block of the released model, by which `max_long_side_pixel` goes."""
 
 MAX_PIXELS = 3584 * 3584
 """Of one image: 65,536 patches of 14 x 14."""
