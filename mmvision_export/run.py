@@ -24,8 +24,9 @@ from mmvision_export.artifacts.manifest import find_model_directory
 from mmvision_export.core.command import ProgressLine, exit_code_of
 from mmvision_export.core.errors import InputError, OutputError, print_error
 from mmvision_export.core.files import array_from_file
+from mmvision_export.models.minimax_m3_vl.images import image_from_file
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
-from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images, image_from_file
+from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.models.minimax_m3_vl.resize import RESIZE_RULES
 from mmvision_export.runtime.backends import BACKENDS
 from mmvision_export.runtime.embeds_file import (

@@ -6,33 +6,27 @@ once.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 from rich.markup import escape
 from rich.table import Table
-from typer.core import TyperCommand
 
 from mmvision_export.cli.benchmark import benchmark
 from mmvision_export.cli.build import build_engine, build_plugins
 from mmvision_export.cli.console import console, messages, progress_display
-from mmvision_export.cli.options import Verbose, one_precision, the_model
+from mmvision_export.cli.export import ExportCommand, export
+from mmvision_export.cli.options import Verbose, the_model
 from mmvision_export.cli.quantize import quantize
 from mmvision_export.cli.verify_gpu import verify_gpu
 from mmvision_export.core.command import exit_code_of, print_failure
-from mmvision_export.core.errors import ConfigError, print_error
-from mmvision_export.models.minimax_m3_vl.config import Preset
-from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
-from mmvision_export.models.random_kind import RandomKind
+from mmvision_export.core.errors import print_error
 from mmvision_export.version import __version__
 
 __all__ = ["app", "main"]
-
-HUB_CHECKPOINT = "MiniMaxAI/MiniMax-M3"
 
 # Which extra brings a package that a command turned out to need.
 _EXTRA_OF = {
@@ -71,134 +65,7 @@ def _root(
         print(context.get_help())
 
 
-class _ExportCommand(TyperCommand):
-    """Reads `--random-weights` with no value as `--random-weights=plain`.
-
-    Typer has no options with optional values.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        flag = "--random-weights"
-        given = [
-            f"{flag}=plain"
-            if argument == flag and (following is None or following.startswith("-"))
-            else argument
-            for argument, following in itertools.zip_longest(args, args[1:])
-        ]
-        return super().parse_args(ctx, given)
-
-
-@app.command(cls=_ExportCommand)
-def export(
-    onnx: Annotated[
-        bool, typer.Option("--onnx", help="Write ONNX, the only format so far.", show_default=False)
-    ] = True,
-    checkpoint: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="DIR|HUB_ID", help=f"Checkpoint folder or hub id. Default: {HUB_CHECKPOINT}."
-        ),
-    ] = None,
-    revision: Annotated[
-        Optional[str], typer.Option(help="Branch, tag or commit of the hub repository.")
-    ] = None,
-    preset: Annotated[
-        Optional[Preset],
-        typer.Option(
-            help="Dimensions for --random-weights: tiny (7 M parameters) or full (865 M)."
-        ),
-    ] = None,
-    random_weights: Annotated[
-        Optional[RandomKind],
-        typer.Option(
-            metavar="[plain|outliers]",
-            help="Seeded random weights instead of a checkpoint: plain (also with no value), or with the outlier "
-            "channels and massive activations of trained vision transformers.",
-        ),
-    ] = None,
-    seed: Annotated[
-        Optional[int], typer.Option(help="Seed of the random weights. Default: 0.", min=0)
-    ] = None,
-    output: Annotated[
-        Optional[Path],
-        typer.Option(
-            metavar="DIR",
-            help="Model directory to make. Default: engines/ and the name of the checkpoint or preset.",
-        ),
-    ] = None,
-    fp32: Annotated[bool, typer.Option("--fp32", help="float32 graph (default).")] = False,
-    fp16: Annotated[bool, typer.Option("--fp16", help="float16 graph.")] = False,
-    bf16: Annotated[
-        bool, typer.Option("--bf16", help="bfloat16 graph, with float32 input and output.")
-    ] = False,
-    opset: Annotated[
-        int, typer.Option(help="ONNX opset, 18 to 23. Below 23, attention is MatMul and Softmax.")
-    ] = 23,
-    resize: Annotated[
-        Optional[ResizeRule],
-        typer.Option(
-            help="How images get their size: area as in transformers, long-side as in SGLang and "
-            "MiniMax's format check, box as of M3.1. Default: the checkpoint's, or area."
-        ),
-    ] = None,
-    max_long_side: Annotated[
-        Optional[int],
-        typer.Option(
-            metavar="PIXELS",
-            help="With --resize long-side: 112 to 3584, a multiple of 28. Default: 2016.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the model directory if it exists.")
-    ] = False,
-    verbose: Verbose = False,
-) -> None:
-    """Export the encoder to ONNX, into a new model directory."""
-    precision = one_precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
-    if random_weights and (checkpoint or revision):
-        raise typer.BadParameter("--random-weights takes no --checkpoint or --revision")
-    if random_weights and preset is None:
-        raise typer.BadParameter("--random-weights needs --preset tiny or --preset full")
-    if (preset or seed is not None) and not random_weights:
-        raise typer.BadParameter("--preset and --seed go with --random-weights")
-    if checkpoint == "":
-        raise typer.BadParameter("--checkpoint is empty")
-    if max_long_side is not None:
-        if resize != "long-side":
-            raise typer.BadParameter("--max-long-side goes with --resize long-side")
-        # Before the weights are loaded, by the rule that the preprocessing has.
-        from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
-
-        try:
-            PreprocessorConfig().by(resize, max_long_side=max_long_side)
-        except ConfigError as error:
-            raise typer.BadParameter(str(error)) from error
-
-    from mmvision_export.export.onnx_export import export_model_directory
-    from mmvision_export.models.weights import WeightSource
-
-    if preset is not None and random_weights is not None:
-        source = WeightSource.random(preset, seed or 0, random_weights)
-        output = output or Path("engines") / preset
-    else:
-        source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
-        output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).resolve().name
-    with progress_display() as progress:
-        manifest = export_model_directory(
-            source,
-            output,
-            precision=precision,
-            opset=opset,
-            resize=resize,
-            max_long_side=max_long_side,
-            force=force,
-            progress=progress,
-        )
-    size = sum(record.size_bytes for record in manifest.files.values())
-    console.print(
-        f"{output}: {precision} graph, opset {manifest.opset}, {size / 1e6:.1f} MB", markup=False
-    )
-    messages.print(f"next: mmvision parity --model {output}", markup=False)
+app.command(cls=ExportCommand)(export)
 
 
 @app.command()

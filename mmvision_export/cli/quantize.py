@@ -95,10 +95,10 @@ def quantize(
 def _batches(
     directory: Path, config: EncoderConfig, images: list[Path] | None
 ) -> tuple[list[Batch], list[Batch]]:
+    from mmvision_export.models.minimax_m3_vl.images import image_from_file
     from mmvision_export.models.minimax_m3_vl.preprocess import (
         PreprocessorConfig,
         batch_from_images,
-        image_from_file,
     )
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 

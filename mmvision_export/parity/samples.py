@@ -12,12 +12,11 @@ from PIL import Image
 
 from mmvision_export.core.files import array_from_file
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.images import image_from_file, rgb_from_image
 from mmvision_export.models.minimax_m3_vl.packed_batch import checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import (
     PreprocessorConfig,
     batch_from_images,
-    image_from_file,
-    rgb_from_image,
 )
 from mmvision_export.models.sample_batches import PARITY_GRIDS, Grid, sample_batch
 

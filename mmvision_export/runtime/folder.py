@@ -13,7 +13,8 @@ from typing import Any
 
 from mmvision_export.core.errors import MmvisionError, OutputError
 from mmvision_export.core.files import new_files, read_json
-from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images, image_from_file
+from mmvision_export.models.minimax_m3_vl.images import image_from_file
+from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.runtime.embeds_file import embeds_file
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 

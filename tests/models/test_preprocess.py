@@ -18,13 +18,12 @@ from PIL import Image
 
 from mmvision_export.core.errors import ConfigError, InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.images import image_from_file, rgb_from_image
 from mmvision_export.models.minimax_m3_vl.preprocess import (
     PreprocessorConfig,
     batch_from_images,
-    image_from_file,
     patches_from_image,
     resized,
-    rgb_from_image,
 )
 from tests.support.errors import refused
 from tests.support.images import from_transformers, photographs
