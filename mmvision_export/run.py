@@ -24,6 +24,7 @@ from mmvision_export.artifacts.manifest import find_model_directory
 from mmvision_export.core.command import ProgressLine, exit_code_of
 from mmvision_export.core.errors import InputError, OutputError, print_error
 from mmvision_export.core.files import array_from_file
+from mmvision_export.core.verified_files import VERIFY
 from mmvision_export.models.minimax_m3_vl.images import image_from_file
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
@@ -83,6 +84,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="for onnxruntime-amx: what mmvision build-plugins --cpu built (default: the one in "
         "the model directory's plugins/)",
     )
+    model.add_argument("--trust", action="store_true", default=None, help="open engines and libraries of the model "
+                       "directory that you have not built here: they are executable content")  # fmt: skip
+    model.add_argument("--verify", choices=VERIFY, default="once", help="when the weights are hashed: the first time "
+                       "you open them, always, or never (default: %(default)s)")  # fmt: skip
     inputs = parser.add_argument_group("input")
     inputs.add_argument("--image", type=Path, nargs="+", action="extend", metavar="FILE",
                         help="images, encoded as one batch; with a folder among them, one after the other into the "
@@ -186,6 +191,9 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         flavour=arguments.flavour,
         kernel_library=arguments.kernel_library,
         precision=arguments.precision,
+        trust=arguments.trust,
+        verify=arguments.verify,
+        progress=ProgressLine(),
     )
 
 

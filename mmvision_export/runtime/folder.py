@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.errors import MmvisionError, OutputError
-from mmvision_export.core.files import new_files, read_json
+from mmvision_export.core.files import read_json
 from mmvision_export.models.minimax_m3_vl.images import image_from_file
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.runtime.embeds_file import embeds_file

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mmvision_export.artifacts.manifest import model_directory_of
+from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.core.errors import BackendError, InputError
 from mmvision_export.core.finite import finite_rows
 from mmvision_export.core.progress import Progress
@@ -84,7 +84,9 @@ class VisionEncoder:
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
-        An engine is executable content: open only what you or somebody you trust built.
+        Graphs and weights may come from anybody. An engine is executable content: one that lies in
+        the directory is opened if this user has built it (`core.trust`), any other only if it is
+        named, or with `trust=True`.
 
         Args:
             path: The directory, or an `.engine` with its sidecar beside it.
@@ -104,9 +106,7 @@ class VisionEncoder:
         opened = open_backend(path, options)
         try:
             directory = model_directory_of(path)
-            preprocessor = PreprocessorConfig.for_encoder(opened.config)
-            if directory is not None and (directory / PREPROCESSOR).is_file():
-                preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, opened.config)
+            preprocessor = _preprocessor_of(directory, opened.config)
             preprocessor = preprocessor.by(resize, max_long_side=max_long_side)
         except BaseException:
             opened.close()
@@ -327,6 +327,18 @@ class VisionEncoder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _preprocessor_of(directory: Path | None, config: EncoderConfig) -> PreprocessorConfig:
+    """The preprocessing of a model directory, verified; the encoder's own for an engine alone."""
+    if directory is None:
+        return PreprocessorConfig.for_encoder(config)
+    manifest = Manifest.read(directory)
+    if PREPROCESSOR in manifest.files:
+        manifest.verify(directory, [PREPROCESSOR])
+    elif not (directory / PREPROCESSOR).is_file():
+        return PreprocessorConfig.for_encoder(config)
+    return PreprocessorConfig.read(directory / PREPROCESSOR, config)
 
 
 def _refuse_not_finite(image_embeds: npt.NDArray[np.floating], batch: PackedBatch) -> None:
