@@ -84,7 +84,7 @@ def transformers(paths: list[Path], config: PreprocessorConfig) -> Any:
     for path in paths:
         with Image.open(path) as opened:
             levels = np.array(opened.convert("RGB"))
-        tensor = torch.from_numpy(levels).permute(2, 0, 1)[None].contiguous()
+        tensor = torch.from_numpy(levels).permute(2, 0, 1)[None]
         size = resized(levels.shape[0], levels.shape[1], config)
         tensor = torch.nn.functional.interpolate(
             tensor, size, mode="bicubic", antialias=True, align_corners=False

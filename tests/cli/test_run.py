@@ -439,6 +439,40 @@ def test_a_killed_folder_run_is_resumed(files: Path, capsys: pytest.CaptureFixtu
     assert counts["already there"] + counts["encoded"] == 2
 
 
+@pytest.mark.slow
+def test_kills_at_any_moment_lose_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed again and again, a run ends with what an undisturbed one gives."""
+    folder = files / "photos"
+    folder.mkdir()
+    photo = Image.open("coffee.jpg").resize((240, 160))
+    for index in range(200):
+        photo.rotate(index).save(folder / f"{index:03}.jpg")
+    on = ("--backend", "onnxruntime-cpu", "--image", "photos", "--output")
+    code, _, errors = run_folder(capsys, *on, "whole")
+    assert code == 0, errors
+    generator = np.random.default_rng(15)
+    kills = 0
+    for _ in range(16):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmvision_export.run", *on, "killed"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(timeout=generator.uniform(0.4, 1.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills
+    code, _, errors = run_folder(capsys, *on, "killed")
+    assert code == 0, errors
+    for path in Path("whole").glob("*.npy"):
+        np.testing.assert_array_equal(np.load(path), np.load(Path("killed", path.name)))
+    assert len(list(Path("killed").glob("*.npy"))) == 200
+
+
 def test_folders_with_files_of_one_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("c1", "c2"):
         (files / name).mkdir()

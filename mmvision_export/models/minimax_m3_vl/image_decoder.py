@@ -109,6 +109,7 @@ class ImageDecoder:
         if draft is None:
             return None
         with self._taking(image.width * image.height):
+            image.load()
             picture = rgb_from_image(image).resize(wanted, Image.Resampling.BICUBIC, box=draft[1])
         return picture if method is None else picture.transpose(method)
 

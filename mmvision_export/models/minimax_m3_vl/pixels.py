@@ -1,7 +1,7 @@
 """Images in memory, upright and in 8-bit RGB.
 
-What takes more than one copy of an image is done in strips, so that the peak is the image and the
-result: at most 8 bytes a pixel together.
+What takes more than one copy of an image is done in strips, so that the peak is the image, upright,
+and the result.
 """
 
 from __future__ import annotations

@@ -36,6 +36,9 @@ __all__ = [
     "resized",
 ]
 
+# So few that what is looked up is still in the cache when it is copied.
+_BLOCK_PATCHES = 512
+
 
 def picture_from_image(image: Image.Image, config: PreprocessorConfig) -> Image.Image:
     """An image at the size that the encoder sees.
@@ -220,5 +223,8 @@ def _fill(
         levels = levels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, 3, side * side)
         # The last frame fills what is left of its temporal patch, all of it for a still image.
         depths = slice(index % depth, None if index == len(pictures) - 1 else index % depth + 1)
-        for channel in range(3):
-            by_frame[index // depth, :, channel, depths] = table[channel][levels[:, channel, None]]
+        for first in range(0, h * w, _BLOCK_PATCHES):
+            rows = slice(first, first + _BLOCK_PATCHES)
+            for channel in range(3):
+                values = table[channel].take(levels[rows, channel])
+                by_frame[index // depth, rows, channel, depths] = values[:, None]
