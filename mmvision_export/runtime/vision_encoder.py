@@ -266,7 +266,8 @@ class VisionEncoder:
                 takes.
             BackendError: The runtime failed.
         """
-        batch = batch_from_images(images, self.preprocessor_for(resize_to_fit=resize_to_fit))
+        preprocessor = self.preprocessor_for(resize_to_fit=resize_to_fit)
+        batch = batch_from_images(images, preprocessor, dtype=self.dtype)
         return batch.grid.split(self.encode(batch))
 
     def preprocessor_for(self, *, resize_to_fit: bool) -> PreprocessorConfig:
@@ -285,6 +286,7 @@ class VisionEncoder:
         *,
         fps: float = 1.0,
         resize_to_fit: bool = False,
+        max_pixels: int | None = None,
         progress: Progress | None = None,
     ) -> Iterator[VideoSegment]:
         """Encode a video, segment by segment.
@@ -293,10 +295,11 @@ class VisionEncoder:
         length of the video.
 
         Args:
-            path: Anything PyAV reads.
+            path: A file in one of the containers of `video_file.CONTAINERS`.
             fps: Frames to sample per second, within the limits of `VideoConfig`.
             resize_to_fit: Make frames as small as the engine asks for, rather than refuse the
                 video.
+            max_pixels: Most pixels of a frame of the file; that of `VideoConfig` if None.
             progress: Told about each segment.
 
         Yields:
@@ -309,6 +312,8 @@ class VisionEncoder:
         from mmvision_export.models.minimax_m3_vl.video import VideoConfig, encoded_segments
 
         config = VideoConfig.for_preprocessor(self._preprocessor, fps=fps)
+        if max_pixels is not None:
+            config = dataclasses.replace(config, max_pixels=max_pixels)
         if resize_to_fit and self.max_patches is not None:
             config = config.within(self.max_patches // self.config.segment_max_frames)
         yield from encoded_segments(self, Path(path), config, progress or Progress())
