@@ -15,6 +15,7 @@ from mmvision_export.core.errors import BackendError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.device_array import DeviceArray
+from mmvision_export.runtime.memory_guard import MemoryGuard
 
 __all__ = ["Backend", "BackendInfo", "BackendOptions", "DeviceBackend"]
 
@@ -143,6 +144,9 @@ class Backend(Protocol):
         dtype: Float type of `pixel_values` and `image_embeds`.
         profiles: Sizes of one launch, empty for any. A batch may have any number of images; each
             must fit one.
+        largest_image: Most patches of one image, or None for any number.
+        guard: Refuses launches that need more memory than there is; None where a backend has held
+            all that a launch needs since it was opened.
         info: What runs.
     """
 
@@ -150,6 +154,8 @@ class Backend(Protocol):
     config: EncoderConfig
     dtype: np.dtype[Any]
     profiles: Sequence[Profile]
+    largest_image: int | None
+    guard: MemoryGuard | None
     info: BackendInfo
 
     @classmethod
