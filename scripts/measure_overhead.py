@@ -44,6 +44,7 @@ class Nothing:
         self._planner = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
         self.largest_image = self._planner.largest_image
         self.guard = None
+        self.is_isolated = True
         self._out = np.zeros((2048, 1), np.float32)
 
     def run(self, batch: PackedBatch) -> np.ndarray:

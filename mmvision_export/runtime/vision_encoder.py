@@ -211,7 +211,8 @@ class VisionEncoder:
 
     def _checked(self, image_embeds: npt.NDArray[np.floating], batch: PackedBatch) -> None:
         if self._refuse_non_finite:
-            refuse_not_finite(image_embeds, batch, self._backend.run)
+            backend = self._backend
+            refuse_not_finite(image_embeds, batch, backend.run, is_isolated=backend.is_isolated)
 
     def _encode_on_device(self, pixel_values: Any, grid_thw: Any, stream: Any) -> Any:
         backend = self._device_backend("arrays on a CUDA device")

@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
     """Peak of Python's and NumPy's memory, with a backend that computes nothing."""
 
     class Nothing:
-        name, profiles, largest_image = "none", (), None
+        name, profiles, largest_image, is_isolated = "none", (), None, True
         dtype = np.dtype(np.float32)
 
         def __init__(self) -> None:

@@ -188,13 +188,13 @@ def test_backends_refuse_before_they_begin(
     module = "onnxruntime" if backend == "onnxruntime-cpu" else backend
     place = f"mmvision_export.runtime.backends.{module}.host_available_bytes"
     monkeypatch.setattr("mmvision_export.runtime.memory_guard.NOT_ASKED_BYTES", 0)
-    monkeypatch.setattr(place, lambda: 1 << 20)
+    monkeypatch.setattr(place, lambda: 20 << 20)
     with VisionEncoder.open(exported, backend=backend) as encoder:
-        pixels, rows = batch([(1, 20, 20)], HEAD_DIM_80)
-        need = encoder.memory_for(400)
+        pixels, rows = batch([(1, 60, 60)], HEAD_DIM_80)
+        need = encoder.memory_for(3600)
         assert need is not None
-        assert need.total > 1 << 20
-        with refused(InputError, "image 0", 400, f"{need.total} bytes", 1 << 20):
+        assert need.total > 20 << 20
+        with refused(InputError, "image 0", 3600, f"{need.total} bytes", 20 << 20):
             encoder(pixels, rows)
         small, small_rows = batch([(1, 2, 2)], HEAD_DIM_80)
         assert len(encoder(small, small_rows)) == 1
@@ -226,7 +226,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("backend", "graph", "side"),
     [
         ("onnxruntime-cpu", CPU_GRAPH, 64),
-        ("onnxruntime-cpu", CPU_GRAPH, 128),
+        ("onnxruntime-cpu", CPU_GRAPH, 96),
         ("onnxruntime-cpu", GRAPH, 48),
         ("openvino", OPENVINO_GRAPH, 64),
         ("openvino", UNIFORM_GRAPH, 64),

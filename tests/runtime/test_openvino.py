@@ -102,16 +102,33 @@ def test_images_in_slots_match_pytorch(
     assert relative_l2(slotted(pixels, rows), expected) <= 4e-6
 
 
-def test_an_image_that_overflows_spoils_no_other(slotted: VisionEncoder) -> None:
+@pytest.mark.parametrize("graph", [OPENVINO_GRAPH, UNIFORM_GRAPH])
+def test_an_image_that_overflows_spoils_no_other(exported: Path, older: Path, graph: str) -> None:
+    """Masked, it gives others finite embeddings that are wrong: they are computed again."""
+    if graph == UNIFORM_GRAPH and UNIFORM_GRAPH not in Manifest.read(exported).files:
+        pytest.skip(f"exports have no {UNIFORM_GRAPH}")
+    directory = older if graph == OPENVINO_GRAPH else exported
     pixels, rows = batch([(1, 4, 4)] * 3, HEAD_DIM_80)
-    expected = slotted(pixels, rows)
-    pixels[16:32] = 0.9 * float(np.finfo(np.float32).max)
-    with pytest.raises(NotFiniteError) as caught:
-        slotted(pixels, rows)
+    with VisionEncoder.open(directory, backend="openvino", threads=2) as encoder:
+        assert encoder.info["graph"] == graph
+        expected = encoder(pixels, rows)
+        pixels[16:32] = 0.9 * float(np.finfo(np.float32).max)
+        with pytest.raises(NotFiniteError) as caught:
+            encoder(pixels, rows)
     assert caught.value.images == [1]
     for image in (0, 2):
         tokens = slice(4 * image, 4 * image + 4)
         assert relative_l2(caught.value.image_embeds[image], expected[tokens]) <= 4e-6
+
+
+def test_a_masked_neighbour_that_overflows_gives_wrong_numbers(older: Path) -> None:
+    """What the test above has to mend. Should OpenVINO give NaN some day, nothing is lost."""
+    pixels, rows = batch([(1, 4, 4)] * 3, HEAD_DIM_80)
+    options: dict[str, Any] = {"backend": "openvino", "refuse_non_finite": False}
+    with VisionEncoder.open(older, **options) as encoder:
+        expected = encoder(pixels, rows)
+        pixels[16:32] = 0.9 * float(np.finfo(np.float32).max)
+        assert not relative_l2(encoder(pixels, rows)[:4], expected[:4]) < 1e-3
 
 
 def test_a_batch_is_cut_between_images(older: Path) -> None:

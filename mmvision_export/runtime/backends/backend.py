@@ -147,6 +147,8 @@ class Backend(Protocol):
         largest_image: Most patches of one image, or None for any number.
         guard: Refuses launches that need more memory than there is; None where a backend has held
             all that a launch needs since it was opened.
+        is_isolated: Whether no image can reach another of its launch, as it can where attention is
+            masked: there one that overflows spoils the others.
         info: What runs.
     """
 
@@ -156,6 +158,7 @@ class Backend(Protocol):
     profiles: Sequence[Profile]
     largest_image: int | None
     guard: MemoryGuard | None
+    is_isolated: bool
     info: BackendInfo
 
     @classmethod

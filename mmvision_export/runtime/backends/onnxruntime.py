@@ -81,6 +81,7 @@ class OnnxRuntimeBackend:
         # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
         source = manifest.quantization.get(graph, {}).get("source", graph)
         self._masked = source != CPU_GRAPH
+        self.is_isolated = not self._masked
         self.config = manifest.config
         self._planner = self._new_planner(options)
         self.largest_image = None if self._planner is None else self._planner.largest_image

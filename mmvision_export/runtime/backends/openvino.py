@@ -132,13 +132,15 @@ class OpenVinoBackend:
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self._request: Any = compiled.create_infer_request()
         self._turn = threading.Lock()
-        is_uniform = graph == UNIFORM_GRAPH
+        self.is_isolated = is_uniform = graph == UNIFORM_GRAPH
         self._planner: Planner[SlotLaunch] | Planner[Launch] = (
             SlotPlanner((), Costs(self.config, masked=False))
             if is_uniform
             else LaunchPlanner((), Costs(self.config, masked=True))
         )
-        memory = LaunchMemory(config=self.config, way="uniform" if is_uniform else "dense")
+        memory = LaunchMemory(
+            config=self.config, way="uniform" if is_uniform else "dense", fused=True
+        )
         self.guard = MemoryGuard(memory, host_available_bytes)
         self.info = BackendInfo(
             runtime="openvino",

@@ -128,6 +128,7 @@ class TensorRTBackend:
         self.profiles: Sequence[Profile] = record.profiles
         self.dtype: np.dtype[Any] = np.dtype(PRECISIONS[record.precision].io_dtype)
         self._planner = planner_for_engine(record.attention, self.profiles, self.config)
+        self.is_isolated = not record.attention.masked
         self.largest_image = self._planner.largest_image
         self._cuda_graphs = options.cuda_graphs and any(p.is_bucket for p in record.profiles)
         self.info = BackendInfo(
