@@ -27,6 +27,7 @@ from mmvision_export.core.files import array_from_file
 from mmvision_export.core.verified_files import VERIFY
 from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
 from mmvision_export.models.minimax_m3_vl.images import MAX_FILE_PIXELS
+from mmvision_export.models.minimax_m3_vl.memory import gigabytes
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.models.minimax_m3_vl.resize import RESIZE_RULES
@@ -44,6 +45,9 @@ from mmvision_export.runtime.vision_encoder import VisionEncoder
 from mmvision_export.version import __version__
 
 __all__ = ["main"]
+
+_HUGE_PATCHES = 16384
+"""Of a larger image, what it needs is said before it is begun."""
 
 _TEST_PATTERN = "test pattern, 448 x 448"
 
@@ -270,6 +274,7 @@ def _encode_batch(
     start = time.perf_counter()
     inputs, batch = _inputs(arguments, encoder)
     prepared = time.perf_counter()
+    _say_memory(encoder, batch)
     image_embeds = encoder.encode(batch)
     encoded = time.perf_counter()
     grid = batch.grid
@@ -293,6 +298,17 @@ def _encode_batch(
             "encode": round((encoded - prepared) * 1e3, 3),
         },
     }
+
+
+def _say_memory(encoder: VisionEncoder, batch: PackedBatch) -> None:
+    """Of a huge image, say on standard error what it needs before it is begun."""
+    patches = max(batch.grid.patches_per_image)
+    need = encoder.memory_for(patches)
+    if patches <= _HUGE_PATCHES or need is None:
+        return
+    available = encoder.available_bytes()
+    room = "" if available is None else f"; {gigabytes(available)} are available"
+    print(f"an image of {patches} patches needs up to {need}{room}", file=sys.stderr, flush=True)
 
 
 def _encode_video(

@@ -25,7 +25,7 @@ from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 from mmvision_export.runtime.backends import BackendInfo
-from mmvision_export.runtime.launch_planner import LaunchPlanner, padding_rows
+from mmvision_export.runtime.launch_planner import LaunchPlanner
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
 CALLS = 200
@@ -41,17 +41,15 @@ class Nothing:
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.profiles = profiles_from_buckets([256, 1024, 2304, 4096], [64], self.config)
         self.info = BackendInfo(runtime="none", version="", precision="fp32", weights_sha256="")
-        self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+        self._planner = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+        self.largest_image = self._planner.largest_image
+        self.guard = None
+        self.is_isolated = True
         self._out = np.zeros((2048, 1), np.float32)
 
     def run(self, batch: PackedBatch) -> np.ndarray:
         """Plan and pad."""
-        for launch in self._plan(batch.grid):
-            rows = batch.grid.rows[launch.images]
-            count = launch.patches.stop - launch.patches.start
-            np.concatenate(
-                [rows, padding_rows(count, len(rows), self.profiles[launch.profile], self.config)]
-            )
+        self._planner.layouts(batch.grid)
         return self._out
 
     def close(self) -> None:

@@ -7,7 +7,8 @@ The command line turns any `MmvisionError` into one `error:` line and, where the
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 __all__ = [
     "BackendError",
@@ -19,6 +20,7 @@ __all__ = [
     "InputError",
     "ManifestError",
     "MmvisionError",
+    "NotFiniteError",
     "OutputError",
     "ParityError",
     "PluginError",
@@ -90,6 +92,30 @@ class BenchmarkError(MmvisionError):
 
 class InputError(MmvisionError):
     """Images, patches or `grid_thw` that the encoder cannot take."""
+
+
+class NotFiniteError(InputError):
+    """Embeddings of some images hold a NaN or an infinity. Those of the others are here.
+
+    Args:
+        message: See `MmvisionError`.
+        images: Numbers of the images that are not finite, in the batch's order.
+        image_embeds: For each image of the batch its `[tokens, text_hidden_size]` array, or None
+            where it is not finite.
+        hint: See `MmvisionError`.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        images: Sequence[int],
+        image_embeds: Sequence[Any],
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.images = list(images)
+        self.image_embeds = list(image_embeds)
 
 
 class ManifestError(MmvisionError):

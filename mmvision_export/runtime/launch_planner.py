@@ -17,9 +17,9 @@ after it:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +29,23 @@ from mmvision_export.core.errors import InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.costs import FLOOR_PATCHES, Costs
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedGrid
+from mmvision_export.runtime.planner import LaunchLayout, Piece, Planner
 
 __all__ = [
     "ANY_SIZE",
     "Launch",
     "LaunchPlanner",
+    "fitting_grid",
     "padding_rows",
     "plan_launches",
+    "refuse_larger",
     "refuse_too_large",
+    "refuse_uncut",
+    "size_that_fits",
 ]
 
 ANY_SIZE = Profile(min_patches=1, opt_patches=1024, max_patches=2**31 - 1, max_images=2**31 - 1)
 """The profile of a graph that takes every batch, and is cut only where that is cheaper."""
-
-_REMEMBERED_PLANS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +139,7 @@ def plan_launches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -
     while end:
         cut = best[end]
         if math.isinf(cut.operations):
-            raise InputError(
-                f"the batch has {grid.num_patches} patches in {len(grid)} images, which cannot be "
-                f"cut into launches that the engine takes ({_describe(profiles)})",
-                hint="send more or larger images, or build an engine with a smaller --min-patches, or with --buckets",
-            )
+            refuse_uncut(grid, profiles)
         images = slice(cut.first_image, end)
         plan.append(Launch(images, slice(bounds[images.start], bounds[end]), cut.profile))
         end = images.start
@@ -170,28 +169,52 @@ def _most_patches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -
     return min(most, 2 * FLOOR_PATCHES + max(grid.patches_per_image))
 
 
-class LaunchPlanner:
-    """Plans the launches of one engine, and remembers the plans of the last grids.
-
-    A camera always sends the same.
+class LaunchPlanner(Planner[Launch]):
+    """Plans the launches of a packed batch for one engine or graph. See `Planner`.
 
     Args:
-        profiles: The engine's; `ANY_SIZE` stands for none.
+        profiles: The engine's; none for a graph that takes any size.
         costs: What a launch costs.
     """
 
     def __init__(self, profiles: Sequence[Profile], costs: Costs) -> None:
-        per_token = costs.config.patches_per_token
+        super().__init__(costs.config)
+        self._profiles = profiles or [ANY_SIZE]
+        self._costs = costs
+        self.largest_image = max((p.max_patches for p in profiles), default=None)
+        self.splitting = (
+            "batches are cut between images where counted operations say that is cheaper: attention is "
+            + (
+                "masked and costs the square of a launch"
+                if costs.masked
+                else "packed and costs the square of an image"
+            )
+        )
 
-        def plan(rows: bytes) -> Sequence[Launch]:
-            grid = PackedGrid(np.frombuffer(rows, np.int64).reshape(-1, 3), per_token)
-            return tuple(plan_launches(grid, profiles or [ANY_SIZE], costs))
+    def _planned(self, grid: PackedGrid) -> Sequence[Launch]:
+        return plan_launches(grid, self._profiles, self._costs)
 
-        self._plan = functools.lru_cache(maxsize=_REMEMBERED_PLANS)(plan)
+    def _layout(self, launch: Launch, grid: PackedGrid) -> LaunchLayout:
+        patches = launch.patches
+        count = patches.stop - patches.start
+        piece = Piece(patches, slice(0, count))
+        return self._padded(launch.profile, grid.rows[launch.images], count, [piece])
 
-    def __call__(self, grid: PackedGrid) -> Sequence[Launch]:
-        """See `plan_launches`."""
-        return self._plan(grid.rows.tobytes())
+    def idle(self, profile: int) -> LaunchLayout:
+        """See `Planner.idle`."""
+        return self._padded(profile, np.empty((0, 3), np.int64), 0, [])
+
+    def size_text(self, profile: int) -> str:
+        """See `Planner.size_text`."""
+        return str(self._profiles[profile])
+
+    def _padded(
+        self, index: int, rows: npt.NDArray[np.int64], count: int, pieces: Sequence[Piece]
+    ) -> LaunchLayout:
+        profile = self._profiles[index]
+        padding = padding_rows(count, len(rows), profile, self._costs.config)
+        padded = profile.max_patches if profile.is_bucket else count
+        return LaunchLayout(index, np.concatenate([rows, padding]), padded, pieces)
 
 
 def refuse_too_large(grid: PackedGrid, profiles: Sequence[Profile], config: EncoderConfig) -> None:
@@ -200,27 +223,43 @@ def refuse_too_large(grid: PackedGrid, profiles: Sequence[Profile], config: Enco
     Raises:
         InputError: Names the first image that is too large.
     """
-    most = max(profile.max_patches for profile in profiles)
+    refuse_larger(grid, max(profile.max_patches for profile in profiles), config)
+
+
+def refuse_larger(grid: PackedGrid, most: int, config: EncoderConfig) -> None:
+    """Refuse an image of more patches than the engine takes, with its numbers and what would fit.
+
+    Raises:
+        InputError: Names the first image that is too large.
+    """
     counts = grid.patches_per_image
     if max(counts) <= most:
         return
     image = next(index for index, count in enumerate(counts) if count > most)
     t, h, w = grid.tuples()[image]
-    fit_h, fit_w = fitting_grid(t, h, w, most, config)
     side, per_token = config.patch_size, config.patches_per_token
     frames = f"{t} x " if t > 1 else ""
-    fits = (
-        f"{fit_w * side} x {fit_h * side} pixels would fit"
-        if fit_h * fit_w
-        else f"no size with {t} temporal patches fits"
-    )
     raise InputError(
         f"image {image} has {counts[image]} patches ({counts[image] // per_token} image tokens, "
         f"{frames}{w * side} x {h * side} pixels), the engine takes at most {most} "
-        f"({most // per_token} image tokens); {fits}",
+        f"({most // per_token} image tokens); {size_that_fits((t, h, w), most, config)}",
         hint="resize it, with --resize-to-fit (resize_to_fit=True), or build an engine with a larger bucket, "
         "or open onnxruntime-tensorrt with a larger max_patches",
     )
+
+
+def size_that_fits(row: tuple[int, int, int], most: int, config: EncoderConfig) -> str:
+    """Which size of an image would have at most so many patches, in pixels, for people.
+
+    Args:
+        row: The image's t, h, w, in patches.
+        most: Patches.
+        config: The encoder's dimensions.
+    """
+    h, w = fitting_grid(*row, most, config)
+    if h * w == 0:
+        return f"no size with {row[0]} temporal patches fits"
+    return f"{w * config.patch_size} x {h * config.patch_size} pixels would fit"
 
 
 def fitting_grid(t: int, h: int, w: int, most: int, config: EncoderConfig) -> tuple[int, int]:
@@ -237,6 +276,19 @@ def fitting_grid(t: int, h: int, w: int, most: int, config: EncoderConfig) -> tu
     rows = min(max(1, int(h / merge / shrink)), blocks)
     columns = min(max(1, int(w / merge / shrink)), blocks // rows)
     return rows * merge, columns * merge
+
+
+def refuse_uncut(grid: PackedGrid, profiles: Sequence[Profile]) -> NoReturn:
+    """Refuse a batch of which no cut suits the profiles' least sizes.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError(
+        f"the batch has {grid.num_patches} patches in {len(grid)} images, which cannot be "
+        f"cut into launches that the engine takes ({_describe(profiles)})",
+        hint="send more or larger images, or build an engine with a smaller --min-patches, or with --buckets",
+    )
 
 
 def _describe(profiles: Sequence[Profile]) -> str:

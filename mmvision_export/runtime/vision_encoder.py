@@ -9,15 +9,14 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from mmvision_export.artifacts.manifest import Manifest, model_directory_of
-from mmvision_export.core.errors import BackendError, InputError
-from mmvision_export.core.finite import finite_rows
+from mmvision_export.core.errors import BackendError, InputError, NotFiniteError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.packed_batch import (
@@ -38,15 +37,13 @@ from mmvision_export.runtime.backends import (
     open_backend,
 )
 from mmvision_export.runtime.backends.cuda import LEGACY_STREAM
-from mmvision_export.runtime.backends.device_array import (
-    device_array,
-    device_of,
-    empty_like,
-    library_of,
-)
+from mmvision_export.runtime.backends.device_array import device_array, device_of, empty_like
+from mmvision_export.runtime.callers_arrays import as_given, handle_of, host_array
+from mmvision_export.runtime.finite_embeds import refuse_not_finite
 from mmvision_export.runtime.launch_planner import ANY_SIZE
 
 if TYPE_CHECKING:
+    from mmvision_export.models.minimax_m3_vl.memory import LaunchBytes
     from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
     from mmvision_export.models.minimax_m3_vl.video import VideoSegment
 
@@ -131,7 +128,7 @@ class VisionEncoder:
     @property
     def max_patches(self) -> int | None:
         """Most patches of one image, or None for any number."""
-        return max((profile.max_patches for profile in self._backend.profiles), default=None)
+        return self._backend.largest_image
 
     @property
     def patches_per_call(self) -> int:
@@ -139,7 +136,8 @@ class VisionEncoder:
 
         The largest launch, or, for a graph that takes any size, enough to be fast.
         """
-        return self.max_patches or ANY_SIZE.opt_patches
+        sizes = (profile.max_patches for profile in self._backend.profiles)
+        return max(sizes, default=ANY_SIZE.opt_patches)
 
     @property
     def facts(self) -> BackendInfo:
@@ -154,7 +152,7 @@ class VisionEncoder:
         if profiles:
             limits = {
                 "max_patches": self.max_patches,
-                "max_images": max(profile.max_images for profile in profiles),
+                "max_images": max(profile.slots or profile.max_images for profile in profiles),
             }
         resize = str(self._preprocessor)
         return {"backend": self._backend.name, **self.facts.to_dict(), "resize": resize, **limits}
@@ -177,21 +175,22 @@ class VisionEncoder:
 
         Raises:
             InputError: The input breaks a rule of `grid_thw`, has an image too large for the
-                engine, or is not finite.
+                engine or for the memory that is available, or is not finite.
+            NotFiniteError: Embeddings of some images are not finite; it has those of the others.
             BackendError: The runtime failed, or cannot read device memory.
         """
         if device_of(pixel_values) is not None:
-            return self._encode_on_device(pixel_values, _host_array(grid_thw), stream)
+            return self._encode_on_device(pixel_values, host_array(grid_thw), stream)
         batch = checked_batch(
-            _host_array(pixel_values), _host_array(grid_thw), self.config, self.dtype
+            host_array(pixel_values), host_array(grid_thw), self.config, self.dtype
         )
         if stream is None:
-            return _as_given(self.encode(batch), pixel_values)
+            return as_given(self.encode(batch), pixel_values)
         backend = self._device_backend("a CUDA stream")
         image_embeds = np.empty((batch.grid.num_tokens, self.config.text_hidden_size), self.dtype)
-        backend.run_into(image_embeds, batch, stream=_handle_of(stream))
+        backend.run_into(image_embeds, batch, stream=handle_of(stream))
         self._checked(image_embeds, batch)
-        return _as_given(image_embeds, pixel_values)
+        return as_given(image_embeds, pixel_values)
 
     def encode(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """Encode a batch that is valid already, as preprocessing makes it.
@@ -200,21 +199,24 @@ class VisionEncoder:
             image_embeds `[num_image_tokens, text_hidden_size]` in the model's float type.
 
         Raises:
-            InputError: An image is too large for the engine, or its patches or embeddings are not
-                finite.
+            InputError: An image is too large for the engine or for the memory that is available, or
+                its patches are not finite.
+            NotFiniteError: Embeddings of some images are not finite; it has those of the others.
             BackendError: The runtime failed.
         """
-        image_embeds = self._backend.run(batch.of_type(self.dtype))
+        batch = batch.of_type(self.dtype)
+        image_embeds = self._backend.run(batch)
         self._checked(image_embeds, batch)
         return image_embeds
 
     def _checked(self, image_embeds: npt.NDArray[np.floating], batch: PackedBatch) -> None:
         if self._refuse_non_finite:
-            _refuse_not_finite(image_embeds, batch)
+            backend = self._backend
+            refuse_not_finite(image_embeds, batch, backend.run, is_isolated=backend.is_isolated)
 
     def _encode_on_device(self, pixel_values: Any, grid_thw: Any, stream: Any) -> Any:
         backend = self._device_backend("arrays on a CUDA device")
-        handle = None if stream is None else _handle_of(stream)
+        handle = None if stream is None else handle_of(stream)
         source = device_array(
             pixel_values, name="pixel_values", stream=LEGACY_STREAM if handle is None else handle
         )
@@ -248,27 +250,73 @@ class VisionEncoder:
             )
         return self._backend
 
+    @overload
     def encode_images(
-        self, images: Iterable[Image.Image], *, resize_to_fit: bool = False
-    ) -> list[npt.NDArray[np.floating]]:
+        self,
+        images: Iterable[Image.Image],
+        *,
+        resize_to_fit: bool = False,
+        not_finite: Literal["raise"] = "raise",
+    ) -> list[npt.NDArray[np.floating]]: ...
+
+    @overload
+    def encode_images(
+        self,
+        images: Iterable[Image.Image],
+        *,
+        resize_to_fit: bool = False,
+        not_finite: Literal["none"],
+    ) -> list[npt.NDArray[np.floating] | None]: ...
+
+    def encode_images(
+        self,
+        images: Iterable[Image.Image],
+        *,
+        resize_to_fit: bool = False,
+        not_finite: Literal["raise", "none"] = "raise",
+    ) -> list[npt.NDArray[np.floating]] | list[npt.NDArray[np.floating] | None]:
         """Encode images of any sizes in one packed batch.
 
         Args:
             images: Any Pillow images.
             resize_to_fit: Make an image too large for the engine as small as it has to be, rather
                 than refuse it.
+            not_finite: What becomes of an image whose embeddings are not finite: `raise` refuses
+                the call, `none` gives None for it, and the others' embeddings.
 
         Returns:
             One `[tokens, text_hidden_size]` array per image.
 
         Raises:
             InputError: No images, one that cannot be processed, or one larger than the engine
-                takes.
+                takes or than there is memory for.
+            NotFiniteError: Embeddings of some images are not finite; it has those of the others.
             BackendError: The runtime failed.
         """
+        if not_finite not in ("raise", "none"):
+            raise InputError(f"not_finite must be 'raise' or 'none', got {not_finite!r}")
         preprocessor = self.preprocessor_for(resize_to_fit=resize_to_fit)
         batch = batch_from_images(images, preprocessor, dtype=self.dtype)
-        return batch.grid.split(self.encode(batch))
+        try:
+            return batch.grid.split(self.encode(batch))
+        except NotFiniteError as error:
+            if not_finite == "raise":
+                raise
+            return error.image_embeds
+
+    def memory_for(self, num_patches: int) -> LaunchBytes | None:
+        """What one image needs while it is encoded, beside the weights.
+
+        Returns:
+            An upper bound; None for an engine, which has held what it needs since it was opened.
+        """
+        guard = self._backend.guard
+        return None if guard is None else guard.image(num_patches)
+
+    def available_bytes(self) -> int | None:
+        """Memory that an image may need now; None for an engine, and where nothing tells."""
+        guard = self._backend.guard
+        return None if guard is None else guard.available_bytes()
 
     def preprocessor_for(self, *, resize_to_fit: bool) -> PreprocessorConfig:
         """The preprocessing, with the area that the engine takes if it resizes.
@@ -344,59 +392,3 @@ def _preprocessor_of(directory: Path | None, config: EncoderConfig) -> Preproces
     elif not (directory / PREPROCESSOR).is_file():
         return PreprocessorConfig.for_encoder(config)
     return PreprocessorConfig.read(directory / PREPROCESSOR, config)
-
-
-def _refuse_not_finite(image_embeds: npt.NDArray[np.floating], batch: PackedBatch) -> None:
-    """Refuse embeddings that nobody should use, by the images that they are of."""
-    finite = finite_rows(np.ascontiguousarray(image_embeds))
-    if finite.all():
-        return
-    images = [str(index) for index, rows in enumerate(batch.grid.split(finite)) if not rows.all()]
-    raise InputError(
-        f"the embeddings are not finite, of image {', '.join(images)}",
-        hint="check the model with: mmvision parity",
-    )
-
-
-def _host_array(array: Any) -> Any:
-    """What NumPy can read, without a copy where there is one already."""
-    if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
-        return array
-    if device_of(array) is not None:  # grid_thw: a few numbers, which the checks need on the host
-        return np.asarray(array.cpu() if hasattr(array, "cpu") else array.get())
-    try:
-        return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"a {type(array).__name__} cannot be read as a CPU array: {error}"
-        ) from error
-
-
-def _as_given(result: npt.NDArray[np.floating], given: Any) -> Any:
-    """A result as an array of the library that its input came from, without a copy.
-
-    NumPy's for NumPy's and lists.
-    """
-    if isinstance(given, np.ndarray) or not hasattr(given, "__dlpack__"):
-        return result
-    library = library_of(given)
-    return library.from_dlpack(result) if hasattr(library, "from_dlpack") else result
-
-
-def _handle_of(stream: Any) -> int:
-    """The handle of a stream object of torch, CuPy or CUDA Python.
-
-    Never 0, the default stream's other name.
-    """
-    if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1]) or LEGACY_STREAM
-    for attribute in ("cuda_stream", "ptr"):
-        if hasattr(stream, attribute):
-            return int(getattr(stream, attribute)) or LEGACY_STREAM
-    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
-        return stream or LEGACY_STREAM
-    given = stream if isinstance(stream, int) else type(stream).__name__
-    raise InputError(
-        f"stream must be a CUDA stream or its handle, got {given}",
-        hint="as torch.cuda.current_stream()",
-    )

@@ -166,7 +166,7 @@ def test_memory_does_not_grow_with_length(tmp_path: Path) -> None:
     """Peak of Python's and NumPy's memory, with a backend that computes nothing."""
 
     class Nothing:
-        name, profiles = "none", ()
+        name, profiles, largest_image, is_isolated = "none", (), None, True
         dtype = np.dtype(np.float32)
 
         def __init__(self) -> None:

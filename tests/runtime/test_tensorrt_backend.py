@@ -11,7 +11,6 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,13 @@ from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
 from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.trust import UntrustedError, record_built
-from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, current_compute_capability
 from mmvision_export.runtime.backends.device_array import device_array
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend, import_tensorrt
-from mmvision_export.runtime.backends.tensorrt_rtx import TensorRTRTXBackend, default_runtime_cache
+from mmvision_export.runtime.backends.tensorrt_rtx import default_runtime_cache
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
-from tests.support.engines import write_engine
 from tests.support.errors import refused
 from tests.support.fake_array import Tensor
 from tests.support.fake_driver import (
@@ -44,52 +41,12 @@ from tests.support.fake_driver import (
     fake_driver,  # noqa: F401 - a fixture
     stand_in,  # noqa: F401 - a fixture
 )
-from tests.support.fake_gpu import Cache, Context, TensorRT, expected_embeds
+from tests.support.fake_gpu import Cache, Context, expected_embeds
+from tests.support.fake_machine import KINDS, Machine
 
 DYNAMIC = [Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)]
 BUCKETS = profiles_from_buckets([64, 256], [8], HEAD_DIM_80)
 SIZES = {"dynamic": DYNAMIC, "buckets": BUCKETS}
-KINDS: dict[str, type[TensorRTBackend]] = {
-    "tensorrt": TensorRTBackend,
-    "tensorrt-rtx": TensorRTRTXBackend,
-}
-
-
-class Machine:
-    """A fake GPU machine with one engine."""
-
-    def __init__(
-        self,
-        driver: FakeDriver,
-        folder: Path,
-        kind: str = "tensorrt",
-        profiles: Sequence[Profile] = DYNAMIC,
-    ) -> None:
-        self.kind = kind
-        self.driver = driver
-        limits = [
-            {
-                "pixel_values": (p.min_patches, p.max_patches),
-                "grid_thw": (p.min_images, p.max_images),
-            }
-            for p in profiles
-        ]
-        self.trt = TensorRT(driver, HEAD_DIM_80.text_hidden_size, limits)
-        self.engine = write_engine(
-            folder, config=HEAD_DIM_80, backend=kind, profiles=tuple(profiles)
-        )
-
-    def open(self, **options: Any) -> TensorRTBackend:
-        cuda = self.driver.cuda()
-        return KINDS[self.kind](
-            self.engine, BackendOptions(**options), module=self.trt, cuda=cuda, manifest=None
-        )
-
-    def encoder(self, **options: Any) -> VisionEncoder:
-        return VisionEncoder(self.open(**options), PreprocessorConfig())
-
-    def holds_nothing(self) -> bool:
-        return self.driver.holds_nothing()
 
 
 @pytest.fixture(params=[(kind, sizes) for kind in KINDS for sizes in SIZES], ids="-".join)
@@ -103,7 +60,7 @@ def machine(
         "mmvision_export.runtime.backends.tensorrt.current_platform", lambda: "linux-x86_64"
     )
     kind, sizes = request.param
-    return Machine(fake_driver, tmp_path, kind, SIZES[sizes])
+    return Machine(fake_driver, tmp_path, SIZES[sizes], kind)
 
 
 @pytest.fixture
@@ -116,7 +73,7 @@ def bucketed(
     monkeypatch.setattr(
         "mmvision_export.runtime.backends.tensorrt.current_platform", lambda: "linux-x86_64"
     )
-    return Machine(fake_driver, tmp_path, "tensorrt", BUCKETS)
+    return Machine(fake_driver, tmp_path, BUCKETS)
 
 
 def check(encoder: VisionEncoder, grid: list[tuple[int, int, int]], seed: int = 0) -> None:
@@ -719,7 +676,7 @@ def test_the_runtime_cache_is_kept_and_checked(
         "mmvision_export.runtime.backends.tensorrt.current_platform", lambda: "linux-x86_64"
     )
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    machine = Machine(fake_driver, tmp_path, "tensorrt-rtx", BUCKETS)
+    machine = Machine(fake_driver, tmp_path, BUCKETS, "tensorrt-rtx")
     file = default_runtime_cache(machine.engine)
     assert file is not None
     # Compiled kernels are code: one that came with the engine is not even looked at.

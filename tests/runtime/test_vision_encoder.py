@@ -19,14 +19,15 @@ from hypothesis import given, settings
 from PIL import Image
 
 from mmvision_export import VisionEncoder
-from mmvision_export.core.errors import BackendError, InputError, ManifestError
+from mmvision_export.core.errors import BackendError, InputError, ManifestError, NotFiniteError
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, PackedGrid
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.runtime.backends import AUTO_BACKENDS
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of, grids, relative_l2, run_graph
-from tests.support.errors import refused
+from tests.support.errors import is_named, refused
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,65 @@ def test_float16_directory(tmp_path: Path) -> None:
     pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
     with VisionEncoder.open(tmp_path / "m", backend="onnxruntime-cpu") as encoder:
         assert encoder(pixels, rows).dtype == np.float16
+
+
+OVERFLOWING = 1
+
+
+def overflowing(dtype: type[np.floating]) -> PackedBatch:
+    """Three images, the second so bright that the patch embedding overflows."""
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    grid = PackedGrid(rows, HEAD_DIM_80.patches_per_token)
+    pixels[grid.bounds[OVERFLOWING] : grid.bounds[OVERFLOWING + 1]] = 0.9 * float(
+        np.finfo(dtype).max
+    )
+    return PackedBatch(pixels, grid)
+
+
+def check_others_are_given(encoder: VisionEncoder, planted: PackedBatch) -> None:
+    with pytest.raises(NotFiniteError) as caught:
+        encoder(planted.pixel_values, planted.grid.rows)
+    assert caught.value.images == [OVERFLOWING]
+    assert is_named(f"image {OVERFLOWING}", str(caught.value))
+    for image, embeds in enumerate(caught.value.image_embeds):
+        if image == OVERFLOWING:
+            assert embeds is None
+            continue
+        one = planted.images(slice(image, image + 1))
+        alone = encoder(one.pixel_values, one.grid.rows)
+        assert relative_l2(embeds, alone) <= (2e-6 if encoder.dtype == np.float32 else 2e-3)
+
+
+def test_an_image_that_overflows_is_named_and_the_others_are_given(runtime: VisionEncoder) -> None:
+    check_others_are_given(runtime, overflowing(np.float32))
+
+
+def test_where_attention_is_masked_it_spoils_the_others_only_for_a_moment(tmp_path: Path) -> None:
+    source = WeightSource(random_config=HEAD_DIM_80, seed=1)
+    export_model_directory(source, tmp_path / "m", precision="fp16")
+    planted = overflowing(np.float16)
+    options: dict[str, Any] = {"backend": "onnxruntime-cpu"}
+    with VisionEncoder.open(tmp_path / "m", refuse_non_finite=False, **options) as encoder:
+        together = planted.grid.split(encoder(planted.pixel_values, planted.grid.rows))
+        assert all(np.isnan(embeds).any() for embeds in together)  # what there is to mend
+    with VisionEncoder.open(tmp_path / "m", **options) as encoder:
+        check_others_are_given(encoder, planted)
+
+
+def test_images_that_are_not_finite_can_be_none(
+    runtime: VisionEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "mmvision_export.runtime.vision_encoder.batch_from_images",
+        lambda images, config, **options: overflowing(np.float32),
+    )
+    images = [Image.new("RGB", (28, 28))] * 3
+    found = runtime.encode_images(images, not_finite="none")
+    assert [embeds is None for embeds in found] == [False, True, False]
+    with pytest.raises(NotFiniteError):
+        runtime.encode_images(images)
+    with refused(InputError, "not_finite", "'ignore'"):
+        runtime.encode_images(images, not_finite="ignore")  # type: ignore[call-overload]
 
 
 def test_bfloat16_directory_is_refused_on_the_cpu(tmp_path: Path) -> None:

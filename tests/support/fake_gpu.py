@@ -86,6 +86,8 @@ class Context:
             self.trt.first_rows.append(tuple(int(value) for value in grid[0]))
             assert grid.prod(axis=1).sum() == len(pixels)
             assert np.isfinite(pixels).all(), "padding that is not finite"
+            if self.trt.rows_per_slot is not None:
+                check_slots(pixels, grid, self.trt.rows_per_slot)
             array("image_embeds")[:] = expected_embeds(pixels, self.trt.text_hidden)
 
         ranges = [(addresses[name], array(name).nbytes) for name in TENSORS]
@@ -93,6 +95,19 @@ class Context:
         if result:
             self.trt.log_error(f"Cuda Runtime ({result}) in a layer")
         return result == 0
+
+
+def check_slots(pixels: np.ndarray, grid: np.ndarray, rows_per_slot: int) -> None:
+    """What a graph for images in slots of equal length assumes of its inputs."""
+    slots, rest = divmod(len(grid), rows_per_slot)
+    assert rest == 0
+    assert len(pixels) % slots == 0, "slots of different length"
+    length = len(pixels) // slots
+    counts = grid.prod(axis=1).reshape(slots, rows_per_slot)
+    assert (counts.sum(axis=1) == length).all(), "an image and its padding are no slot"
+    assert (counts[:, 0] > 0).all(), "a slot without an image"
+    for slot, count in enumerate(counts[:, 0]):
+        assert not pixels[slot * length + count : (slot + 1) * length].any(), "padding is not zeros"
 
 
 def expected_embeds(pixels: np.ndarray, text_hidden: int) -> np.ndarray:
@@ -196,6 +211,7 @@ class TensorRT:
         self.text_hidden = text_hidden
         self.profiles = profiles
         self.fail: str | None = None
+        self.rows_per_slot: int | None = None
         self.deserialised: list[bytes] = []
         self.configs: list[RuntimeConfig] = []
         self.first_rows: list[tuple[int, ...]] = []  # of each launch, as it found them

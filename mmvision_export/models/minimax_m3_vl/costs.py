@@ -91,3 +91,14 @@ class Costs:
         """
         tokens = max(patches, FLOOR_PATCHES) // self.config.patches_per_token
         return tokens * self.per_token + self.attention(patches**2 if self.masked else squares)
+
+    def uniform(self, slots: int, slot_patches: int) -> int:
+        """Of one launch of slots of one length, each of which attends to itself alone.
+
+        Args:
+            slots: In all, unused ones included.
+            slot_patches: Of each, padding included.
+        """
+        patches = slots * slot_patches
+        tokens = max(patches, FLOOR_PATCHES) // self.config.patches_per_token
+        return tokens * self.per_token + self.attention(patches * slot_patches)

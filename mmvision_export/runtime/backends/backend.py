@@ -17,6 +17,7 @@ from mmvision_export.core.verified_files import VERIFY, Verify
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.device_array import DeviceArray
+from mmvision_export.runtime.memory_guard import MemoryGuard
 
 __all__ = ["Backend", "BackendInfo", "BackendOptions", "DeviceBackend"]
 
@@ -156,6 +157,11 @@ class Backend(Protocol):
         dtype: Float type of `pixel_values` and `image_embeds`.
         profiles: Sizes of one launch, empty for any. A batch may have any number of images; each
             must fit one.
+        largest_image: Most patches of one image, or None for any number.
+        guard: Refuses launches that need more memory than there is; None where a backend has held
+            all that a launch needs since it was opened.
+        is_isolated: Whether no image can reach another of its launch, as it can where attention is
+            masked: there one that overflows spoils the others.
         info: What runs.
     """
 
@@ -163,6 +169,9 @@ class Backend(Protocol):
     config: EncoderConfig
     dtype: np.dtype[Any]
     profiles: Sequence[Profile]
+    largest_image: int | None
+    guard: MemoryGuard | None
+    is_isolated: bool
     info: BackendInfo
 
     @classmethod

@@ -24,11 +24,13 @@ import numpy.typing as npt
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.memory import gigabytes
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.available_memory import device_available_bytes
 from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.backends.pinned_rows import PinnedRows
-from mmvision_export.runtime.launch_planner import Launch, padding_rows
+from mmvision_export.runtime.planner import LaunchLayout, Piece
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -81,7 +83,8 @@ class Lane:
         """Allocate everything.
 
         Raises:
-            BackendError: TensorRT or CUDA refused a step.
+            BackendError: The device has less memory than the engine needs, or TensorRT or CUDA refused
+                a step.
         """
         cuda, config = self._cuda, self._config
         self._stream = self._held(cuda.new_stream(), cuda.free_stream)
@@ -97,13 +100,16 @@ class Lane:
             "grid_thw": images * 3 * np.dtype(np.int64).itemsize,
             "image_embeds": tokens * self._token_bytes,
         }
+        memory_bytes = max(
+            engine.get_device_memory_size_for_profile_v2(i) for i in range(len(self._profiles))
+        )
+        _refuse_beyond_memory(
+            sum(sizes.values()) + memory_bytes, device_available_bytes(cuda), cuda.device
+        )
         self._addresses = {
             name: self._held(cuda.allocate(size), cuda.free) for name, size in sizes.items()
         }
         self._rows = PinnedRows(cuda, images, self._cleanup)
-        memory_bytes = max(
-            engine.get_device_memory_size_for_profile_v2(i) for i in range(len(self._profiles))
-        )
         memory = self._held(cuda.allocate(memory_bytes), cuda.free) if memory_bytes else 0
         for index in range(len(self._profiles)):
             context = new_context()
@@ -123,7 +129,7 @@ class Lane:
 
     def run(
         self,
-        plan: Sequence[Launch],
+        layouts: Sequence[LaunchLayout],
         batch: PackedBatch,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
         *,
@@ -132,7 +138,7 @@ class Lane:
         """Run the launches of a batch, in order.
 
         Args:
-            plan: From `plan_launches`.
+            layouts: Of the launches, from a planner.
             batch: In host memory, or with a `DeviceArray` for its patches.
             image_embeds: `[num_image_tokens, text_hidden_size]`, filled.
             stream: A stream of the caller's, or None. With one, and all arrays on the device, this
@@ -145,8 +151,8 @@ class Lane:
             self._cuda.record(self._arrived, joined)
             self._cuda.wait(self._stream, self._arrived)
         try:
-            for launch in plan:
-                self._launch(launch, batch, image_embeds)
+            for layout in layouts:
+                self._launch(layout, batch.pixel_values, image_embeds)
             self._cuda.record(self._done, self._stream)
             if stream is not None:
                 self._cuda.wait(stream, self._done)
@@ -160,43 +166,51 @@ class Lane:
 
     def _launch(
         self,
-        launch: Launch,
-        batch: PackedBatch,
+        layout: LaunchLayout,
+        pixel_values: npt.NDArray[np.floating] | DeviceArray,
         image_embeds: npt.NDArray[np.floating] | DeviceArray,
     ) -> None:
-        stream = self._stream
-        profile = self._profiles[launch.profile]
-        first, num_patches = launch.patches.start, launch.patches.stop - launch.patches.start
-        pixel_values, rows = batch.pixel_values, batch.grid.rows[launch.images]
-        rows = np.concatenate([rows, padding_rows(num_patches, len(rows), profile, self._config)])
-        padded = profile.max_patches if profile.is_bucket else num_patches
-        target = self._addresses["pixel_values"]
-        if isinstance(pixel_values, DeviceArray):
-            source = pixel_values.address + first * self._patch_bytes
-            self._cuda.on_device(target, source, num_patches * self._patch_bytes, stream)
-        else:
-            self._cuda.to_device(target, pixel_values[launch.patches], stream)
-        if padded > num_patches:
-            # What an earlier batch left there would be as good, but this is the same each time.
-            rest = (padded - num_patches) * self._patch_bytes
-            self._cuda.zero(target + num_patches * self._patch_bytes, rest, stream)
-        self._rows.send(self._addresses["grid_thw"], rows, stream)
-        self._execute(launch.profile, (padded, len(rows)))
-        per_token = self._config.patches_per_token
-        tokens = slice(first // per_token, launch.patches.stop // per_token)
-        source, size = (
-            self._addresses["image_embeds"],
-            (tokens.stop - tokens.start) * self._token_bytes,
-        )
-        if isinstance(image_embeds, DeviceArray):
-            self._cuda.on_device(
-                image_embeds.address + tokens.start * self._token_bytes, source, size, stream
-            )
-        else:
-            self._cuda.to_host(image_embeds[tokens], source, stream)
+        for piece in layout.pieces:
+            self._bring(piece, pixel_values)
+        self._execute_padded(layout)
+        for piece in layout.pieces:
+            self._give(piece.tokens(self._config.patches_per_token), image_embeds)
 
-    def capture_all(self) -> None:
+    def _bring(self, piece: Piece, pixel_values: npt.NDArray[np.floating] | DeviceArray) -> None:
+        target = self._addresses["pixel_values"] + piece.launch.start * self._patch_bytes
+        if isinstance(pixel_values, DeviceArray):
+            source = pixel_values.address + piece.batch.start * self._patch_bytes
+            size = (piece.batch.stop - piece.batch.start) * self._patch_bytes
+            self._cuda.on_device(target, source, size, self._stream)
+        else:
+            self._cuda.to_device(target, pixel_values[piece.batch], self._stream)
+
+    def _give(self, tokens: Piece, image_embeds: npt.NDArray[np.floating] | DeviceArray) -> None:
+        source = self._addresses["image_embeds"] + tokens.launch.start * self._token_bytes
+        if isinstance(image_embeds, DeviceArray):
+            target = image_embeds.address + tokens.batch.start * self._token_bytes
+            size = (tokens.batch.stop - tokens.batch.start) * self._token_bytes
+            self._cuda.on_device(target, source, size, self._stream)
+        else:
+            self._cuda.to_host(image_embeds[tokens.batch], source, self._stream)
+
+    def _execute_padded(self, layout: LaunchLayout) -> None:
+        """Run on what was brought, with zeros between."""
+        for gap in layout.gaps:
+            # What an earlier batch left there would be as good, but this is the same each time.
+            self._cuda.zero(
+                self._addresses["pixel_values"] + gap.start * self._patch_bytes,
+                (gap.stop - gap.start) * self._patch_bytes,
+                self._stream,
+            )
+        self._rows.send(self._addresses["grid_thw"], layout.rows, self._stream)
+        self._execute(layout.profile, (layout.num_patches, len(layout.rows)))
+
+    def capture_all(self, idle: Callable[[int], LaunchLayout]) -> None:
         """Run each bucket once on padding alone and capture it, so that no later call does.
+
+        Args:
+            idle: The layout of a bucket's launch without an image, of a planner.
 
         Raises:
             BackendError: TensorRT or CUDA refused a step. A refused capture is none: see
@@ -206,11 +220,7 @@ class Lane:
             return
         for index, profile in enumerate(self._profiles):
             if profile.is_bucket:
-                size = profile.max_patches * self._patch_bytes
-                self._cuda.zero(self._addresses["pixel_values"], size, self._stream)
-                rows = padding_rows(0, 0, profile, self._config)
-                self._rows.send(self._addresses["grid_thw"], rows, self._stream)
-                self._execute(index, (profile.max_patches, len(rows)))
+                self._execute_padded(idle(index))
         self._cuda.synchronize(self._stream)
 
     def _execute(self, profile: int, shape: tuple[int, int]) -> None:
@@ -264,3 +274,13 @@ class Lane:
             self._contexts.clear()
             self._graphs.clear()
             self._cleanup.close()
+
+
+def _refuse_beyond_memory(needed: int, available: int, device: int) -> None:
+    if needed > available:
+        raise BackendError(
+            f"a stream of the engine needs {needed} bytes ({gigabytes(needed)}) for patches, "
+            f"embeddings and activations, CUDA device {device} has {available} bytes "
+            f"({gigabytes(available)}) available",
+            hint="open it with fewer streams, free memory, or build an engine with smaller buckets",
+        )

@@ -14,9 +14,16 @@ from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.verified_files import verify_file
 from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.available_memory import (
+    device_available_bytes_or_none,
+    host_available_bytes,
+)
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.launch_planner import LaunchPlanner
+from mmvision_export.runtime.memory_guard import MemoryGuard
+from mmvision_export.runtime.planner import LaunchLayout, run_layouts, whole_layout
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -80,12 +87,15 @@ class OnnxRuntimeBackend:
         # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
         source = manifest.quantization.get(graph, {}).get("source", graph)
         self._masked = source != CPU_GRAPH
+        self.is_isolated = not self._masked
         self.config = manifest.config
-        self._plan = self._new_planner(options)
+        self._planner = self._new_planner(options)
+        self.largest_image = None if self._planner is None else self._planner.largest_image
         self._session: onnxruntime.InferenceSession | None = self._new_session(
             directory / graph, options
         )
         self.dtype: np.dtype[Any] = np.dtype(_DTYPES[self._session.get_inputs()[0].type])
+        self.guard = self._new_guard(options)
         import onnxruntime
 
         self.info = BackendInfo(
@@ -95,6 +105,7 @@ class OnnxRuntimeBackend:
             weights_sha256=manifest.record_of(DATA).sha256,
             model=str(directory),
             graph=graph,
+            splitting=None if self._planner is None else self._planner.splitting,
         )
 
     def _graph_name(self, manifest: Manifest) -> str:
@@ -105,6 +116,16 @@ class OnnxRuntimeBackend:
         """What cuts batches into launches; None where a batch is one launch."""
         return None
 
+    def _new_guard(self, options: BackendOptions) -> MemoryGuard:
+        """What refuses launches beyond the memory.
+
+        On a GPU attention is taken to be fused: whether it is has not been measured.
+        """
+        memory = LaunchMemory(
+            config=self.config, way="dense", itemsize=self.dtype.itemsize, fused=True
+        )
+        return MemoryGuard(memory, lambda: device_available_bytes_or_none(options.device), "device")
+
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
         return create_session(
             graph, provider=PROVIDERS[self.name], device=options.device, threads=options.threads
@@ -112,15 +133,19 @@ class OnnxRuntimeBackend:
 
     def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        if self._plan is None:
-            return self._launch(batch)
-        pieces = [self._launch(batch.images(launch.images)) for launch in self._plan(batch.grid)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if self._planner is None:
+            layouts: Sequence[LaunchLayout] = [whole_layout(batch.grid)]
+        else:
+            layouts = self._planner.layouts(batch.grid)
+        with self.guard.watched(batch.grid, layouts):
+            return run_layouts(layouts, batch, self._launch)
 
-    def _launch(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+    def _launch(
+        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.floating]:
         if self._session is None:
             raise BackendError("the encoder is closed")
-        feeds = {"pixel_values": batch.pixel_values, "grid_thw": batch.grid.rows}
+        feeds = {"pixel_values": pixel_values, "grid_thw": grid_thw}
         try:
             (image_embeds,) = self._session.run(None, feeds)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -143,6 +168,14 @@ class CpuBackend(OnnxRuntimeBackend):
             return None
         # The work and memory of masked attention grow with the square of a launch, so that a batch is cut.
         return LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+
+    def _new_guard(self, options: BackendOptions) -> MemoryGuard:
+        # Operators that the CPU provider has in float32 only get a copy of float16 activations.
+        itemsize = 4 if self.dtype == np.float32 else 2 + 4
+        memory = LaunchMemory(
+            config=self.config, way="dense" if self._masked else "blocked", itemsize=itemsize
+        )
+        return MemoryGuard(memory, host_available_bytes)
 
     def _graph_name(self, manifest: Manifest) -> str:
         if manifest.precision == "bf16":

@@ -12,14 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mmvision_export.artifacts.manifest import DATA, OPENVINO_GRAPH, Manifest
+from mmvision_export.artifacts.manifest import DATA, OPENVINO_GRAPH, UNIFORM_GRAPH, Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.verified_files import verify_file
 from mmvision_export.models.minimax_m3_vl.costs import Costs
+from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
+from mmvision_export.runtime.available_memory import host_available_bytes
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
-from mmvision_export.runtime.launch_planner import LaunchPlanner
+from mmvision_export.runtime.launch_planner import Launch, LaunchPlanner
+from mmvision_export.runtime.memory_guard import MemoryGuard
+from mmvision_export.runtime.planner import Planner, run_layouts
+from mmvision_export.runtime.slot_planner import SlotLaunch, SlotPlanner
 
 if TYPE_CHECKING:
     import openvino
@@ -68,10 +73,11 @@ def cpu_capabilities(core: openvino.Core) -> tuple[str, ...]:
 
 
 class OpenVinoBackend:
-    """A model directory's `model.openvino.onnx` in OpenVINO, on the CPU. See `Backend`.
+    """A model directory's `model.uniform.onnx` in OpenVINO, on the CPU. See `Backend`.
 
-    Its attention is masked and costs the square of a launch, so the planner cuts a batch between
-    images: work grows linearly with the number of images.
+    Images of like size share a launch, each in a slot of its own, so that attention costs about the
+    sum of their squares. A directory from before there was that graph has `model.openvino.onnx`,
+    whose attention is masked and costs the square of a launch: there a batch is cut between images.
 
     Calls of several threads take turns, launch by launch: each launch uses the whole thread pool.
 
@@ -83,6 +89,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     profiles: Sequence[Profile] = ()
+    largest_image: int | None = None
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
         precision = options.precision or "fp32"
@@ -91,7 +98,7 @@ class OpenVinoBackend:
                 f"{self.name} computes in {' or '.join(PRECISIONS)}, got {precision!r}"
             )
         manifest = Manifest.read(directory)
-        _refuse_without_graph(directory, manifest)
+        graph = _graph_of(directory, manifest)
         openvino: Any = import_openvino()
         core = openvino.Core()
         device = str(core.get_property(_DEVICE, "FULL_DEVICE_NAME"))
@@ -102,7 +109,7 @@ class OpenVinoBackend:
                 hint="leave the precision out: fp32 runs on every CPU",
             )
         # The graph is small and hashed at each opening, the weights once.
-        manifest.verify(directory, [OPENVINO_GRAPH])
+        manifest.verify(directory, [graph])
         verify_file(
             manifest.record_of(DATA),
             manifest.path_of(directory, DATA),
@@ -120,9 +127,9 @@ class OpenVinoBackend:
             settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
             # Weights are mapped from their file; kernels keep copies in the order they need.
-            compiled = core.compile_model(str(directory / OPENVINO_GRAPH), _DEVICE, settings)
+            compiled = core.compile_model(str(directory / graph), _DEVICE, settings)
         except Exception as error:  # OpenVINO's exceptions have no common base
-            raise BackendError(f"OpenVINO cannot load {OPENVINO_GRAPH}: {error}") from error
+            raise BackendError(f"OpenVINO cannot load {graph}: {error}") from error
         # What a CPU has not, it replaces by float32 without a word.
         if (chosen := compiled.get_property("INFERENCE_PRECISION_HINT")) != getattr(
             openvino.Type, PRECISIONS[precision]
@@ -132,14 +139,24 @@ class OpenVinoBackend:
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self._request: Any = compiled.create_infer_request()
         self._turn = threading.Lock()
-        self._plan = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
+        self.is_isolated = is_uniform = graph == UNIFORM_GRAPH
+        self._planner: Planner[SlotLaunch] | Planner[Launch] = (
+            SlotPlanner((), Costs(self.config, masked=False))
+            if is_uniform
+            else LaunchPlanner((), Costs(self.config, masked=True))
+        )
+        memory = LaunchMemory(
+            config=self.config, way="uniform" if is_uniform else "dense", fused=True
+        )
+        self.guard = MemoryGuard(memory, host_available_bytes)
         self.info = BackendInfo(
             runtime="openvino",
             version=openvino.__version__.partition("-")[0],
             precision=precision,
             weights_sha256=manifest.record_of(DATA).sha256,
             model=str(directory),
-            graph=OPENVINO_GRAPH,
+            graph=graph,
+            splitting=self._planner.splitting,
             cpu=device,
             threads=int(compiled.get_property("INFERENCE_NUM_THREADS")),
         )
@@ -151,18 +168,19 @@ class OpenVinoBackend:
 
     def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
-        pieces = [self._launch(batch.images(launch.images)) for launch in self._plan(batch.grid)]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        layouts = self._planner.layouts(batch.grid)
+        with self.guard.watched(batch.grid, layouts):
+            return run_layouts(layouts, batch, self._launch)
 
-    def _launch(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
+    def _launch(
+        self, pixel_values: npt.NDArray[np.floating], grid_thw: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.floating]:
         with self._turn:
             if self._request is None:
                 raise BackendError("the encoder is closed")
             try:
                 # The inputs are read in place.
-                results = self._request.infer(
-                    [batch.pixel_values, batch.grid.rows], share_inputs=True
-                )
+                results = self._request.infer([pixel_values, grid_thw], share_inputs=True)
             except Exception as error:  # OpenVINO's exceptions have no common base
                 raise BackendError(f"OpenVINO failed: {error}") from error
             image_embeds: npt.NDArray[np.floating] = results[0]
@@ -174,14 +192,18 @@ class OpenVinoBackend:
             self._request = None
 
 
-def _refuse_without_graph(directory: Path, manifest: Manifest) -> None:
+def _graph_of(directory: Path, manifest: Manifest) -> str:
+    """The file of a model directory that OpenVINO runs: the newest flavour that is there."""
     if manifest.precision != "fp32":
         raise BackendError(
             f"openvino runs float32 models, {directory} is {manifest.precision}",
             hint="export with --fp32; bf16 is then a precision of the backend",
         )
-    if OPENVINO_GRAPH not in manifest.files:
-        raise ManifestError(
-            f"{directory} has no {OPENVINO_GRAPH}: it was exported before there was one",
-            hint="export it again, or choose --backend onnxruntime-cpu",
-        )
+    for graph in (UNIFORM_GRAPH, OPENVINO_GRAPH):
+        if graph in manifest.files:
+            return graph
+    raise ManifestError(
+        f"{directory} has neither {UNIFORM_GRAPH} nor {OPENVINO_GRAPH}: it was exported before there "
+        "was one",
+        hint="export it again, or choose --backend onnxruntime-cpu",
+    )

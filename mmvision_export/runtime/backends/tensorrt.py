@@ -27,7 +27,6 @@ from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.trust import refuse_untrusted
-from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
@@ -35,7 +34,8 @@ from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.backends.engines import open_fitting
 from mmvision_export.runtime.backends.launch_lane import Lane
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
-from mmvision_export.runtime.launch_planner import LaunchPlanner
+from mmvision_export.runtime.memory_guard import MemoryGuard
+from mmvision_export.runtime.slot_planner import planner_for_engine
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -91,6 +91,7 @@ class TensorRTBackend:
 
     name = "tensorrt"
     kind: ClassVar[TensorRTName] = "tensorrt"
+    guard: MemoryGuard | None = None
 
     @classmethod
     def open(cls, path: Path, options: BackendOptions) -> TensorRTBackend:
@@ -134,9 +135,9 @@ class TensorRTBackend:
         self.config = record.config
         self.profiles: Sequence[Profile] = record.profiles
         self.dtype: np.dtype[Any] = np.dtype(PRECISIONS[record.precision].io_dtype)
-        self._plan = LaunchPlanner(
-            self.profiles, Costs(record.config, masked=record.attention.masked)
-        )
+        self._planner = planner_for_engine(record.attention, self.profiles, self.config)
+        self.is_isolated = not record.attention.masked
+        self.largest_image = self._planner.largest_image
         self._cuda_graphs = options.cuda_graphs and any(p.is_bucket for p in record.profiles)
         self.info = BackendInfo(
             runtime="tensorrt",
@@ -145,15 +146,10 @@ class TensorRTBackend:
             weights_sha256=record.graph.data_sha256,
             engine=str(engine),
             attention=str(record.attention),
-            splitting="batches are cut between images where counted operations say that is cheaper: attention is "
-            + (
-                "masked and costs the square of a launch"
-                if record.attention.masked
-                else "packed and costs the square of an image"
-            ),
+            splitting=self._planner.splitting,
             compute_capability=str(compute_capability),
             cuda_graphs=self._cuda_graphs,
-            profiles=[str(profile) for profile in record.profiles],
+            profiles=[self._planner.size_text(i) for i in range(len(record.profiles))],
             streams=options.streams,
         )
         self.device = cuda.device
@@ -200,7 +196,7 @@ class TensorRTBackend:
             self._cleanup.callback(lane.close)
             lane.open(self._engine, lambda: self._new_context(module))
             if options.capture_on_open:
-                lane.capture_all()
+                lane.capture_all(self._planner.idle)
                 self._note_refusals(lane)
             self._lanes.put(lane)
             self._num_lanes += 1
@@ -233,16 +229,16 @@ class TensorRTBackend:
         stream: int | None,
     ) -> None:
         """See `DeviceBackend.run_into`."""
-        plan = self._plan(batch.grid)
+        layouts = self._planner.layouts(batch.grid)
         with self._lane() as lane:
             self._cuda.use()
-            lane.run(plan, batch, image_embeds, stream=stream)
+            lane.run(layouts, batch, image_embeds, stream=stream)
             self._note_refusals(lane)
 
     def _note_refusals(self, lane: Lane) -> None:
         if lane.refusals:
             self.info.captures_refused = {
-                str(self.profiles[index]): reason for index, reason in lane.refusals.items()
+                self._planner.size_text(index): reason for index, reason in lane.refusals.items()
             }
 
     @contextlib.contextmanager
