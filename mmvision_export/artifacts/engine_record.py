@@ -27,6 +27,7 @@ from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 __all__ = [
     "EngineAttention",
     "EngineRecord",
+    "EngineWay",
     "GraphRecord",
     "NativeBody",
     "PluginFile",
@@ -36,6 +37,14 @@ __all__ = [
 
 NativeBody = Literal["attention", "matmul"]
 """Standard operators that attention is built from: ONNX's own, or two products and a softmax."""
+
+EngineWay = Literal["plugin", "packed", "native", "uniform", "equal"]
+"""How an engine does attention.
+
+`plugin` and `packed` take the segments as they are. `native` masks one product over the whole batch.
+`uniform` takes images in slots of equal length, each with its padding behind it, and `equal` images
+that fill their slots.
+"""
 
 _FORMAT = 2
 _REBUILD = "build it again here with: mmvision build-engine"
@@ -47,11 +56,11 @@ class EngineAttention:
 
     Attributes:
         way: Our plugins, TensorRT's packed attention, or standard operators.
-        body: The standard operators it was built from; None where it is not native.
-        fused: Whether every native attention is known to be one fused kernel.
+        body: The standard operators it was built from; None where it has none.
+        fused: Whether every attention of standard operators is known to be one fused kernel.
     """
 
-    way: Literal["plugin", "packed", "native"]
+    way: EngineWay
     body: NativeBody | None = None
     fused: bool = False
 
@@ -60,12 +69,18 @@ class EngineAttention:
         """Whether it is one masked product over the whole batch, which costs its square."""
         return self.way == "native"
 
+    @property
+    def rows_per_slot(self) -> int | None:
+        """Rows of `grid_thw` for each slot of a launch; None where images follow one another."""
+        return {"uniform": 2, "equal": 1}.get(self.way)
+
     def __str__(self) -> str:
         if self.way == "plugin":
             return "plugin"
         if self.way == "packed":
             return "packed, TensorRT's own"
-        return f"{self.body} body, {'fused' if self.fused else 'left to the builder'}"
+        body = f"{self.body} body, {'fused' if self.fused else 'left to the builder'}"
+        return body if self.way == "native" else f"{self.way}, {body}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +183,14 @@ class EngineRecord:
             )
         if not self.profiles:
             raise ManifestError("profiles must have at least one entry")
+        rows = self.attention.rows_per_slot
+        for index, profile in enumerate(self.profiles if rows is not None else ()):
+            slots, rest = divmod(profile.max_images, rows or 1)
+            if not profile.is_bucket or rest or profile.max_patches % slots:
+                raise ManifestError(
+                    f"profiles[{index}] of {self.attention.way} attention must be a bucket of slots "
+                    f"with {rows} rows each, got {profile}"
+                )
 
     @property
     def plan_per_weights(self) -> float | None:
@@ -231,8 +254,8 @@ def _upgraded(form: int, content: dict[str, Any]) -> dict[str, Any]:
     words = content.get("attention")
     lowering = content.pop("lowering", None)
     if lowering is None and isinstance(words, str):
-        way = next((way for way in ("plugin", "packed") if words.startswith(way)), "native")
-        body = words.partition(" body, ")[0]
+        way = next((way for way in get_args(EngineWay) if words.startswith(way)), "native")
+        body = words.partition(" body, ")[0].rpartition(" ")[2]
         lowering = {
             "way": way,
             "body": body if body in get_args(NativeBody) else None,

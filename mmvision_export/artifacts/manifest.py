@@ -30,6 +30,7 @@ __all__ = [
     "MANIFEST",
     "OPENVINO_GRAPH",
     "PLANS",
+    "UNIFORM_GRAPH",
     "Manifest",
     "find_model_directory",
     "flavour_graph",
@@ -40,8 +41,12 @@ GRAPH = "model.onnx"
 DATA = "model.onnx.data"
 CPU_GRAPH = "model.cpu.onnx"
 """The float32 graph laid out for ONNX Runtime on a CPU; its weights are in `DATA` too."""
+UNIFORM_GRAPH = "model.uniform.onnx"
+"""The float32 graph for images in slots of equal length, which OpenVINO reads; its weights are in `DATA`
+too."""
 OPENVINO_GRAPH = "model.openvino.onnx"
-"""The graph of a float32 directory as OpenVINO reads it; its weights are in `DATA` too."""
+"""What directories have that were exported before there was `UNIFORM_GRAPH`: the portable graph as
+OpenVINO reads it."""
 MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from mmvision_export.core.errors import EngineError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
-__all__ = ["DEFAULT_PROFILE", "Profile", "checked_profile", "profiles_from_buckets"]
+__all__ = [
+    "DEFAULT_PROFILE",
+    "DEFAULT_SLOTS",
+    "Profile",
+    "checked_profile",
+    "profiles_from_buckets",
+    "profiles_from_slots",
+]
 
 _OPT_IMAGES = 4
 
@@ -20,7 +27,7 @@ class Profile:
 
     A profile of one size only is a *bucket*: smaller batches are padded to it (see
     `launch_planner.padding_rows`), so that every shape is static and one CUDA graph serves them
-    all.
+    all. A bucket may be cut into *slots* of equal length, each for one image and its padding.
 
     Attributes:
         min_patches: Fewest patches of a batch.
@@ -28,9 +35,12 @@ class Profile:
         max_patches: Most patches of a batch, all images together.
         max_images: Most rows of `grid_thw`, in a bucket the padding's row among them.
         min_images: Fewest rows of `grid_thw`.
+        slots: Slots of a bucket: each has as many patches and as many rows as any other. None where
+            images follow one another.
 
     Raises:
-        EngineError: A size is no positive integer, or they do not ascend.
+        EngineError: A size is no positive integer, sizes do not ascend, or there are slots in what
+            is no bucket or that cannot be cut into so many.
     """
 
     min_patches: int
@@ -38,15 +48,30 @@ class Profile:
     max_patches: int
     max_images: int
     min_images: int = 1
+    slots: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name == "slots" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise EngineError(f"{name} must be a positive integer, got {value!r}")
         for names in (("min_patches", "opt_patches", "max_patches"), ("min_images", "max_images")):
             sizes = [getattr(self, name) for name in names]
             if sizes != sorted(sizes):
                 raise EngineError(f"{', '.join(names)} must ascend, got {sizes}")
+        if self.slots is not None:
+            parts = (self.max_patches, self.max_images)
+            if not self.is_bucket or any(size % self.slots for size in parts):
+                raise EngineError(
+                    f"slots must divide the max_patches and max_images of a bucket, got {self.slots} "
+                    f"of {parts[0]} and {parts[1]}"
+                )
+
+    @property
+    def rows_per_slot(self) -> int | None:
+        """Rows of `grid_thw` for each slot: 2, an image and its padding, or 1, an image alone."""
+        return None if self.slots is None else self.max_images // self.slots
 
     @functools.cached_property
     def is_bucket(self) -> bool:
@@ -84,6 +109,12 @@ DEFAULT_PROFILE = Profile(min_patches=4, opt_patches=1024, max_patches=4096, max
 """Where nobody says otherwise. A still image is at most 2304 patches with the released preprocessing."""
 
 
+DEFAULT_SLOTS = ((1, 256), (1, 1024), (1, 4096), (4, 1024), (16, 256))
+"""Slots and their length, where nobody says otherwise. No launch has more patches than `DEFAULT_PROFILE`
+takes, hence no more activations: one image of up to 4,096 patches, or several smaller ones at once, since
+a launch of less than some thousand patches does not fill a GPU."""
+
+
 def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
     """A profile that fits an encoder.
 
@@ -94,7 +125,10 @@ def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
     per_token = config.patches_per_token
     for name in ("min_patches", "opt_patches", "max_patches"):
         _refuse_partial_blocks(name, getattr(profile, name), per_token)
-    if profile.max_images > (most := profile.max_patches // per_token):
+    if profile.slots is not None:
+        # Where an image fills its slot, the row of its padding counts no patches.
+        _refuse_partial_blocks("a slot", profile.max_patches // profile.slots, per_token)
+    elif profile.max_images > (most := profile.max_patches // per_token):
         raise EngineError(
             f"max_images must be between 1 and {most} (every image has at least {per_token} "
             f"patches), got {profile.max_images}"
@@ -135,6 +169,48 @@ def profiles_from_buckets(
                 max_patches=size,
                 min_images=rows,
                 max_images=rows,
+            )
+        )
+    return profiles
+
+
+def profiles_from_slots(
+    slots: Sequence[tuple[int, int]], rows_per_slot: int, config: EncoderConfig
+) -> list[Profile]:
+    """One profile of a single size for each pair of a number of slots and their length.
+
+    Args:
+        slots: (S, L): S slots of L patches each, in any order.
+        rows_per_slot: Rows of `grid_thw`: 2 for an image and its padding, 1 for images that fill
+            their slots.
+        config: Gives the size of a merge block.
+
+    Returns:
+        Buckets of S * L patches and rows_per_slot * S rows, the smallest first.
+
+    Raises:
+        EngineError: No pairs, one is given twice, there are no slots, or their length is not a
+            positive number of whole merge blocks; or `rows_per_slot` is neither 1 nor 2.
+    """
+    if rows_per_slot not in (1, 2):
+        raise EngineError(f"rows_per_slot must be 1 or 2, got {rows_per_slot}")
+    names = ", ".join(f"{count}x{patches}" for count, patches in slots)
+    if not slots or min(count for count, _ in slots) < 1:
+        raise EngineError(f"there must be at least one bucket with one slot, got {names or 'none'}")
+    if len(set(slots)) < len(slots):
+        raise EngineError(f"every bucket must be given once, got {names}")
+    profiles = []
+    for count, patches in sorted(slots, key=lambda pair: (pair[0] * pair[1], pair)):
+        _refuse_partial_blocks("a slot", patches, config.patches_per_token)
+        size, rows = count * patches, count * rows_per_slot
+        profiles.append(
+            Profile(
+                min_patches=size,
+                opt_patches=size,
+                max_patches=size,
+                min_images=rows,
+                max_images=rows,
+                slots=count,
             )
         )
     return profiles
