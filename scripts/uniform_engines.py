@@ -47,8 +47,15 @@ CONFIG = EncoderConfig(
     projector_hidden_size=112,
 )
 
-MaskForm = Literal["none", "[S, 1, 1, L]", "[S, 1, L, L]"]
+MaskForm = Literal["none", "[S, 1, 1, L]", "[S, 1, L, L]", "[1, 1, N, N]"]
 Shapes = Literal["dynamic", "static"]
+
+
+_BODIES: dict[AttentionWay, AttentionBody] = {
+    "uniform": "uniform_attention",
+    "equal": "equal_attention",
+    "native": "attention",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +63,18 @@ class Case:
     """One engine.
 
     Attributes:
-        way: `uniform` or `equal`.
+        way: `uniform` or `equal`, and `native` beside them.
         mask: Form of the key mask.
         shapes: Whether the network's inputs are dynamic, with one profile of one size, or static.
         slots: S and L.
+        precision: fp16; fp32 is the control, which has no fused kernel.
     """
 
     way: AttentionWay
     mask: MaskForm
     shapes: Shapes
     slots: tuple[int, int]
+    precision: str = "fp16"
 
 
 def cases() -> Iterator[Case]:
@@ -74,11 +83,13 @@ def cases() -> Iterator[Case]:
         ("uniform", "[S, 1, 1, L]"),
         ("uniform", "[S, 1, L, L]"),
         ("equal", "none"),
+        ("native", "[1, 1, N, N]"),
     )
     for slots in SLOTS:
         for way, mask in forms:
             yield Case(way, mask, "dynamic", slots)
             yield Case(way, mask, "static", slots)
+    yield Case("uniform", "[S, 1, 1, L]", "dynamic", SLOTS[0], precision="fp32")
 
 
 def expand_masks(model: ir.Model) -> None:
@@ -126,15 +137,15 @@ def request_for(case: Case, graph: Path, capability: ComputeCapability) -> PlanR
     target = resolve_target(
         directory,
         Manifest.read(directory),
-        precision="fp16",
+        precision=case.precision,
         backend="tensorrt-rtx",
         compute_capabilities=[capability],
         device=None,
         progress=Progress(),
     )
-    body: AttentionBody = "uniform_attention" if case.way == "uniform" else "equal_attention"
+    body = _BODIES[case.way]
     model = lowered_model(graph, Lowering(body), parser_version(target))
-    profiles = profiles_from_slots([case.slots], SLOT_WAYS[case.way], CONFIG)
+    profiles = profiles_from_slots([case.slots], SLOT_WAYS.get(case.way, 2), CONFIG)
     if case.mask == "[S, 1, L, L]":
         expand_masks(model)
     if case.shapes == "static":
@@ -183,10 +194,12 @@ def built(request: PlanRequest, *, decomposable: bool) -> Outcome:
 
     memory = ActivationMemory()
     logger = logging.getLogger("Polygraphy")
+    level = logger.level
     logger.addHandler(memory)
+    logger.setLevel(logging.DEBUG)
     start = time.perf_counter()
     try:
-        with G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE):
+        with G_LOGGER.verbosity(G_LOGGER.VERBOSE):
             plan: bytes | BuilderError = plan_from_model(
                 request, decomposable=decomposable, progress=Progress()
             )
@@ -194,6 +207,7 @@ def built(request: PlanRequest, *, decomposable: bool) -> Outcome:
         plan = error
     finally:
         logger.removeHandler(memory)
+        logger.setLevel(level)
     return Outcome(plan, time.perf_counter() - start, memory.megabytes)
 
 
@@ -203,12 +217,13 @@ def row_of(case: Case, capability: ComputeCapability, graph: Path) -> str:
     outcome = built(request, decomposable=False)
     kernel = "fused"
     if isinstance(outcome.plan, BuilderError):
-        kernel = str(outcome.plan).splitlines()[-1].strip()
+        said = re.search(r"Attention operation was [^.]*\.", str(outcome.plan))
+        kernel = said[0] if said is not None else str(outcome.plan).splitlines()[1].strip()
         outcome = built(request, decomposable=True)
     is_plan = isinstance(outcome.plan, bytes)
     size = f"{len(outcome.plan) / 1e6:.2f} MB" if isinstance(outcome.plan, bytes) else "not built"
     slots = "{} x {}".format(*case.slots)
-    cells = (case.way, case.mask, case.shapes, slots, str(capability), kernel)
+    cells = (case.precision, case.way, case.mask, case.shapes, slots, str(capability), kernel)
     memory = outcome.activations if is_plan else "not built"
     return f"| {' | '.join(cells)} | {outcome.seconds:.1f} s | {size} | {memory} |"
 
@@ -216,16 +231,21 @@ def row_of(case: Case, capability: ComputeCapability, graph: Path) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Print the table, row by row."""
     capabilities = [ComputeCapability.parse(text) for text in arguments or ("8.6", "8.9", "12.0")]
-    print("| way | mask | shapes | S x L | GPU | attention kernel | build | plan | activations |")
-    print("| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: |")
+    print(
+        "| precision | way | mask | shapes | S x L | GPU | attention kernel | build | plan | activations |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "narrow"
-        export_model_directory(
-            WeightSource(random_config=CONFIG, seed=1), directory, precision="fp16"
-        )
+        for precision in ("fp16", "fp32"):
+            export_model_directory(
+                WeightSource(random_config=CONFIG, seed=1),
+                Path(folder) / precision,
+                precision=precision,
+            )
         for capability in capabilities:
             for case in cases():
-                print(row_of(case, capability, directory / GRAPH), flush=True)
+                graph = Path(folder) / case.precision / GRAPH
+                print(row_of(case, capability, graph), flush=True)
 
 
 if __name__ == "__main__":

@@ -97,26 +97,48 @@ def test_nothing_is_found_in_what_a_parser_gets(
     assert not any(findings.values()), findings
 
 
-@pytest.mark.parametrize("parser", [(10, 3), (11, 1)])
-@pytest.mark.parametrize("body", ["uniform_matmul", "equal_matmul"])
-def test_nothing_is_found_in_slots_of_one_size(
-    body: AttentionBody, parser: tuple[int, int], graphs: dict[str, Path]
-) -> None:
-    """Four slots of 64 patches, every shape a constant."""
-    model = lowered_model(graphs["fp16"], Lowering(body), parser)
+def with_four_slots_of_64(model: ir.Model, rows: int) -> ir.Model:
+    """A lowered graph whose every shape is a constant."""
     pixel_values, grid_thw = model.graph.inputs
     pixel_values.shape = ir.Shape([256, HEAD_DIM_80.patch_dim])
-    grid_thw.shape = ir.Shape([8 if body == "uniform_matmul" else 4, 3])
+    grid_thw.shape = ir.Shape([4 * rows, 3])
     for node in model.graph:
         for output in node.outputs:
             output.shape = None
+    return model
+
+
+@pytest.mark.parametrize("parser", [(10, 3), (11, 1)])
+@pytest.mark.parametrize(("body", "rows"), [("uniform_matmul", 2), ("equal_matmul", 1)])
+def test_nothing_is_found_in_slots_of_one_size(
+    body: AttentionBody, rows: int, parser: tuple[int, int], graphs: dict[str, Path]
+) -> None:
+    model = with_four_slots_of_64(lowered_model(graphs["fp16"], Lowering(body), parser), rows)
     assert parser_findings(model, parser) == []
-    scores = next(
-        node
-        for node in model.graph
-        if (node.name or "").endswith("layers.0.self_attn.VarlenAttention.scores")
-    )
-    assert scores.outputs[0].shape == ir.Shape([4, 2, 64, 64])
+
+
+@pytest.mark.parametrize(
+    ("body", "rows", "mask"),
+    [("uniform_attention", 2, [(4, 1, 1, 64)]), ("equal_attention", 1, [])],
+)
+def test_slots_are_constant_shapes_to_tensorrt_rtx(
+    body: AttentionBody, rows: int, mask: list[tuple[int, ...]], graphs: dict[str, Path]
+) -> None:
+    """Which depend on shapes alone, and on no value that the device holds."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    lowered = lowered_model(graphs["fp16"], Lowering(body), (11, 1))
+    model = ir.to_proto(with_four_slots_of_64(lowered, rows))
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString(), str(graphs["fp16"])), parser.get_error(0).desc()
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    attention = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    assert len(attention) == HEAD_DIM_80.num_hidden_layers
+    for layer in attention:
+        inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+        shapes = [tuple(tensor.shape) for tensor in inputs if tensor is not None]
+        assert shapes == [(4, 2, 64, 80)] * 3 + mask
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8", "fp8"])

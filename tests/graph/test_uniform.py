@@ -38,7 +38,6 @@ from tests.support.errors import refused
 from tests.support.functions import with_expanded_mask
 from tests.support.lowered import session_of
 
-Session = onnxruntime.InferenceSession
 UNIFORM: tuple[AttentionBody, ...] = ("uniform_attention", "uniform_matmul")
 EQUAL: tuple[AttentionBody, ...] = ("equal_attention", "equal_matmul")
 FLAVOUR = "the flavour"
@@ -50,7 +49,7 @@ def with_body(
     *,
     dtype: ir.DataType = ir.DataType.FLOAT,
     change: Callable[[onnx.FunctionProto], None] = lambda _: None,
-) -> Session:
+) -> onnxruntime.InferenceSession:
     """The portable graph with another body of `VarlenAttention`, in ONNX Runtime."""
     model = ir.load(path / "model.onnx")
     if dtype != ir.DataType.FLOAT:
@@ -64,18 +63,21 @@ def with_body(
     return session_of(model, path)
 
 
-def run(session: Session, pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def run(session: onnxruntime.InferenceSession, pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
     (out,) = session.run(None, {"pixel_values": pixels, "grid_thw": rows})
     result: np.ndarray = out
     return result
 
 
 @pytest.fixture(scope="module")
-def sessions(exported: Path) -> dict[str, Session]:
+def sessions(exported: Path) -> dict[str, onnxruntime.InferenceSession]:
     """Each body in the whole graph, the flavour, and the portable graph as it is."""
-    found = {body: with_body(exported, body) for body in (*UNIFORM, *EQUAL, "attention")}
-    flavour = session_of(ir.load(exported / UNIFORM_GRAPH), exported)
-    return {**found, FLAVOUR: flavour}
+    bodies: tuple[AttentionBody, ...] = (*UNIFORM, *EQUAL, "attention")
+    found: dict[str, onnxruntime.InferenceSession] = {
+        body: with_body(exported, body) for body in bodies
+    }
+    found[FLAVOUR] = session_of(ir.load(exported / UNIFORM_GRAPH), exported)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def float64_state(encoder: VisionEncoderModule) -> dict[str, Any]:
 @settings(max_examples=15)
 @given(body=st.sampled_from([*UNIFORM, FLAVOUR]), grid=grids(max_images=4), spare=st.integers(0, 3))
 def test_uniform_is_the_packed_graph_and_the_reference(
-    sessions: dict[str, Session],
+    sessions: dict[str, onnxruntime.InferenceSession],
     float64_state: dict[str, Any],
     body: str,
     grid: list[tuple[int, int, int]],
@@ -111,7 +113,7 @@ def test_uniform_is_the_packed_graph_and_the_reference(
     turned=st.lists(st.booleans(), min_size=1, max_size=4),
 )
 def test_equal_is_the_packed_graph_and_the_reference(
-    sessions: dict[str, Session],
+    sessions: dict[str, onnxruntime.InferenceSession],
     float64_state: dict[str, Any],
     body: str,
     sides: tuple[int, int],
@@ -151,7 +153,7 @@ def sees_every_key(function: onnx.FunctionProto) -> None:
 @pytest.mark.parametrize("body", UNIFORM)
 def test_a_wrong_key_mask_is_seen(
     exported: Path,
-    sessions: dict[str, Session],
+    sessions: dict[str, onnxruntime.InferenceSession],
     body: AttentionBody,
     change: Callable[[onnx.FunctionProto], None],
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,6 +47,11 @@ EQUAL_CASES = sorted(case for case in SESSIONS if case[:2] in EQUAL)
 every_uniform = pytest.mark.parametrize("case", UNIFORM_CASES, ids=str)
 
 
+def exact(inputs: dict[str, Any], bounds: np.ndarray) -> np.ndarray:
+    """Attention in float64."""
+    return reference.varlen_attention(inputs["q"], inputs["k"], inputs["v"], bounds, scale=SCALE)
+
+
 def bounds_of(images: list[int], slot: int) -> np.ndarray:
     """cu_seqlens of images, each with its padding behind it."""
     lengths = [length for image in images for length in (image, slot - image)]
@@ -78,8 +85,7 @@ def test_uniform(case: Case, launch: tuple[list[int], int]) -> None:
     # The padding has results too, which are dropped.
     assert np.isfinite(out).all()
     kept = of_images(images, slot)
-    qkv = [inputs[name] for name in "qkv"]
-    expected = reference.varlen_attention(*qkv, inputs["cu_seqlens"], scale=SCALE)
+    expected = exact(inputs, inputs["cu_seqlens"])
     # The tolerance of the packed bodies, for which these rows are a batch as any other.
     tolerance = 4 * np.finfo(case[2]).eps
     assert relative_l2(out[kept], expected[kept]) <= tolerance
@@ -93,7 +99,7 @@ def test_equal(case: Case, images: int, slot: int) -> None:
     bounds = (np.arange(images + 1) * slot).astype(np.int32)
     inputs = random_qkv(images * slot, 2, 80, case[2])
     (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
-    expected = reference.varlen_attention(*inputs.values(), bounds, scale=SCALE)
+    expected = exact(inputs, bounds)
     assert relative_l2(out, expected) <= 4 * np.finfo(case[2]).eps
 
 
@@ -104,7 +110,7 @@ def test_a_wrong_key_mask_is_seen(case: Case, wrong: list[int]) -> None:
     inputs = random_qkv(32, 2, 80, case[2])
     right = [10, 6]
     (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds_of(wrong, 16)})
-    expected = reference.varlen_attention(*inputs.values(), bounds_of(right, 16), scale=SCALE)
+    expected = exact(inputs, bounds_of(right, 16))
     kept = of_images(right, 16)
     assert relative_l2(out[kept], expected[kept]) > 100 * np.finfo(np.float16).eps
 
@@ -138,7 +144,7 @@ def test_large_scores_stay_finite_in_float16(case: Case) -> None:
     inputs = random_qkv(32, 2, 80, "float16")
     inputs["q"], inputs["k"] = inputs["q"] * np.float16(40), inputs["k"] * np.float16(40)
     (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
-    expected = reference.varlen_attention(*inputs.values(), bounds, scale=SCALE)
+    expected = exact(inputs, bounds)
     kept = of_images([16, 9 if case in UNIFORM_CASES else 16], 16)
     assert np.isfinite(out).all()
     assert relative_l2(out[kept], expected[kept]) < 0.05
