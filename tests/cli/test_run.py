@@ -18,7 +18,7 @@ from mmvision_export import VisionEncoder
 from mmvision_export.run import main
 from tests.support.command import Command
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, copy_of
-from tests.support.images import photographs
+from tests.support.images import from_transformers, photographs
 
 
 @pytest.fixture
@@ -471,6 +471,20 @@ def test_kills_at_any_moment_lose_nothing(files: Path, capsys: pytest.CaptureFix
     for path in Path("whole").glob("*.npy"):
         np.testing.assert_array_equal(np.load(path), np.load(Path("killed", path.name)))
     assert len(list(Path("killed").glob("*.npy"))) == 200
+
+
+@pytest.mark.slow
+def test_a_photograph_of_24_megapixels(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The grids of transformers' and of SGLang's code, from the file to the embeddings."""
+    Image.open("coffee.jpg").resize((6000, 4000)).save("large.jpg")
+    on = ("--image", "large.jpg", "--backend", "onnxruntime-cpu")
+    height, width = from_transformers("smart_resize")(4000, 6000, 28, 3136, 451584)
+    area = run(capsys, *on)
+    assert area["grid_thw"] == [[1, height // 14, width // 14]]
+    long_side = run(capsys, *on, "--resize", "long-side")
+    assert long_side["grid_thw"] == [[1, 1344 // 14, 2016 // 14]]
+    for result in (area, long_side):
+        assert all(result["milliseconds"][stage] > 0 for stage in ("open", "preprocess", "encode"))
 
 
 def test_folders_with_files_of_one_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

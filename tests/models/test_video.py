@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmvision_export import VisionEncoder
@@ -21,7 +21,12 @@ from mmvision_export.core.errors import InputError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
-from mmvision_export.models.minimax_m3_vl.video import VideoConfig, VideoSegment, sampled_indices
+from mmvision_export.models.minimax_m3_vl.video import (
+    VideoConfig,
+    VideoSegment,
+    encoded_segments,
+    sampled_indices,
+)
 from mmvision_export.models.minimax_m3_vl.video_file import measured_video, opened_video
 from tests.support.configs import HEAD_DIM_80, relative_l2
 from tests.support.errors import refused
@@ -199,6 +204,43 @@ def test_progress_counts_segments(runtime: VisionEncoder, tmp_path: Path) -> Non
     assert isinstance(notes, Notes)
     assert notes.steps == ["encoding v.mkv"]
     assert notes.advanced == len(segments) == 5
+
+
+class Nothing:
+    """An encoder that computes nothing."""
+
+    config, patches_per_call = HEAD_DIM_80, 1024
+
+    def encode(self, batch: PackedBatch) -> np.ndarray:
+        return np.zeros((batch.grid.num_tokens, 1), np.float32)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(["mkv", "avi", "mov"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=5),
+)
+def test_damaged_videos_are_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, damages: list[tuple[float, int]]
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    whole = folder / f"whole.{suffix}"
+    if not whole.exists():
+        write_video(whole, moving(8))
+    content = bytearray(whole.read_bytes())
+    for place, value in damages:
+        # Most of it near the beginning and the end, where the headers are.
+        offset = int(600 * place) if value % 2 else len(content) - 1 - int(600 * place)
+        content[max(0, min(offset, len(content) - 1))] = value
+    path = folder / f"damaged.{suffix}"
+    path.write_bytes(content)
+    config = dataclasses.replace(CONFIG, max_pixels=1_000_000)
+    try:
+        segments = list(encoded_segments(Nothing(), path, config, Progress()))
+    except InputError as error:
+        assert str(path) in str(error) or "aspect ratio" in str(error)
+    else:
+        assert segments
 
 
 def test_bad_videos(runtime: VisionEncoder, tmp_path: Path) -> None:

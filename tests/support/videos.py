@@ -13,9 +13,10 @@ av = pytest.importorskip("av", reason="PyAV is not installed")
 def write_video(path: Path, frames: np.ndarray, fps: int = 4) -> Path:
     """A lossless video of these frames, `[n, h, w, 3]` uint8."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=fps)
+        codec = "png" if path.suffix in (".mov", ".mp4") else "ffv1"
+        stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "bgr0"
+        stream.pix_fmt = "rgb24" if codec == "png" else "bgr0"
         for levels in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(levels, format="rgb24")))
         container.mux(stream.encode())

@@ -91,11 +91,11 @@ def measured_video(path: Path, *, max_pixels: int = MAX_FILE_PIXELS) -> tuple[in
 
         num_frames = stream.frames
         try:
-            if not num_frames:
+            if num_frames <= 0:
                 # One packet is one frame; nothing is decoded.
                 num_frames = sum(packet.size > 0 for packet in container.demux(stream))
         except av.FFmpegError as error:
             raise InputError(f"{path}: not a readable video: {error}") from error
-        if not num_frames or not stream.average_rate:
+        if not num_frames or not stream.average_rate or stream.average_rate < 0:
             raise InputError(f"{path}: has no frames, or no frame rate")
         return num_frames, float(stream.average_rate)
