@@ -57,7 +57,7 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses auto
 
 test-slow: setup
-	$(BIN)/python -m pytest --slow -m slow
+	$(BIN)/python -m pytest --slow -m slow --numprocesses auto
 
 check: setup
 	$(BIN)/ruff check .

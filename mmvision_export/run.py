@@ -24,7 +24,9 @@ from mmvision_export.artifacts.manifest import find_model_directory
 from mmvision_export.core.command import ProgressLine, exit_code_of
 from mmvision_export.core.errors import InputError, OutputError, print_error
 from mmvision_export.core.files import array_from_file
-from mmvision_export.models.minimax_m3_vl.images import image_from_file
+from mmvision_export.core.verified_files import VERIFY
+from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
+from mmvision_export.models.minimax_m3_vl.images import MAX_FILE_PIXELS
 from mmvision_export.models.minimax_m3_vl.memory import gigabytes
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
@@ -36,7 +38,9 @@ from mmvision_export.runtime.embeds_file import (
     embeds_file,
     refuse_unknown_format,
 )
-from mmvision_export.runtime.folder import encode_folder, refuse_foreign_output, run_identity
+from mmvision_export.runtime.folder import STATUSES, encode_folder, run_identity
+from mmvision_export.runtime.folder_files import files_below
+from mmvision_export.runtime.folder_record import refuse_foreign_output
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from mmvision_export.version import __version__
 
@@ -87,6 +91,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="for onnxruntime-amx: what mmvision build-plugins --cpu built (default: the one in "
         "the model directory's plugins/)",
     )
+    model.add_argument("--trust", action="store_true", default=None, help="open engines and libraries of the model "
+                       "directory that you have not built here: they are executable content")  # fmt: skip
+    model.add_argument("--verify", choices=VERIFY, default="once", help="when the weights are hashed: the first time "
+                       "you open them, always, or never (default: %(default)s)")  # fmt: skip
     inputs = parser.add_argument_group("input")
     inputs.add_argument("--image", type=Path, nargs="+", action="extend", metavar="FILE",
                         help="images, encoded as one batch; with a folder among them, one after the other into the "
@@ -112,6 +120,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
                         "multiple of 28 (default: 2016)")  # fmt: skip
     inputs.add_argument("--resize-to-fit", action="store_true", help="make what is too large for the engine as small "
                         "as it has to be, rather than refuse it")  # fmt: skip
+    inputs.add_argument("--max-pixels", type=int, metavar="N", default=MAX_FILE_PIXELS, help="refuse images, and "
+                        "videos with frames, of more pixels before decoding (default: %(default)s)")  # fmt: skip
+    inputs.add_argument("--draft", action=argparse.BooleanOptionalAction, default=True, help="decode a JPEG much "
+                        "larger than what the encoder sees at a part of its size; --no-draft is exact")  # fmt: skip
     outputs = parser.add_argument_group("output")
     outputs.add_argument("--output", type=Path, metavar="FILE|DIR", help="write image embeddings [tokens, text_hidden] "
                          "here: .npy, .safetensors or .jsonl; of a folder, a folder")  # fmt: skip
@@ -134,6 +146,8 @@ def _checked_arguments(argv: Sequence[str] | None, prog: str) -> argparse.Namesp
         parser.error("give --image, or --video, or --pixel-values with --grid-thw")
     if arguments.threads is not None and arguments.threads < 1:
         parser.error(f"--threads must be at least 1, got {arguments.threads}")
+    if arguments.max_pixels < 1:
+        parser.error(f"--max-pixels must be at least 1, got {arguments.max_pixels}")
     if arguments.fps is not None and arguments.video is None:
         parser.error("--fps goes with --video")
     sizing = (arguments.resize_to_fit, arguments.resize, arguments.max_long_side)
@@ -190,22 +204,37 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         flavour=arguments.flavour,
         kernel_library=arguments.kernel_library,
         precision=arguments.precision,
+        trust=arguments.trust,
+        verify=arguments.verify,
+        progress=ProgressLine(),
     )
 
 
+def _decoder(arguments: argparse.Namespace, encoder: VisionEncoder) -> ImageDecoder:
+    preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
+    return ImageDecoder(preprocessor, max_pixels=arguments.max_pixels, draft=arguments.draft)
+
+
 def _print_folder(arguments: argparse.Namespace) -> int:
-    options = {"resize_to_fit": arguments.resize_to_fit}
-    counts = dict.fromkeys(("encoded", "already there", "failed"), 0)
+    counts = dict.fromkeys(STATUSES, 0)
+    # Before a model is opened: that takes a while, and this may refuse.
+    listed = files_below(arguments.image)
     with _opened(arguments) as encoder:
-        identity = run_identity(encoder, **options)
+        identity = run_identity(
+            encoder, resize_to_fit=arguments.resize_to_fit, draft=arguments.draft
+        )
         refuse_foreign_output(arguments.output, arguments.image, identity, force=arguments.force)
-        form = arguments.format or "npy"
         for report in encode_folder(
-            encoder, arguments.image, arguments.output, form, force=arguments.force, **options
+            encoder,
+            _decoder(arguments, encoder),
+            listed,
+            arguments.output,
+            arguments.format or "npy",
+            force=arguments.force,
         ):
             counts[report["status"]] += 1
             print(json.dumps(report), flush=True)
-            if report["status"] == "failed":
+            if "error" in report:
                 print_error(report["error"])
         print(
             json.dumps({**encoder.info, "output": str(arguments.output), "files": counts}),
@@ -290,7 +319,11 @@ def _encode_video(
     tokens = 0
     fps = 1.0 if arguments.fps is None else arguments.fps
     for segment in encoder.encode_video(
-        arguments.video, fps=fps, resize_to_fit=arguments.resize_to_fit, progress=ProgressLine()
+        arguments.video,
+        fps=fps,
+        resize_to_fit=arguments.resize_to_fit,
+        max_pixels=arguments.max_pixels,
+        progress=ProgressLine(),
     ):
         if file is not None:
             file.add(
@@ -319,11 +352,10 @@ def _inputs(arguments: argparse.Namespace, encoder: VisionEncoder) -> tuple[list
         pixel_values, grid_thw = (array_from_file(path) for path in paths)
         batch = checked_batch(pixel_values, grid_thw, encoder.config, encoder.dtype)
         return [str(path) for path in paths], batch
-    preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
     if arguments.image:
-        images = [image_from_file(path) for path in arguments.image]
-        names = [str(path) for path in arguments.image]
-        return names, batch_from_images(images, preprocessor, names=names)
+        batch = _decoder(arguments, encoder).batch(arguments.image, dtype=encoder.dtype)
+        return [str(path) for path in arguments.image], batch
+    preprocessor = encoder.preprocessor_for(resize_to_fit=arguments.resize_to_fit)
     return [_TEST_PATTERN], batch_from_images([_test_pattern()], preprocessor)
 
 

@@ -39,7 +39,7 @@ class Nothing:
     def __init__(self) -> None:
         self.config = EncoderConfig()
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        self.profiles = profiles_from_buckets([256, 1024, 2304, 4096], 64, self.config)
+        self.profiles = profiles_from_buckets([256, 1024, 2304, 4096], [64], self.config)
         self.info = BackendInfo(runtime="none", version="", precision="fp32", weights_sha256="")
         self._planner = LaunchPlanner(self.profiles, Costs(self.config, masked=True))
         self.largest_image = self._planner.largest_image

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Triton reads it once, when it is imported: the kernels' tests run in its interpreter.
@@ -25,6 +26,14 @@ from tests.support.configs import HEAD_DIM_80
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # What the tests build and verify is remembered in folders of their own, and not in the user's.
+    folder = tempfile.TemporaryDirectory(prefix="mmvision-tests-")
+    config.add_cleanup(folder.cleanup)
+    for variable in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        os.environ[variable] = str(Path(folder.name) / variable.lower())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
 from mmvision_export.artifacts.gpu import Gpu
-from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.manifest import Manifest, refuse_path
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ManifestError
@@ -113,6 +113,9 @@ class PluginFile:
 
     name: str
     record: FileRecord
+
+    def __post_init__(self) -> None:
+        refuse_path(self.name)
 
     @classmethod
     def of(cls, record: FileRecord) -> PluginFile:

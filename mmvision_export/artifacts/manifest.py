@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.core.atomic import locked_folder, new_files
 from mmvision_export.core.errors import ManifestError
-from mmvision_export.core.files import FileRecord, new_files
+from mmvision_export.core.files import FileRecord
 from mmvision_export.core.precision import FLOAT_PRECISIONS
 from mmvision_export.core.records import json_text, read_record
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
@@ -35,6 +36,7 @@ __all__ = [
     "find_model_directory",
     "flavour_graph",
     "model_directory_of",
+    "refuse_path",
 ]
 
 GRAPH = "model.onnx"
@@ -86,6 +88,8 @@ class Manifest:
             raise ManifestError(
                 f"precision must be one of {', '.join(FLOAT_PRECISIONS)}, got {self.precision!r}"
             )
+        for name in self.files:
+            refuse_path(name)
         required = {"random": {"seed"}, "checkpoint": {"checkpoint"}}.get(
             str(self.source.get("kind"))
         )
@@ -105,14 +109,40 @@ class Manifest:
     ) -> None:
         """Add to a directory's manifest, keeping what another process has added since it was read.
 
+        What is added was worked out from the portable graph, its weights, and the files it is
+        about: it is refused where one of them is another by now, as after an export into the same
+        place. Processes that update one manifest wait for each other.
+
         Args:
             directory: The model directory.
             files: Files that are there now.
             parity: Results, by name of graph or engine.
             quantization: Reports, by name of graph.
             without_parity: A graph or engine whose result no longer holds.
+
+        Raises:
+            ManifestError: The directory is another one by now.
+            OutputError: It cannot be written.
         """
+        with locked_folder(directory):
+            self._update(directory, files, parity, quantization, without_parity)
+
+    def _update(
+        self,
+        directory: Path,
+        files: Mapping[str, FileRecord] | None,
+        parity: Mapping[str, Any] | None,
+        quantization: Mapping[str, Any] | None,
+        without_parity: str | None,
+    ) -> None:
         latest = Manifest.read(directory)
+        about = {GRAPH, DATA, *(parity or {}), *(quantization or {})} - set(files or {})
+        for name in sorted(about & set(self.files)):
+            if latest.files.get(name) != self.files[name]:
+                raise ManifestError(
+                    f"{directory / name} was replaced while this command worked on it",
+                    hint="run the command again",
+                )
         self.files = {**latest.files, **(files or {})}
         self.parity = {**latest.parity, **(parity or {})}
         self.quantization = {**latest.quantization, **(quantization or {})}
@@ -164,7 +194,35 @@ class Manifest:
             ManifestError: A file is missing, not in the manifest, or has another content.
         """
         for name in names:
-            self.record_of(name).verify(directory / name, said_by="the manifest")
+            self.record_of(name).verify(self.path_of(directory, name), said_by="the manifest")
+
+    def path_of(self, directory: Path, name: str) -> Path:
+        """A file of the directory: one that lies in it, and is not a link to one elsewhere.
+
+        Raises:
+            ManifestError: The manifest does not list it, or it is a link.
+        """
+        self.record_of(name)
+        path = directory / name
+        if path.is_symlink():
+            raise ManifestError(
+                f"{path} is a symbolic link, and the files of a model directory lie in it",
+                hint="put a copy of the file in its place",
+                reason="unsafe",
+            )
+        return path
+
+
+def refuse_path(name: str) -> None:
+    """Refuse what is to be a file's name, and could lead out of its folder.
+
+    Raises:
+        ManifestError: It is a path, or no name at all.
+    """
+    if name in ("", ".", "..") or any(character in name for character in "/\\\0"):
+        raise ManifestError(
+            f"a file of the directory must be named without a path, got {name!r}", reason="unsafe"
+        )
 
 
 def _upgraded(_: int, content: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mmvision_export.core.errors import EngineError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = [
+    "BUCKET_IMAGES",
     "DEFAULT_PROFILE",
     "DEFAULT_SLOTS",
     "Profile",
@@ -73,6 +74,15 @@ class Profile:
         """Rows of `grid_thw` for each slot: 2, an image and its padding, or 1, an image alone."""
         return None if self.slots is None else self.max_images // self.slots
 
+    def __str__(self) -> str:
+        """As `4 to 4096 patches in 1 to 64 images`, or `256 patches, 65 rows` of a bucket."""
+        if self.is_bucket:
+            return f"{self.max_patches} patches, {self.max_images} rows"
+        return (
+            f"{self.min_patches} to {self.max_patches} patches in {self.min_images} to "
+            f"{self.max_images} images"
+        )
+
     @functools.cached_property
     def is_bucket(self) -> bool:
         """Whether it accepts one size only."""
@@ -109,6 +119,8 @@ DEFAULT_PROFILE = Profile(min_patches=4, opt_patches=1024, max_patches=4096, max
 """Where nobody says otherwise. A still image is at most 2304 patches with the released preprocessing."""
 
 
+BUCKET_IMAGES = (8, DEFAULT_PROFILE.max_images)
+"""Images of the profiles of a bucket, where nobody says otherwise: few, and as many as elsewhere."""
 DEFAULT_SLOTS = ((1, 256), (1, 1024), (1, 4096), (4, 1024), (16, 256))
 """Slots and their length, where nobody says otherwise. No launch has more patches than `DEFAULT_PROFILE`
 takes, hence no more activations: one image of up to 4,096 patches, or several smaller ones at once, since
@@ -137,32 +149,42 @@ def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:
 
 
 def profiles_from_buckets(
-    buckets: Sequence[int], max_images: int, config: EncoderConfig
+    buckets: Sequence[int], max_images: Sequence[int], config: EncoderConfig
 ) -> list[Profile]:
-    """One profile of a single size for each bucket.
+    """Profiles of a single size: one for each bucket and number of images.
+
+    Rows of `grid_thw` that a launch does not need are empty segments, for which a plugin's kernel
+    still starts programs in every layer. A profile for few images keeps a small launch small.
 
     Args:
         buckets: Patches, in any order.
-        max_images: Most images of a launch; a bucket too small for them has room for as many as it
-            has image tokens.
+        max_images: Most images of a launch, one number or several, in any order; a bucket too small
+            for them has room for as many as it has image tokens.
         config: Gives the size of a merge block.
 
+    Returns:
+        In ascending order of patches, then of images.
+
     Raises:
-        EngineError: No buckets, one is given twice, or one is not a positive number of whole merge
-            blocks.
+        EngineError: No buckets or numbers, one is given twice, or one is not a positive number of
+            images or of whole merge blocks.
     """
-    if not buckets or max_images < 1:
+    if not buckets or not max_images or min(max_images) < 1:
         raise EngineError(
-            f"there must be at least one bucket and one image, got {list(buckets)} and {max_images}"
+            f"there must be at least one bucket and one image, got {list(buckets)} and "
+            f"{list(max_images)}"
         )
-    if len(set(buckets)) < len(buckets):
-        raise EngineError(f"every bucket must be given once, got {', '.join(map(str, buckets))}")
+    for name, numbers in (("bucket", buckets), ("number of images", max_images)):
+        if len(set(numbers)) < len(numbers):
+            raise EngineError(
+                f"every {name} must be given once, got {', '.join(map(str, numbers))}"
+            )
     profiles = []
     for size in sorted(buckets):
         _refuse_partial_blocks("a bucket", size, config.patches_per_token)
-        # One row more, for the padding.
-        rows = min(max_images + 1, size // config.patches_per_token)
-        profiles.append(
+        # One row more, for the padding. Small buckets may have one profile for several numbers.
+        most = size // config.patches_per_token
+        profiles += [
             Profile(
                 min_patches=size,
                 opt_patches=size,
@@ -170,7 +192,8 @@ def profiles_from_buckets(
                 min_images=rows,
                 max_images=rows,
             )
-        )
+            for rows in sorted({min(images + 1, most) for images in max_images})
+        ]
     return profiles
 
 

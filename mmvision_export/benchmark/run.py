@@ -13,8 +13,8 @@ from mmvision_export.benchmark.report import page_from_result, write_plots
 from mmvision_export.benchmark.result import Result
 from mmvision_export.benchmark.sides import PEERS, without_precision
 from mmvision_export.benchmark.workloads import workloads_for
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.errors import BenchmarkError
-from mmvision_export.core.files import new_files
 from mmvision_export.core.progress import Progress
 from mmvision_export.runtime.backends import BACKENDS
 

@@ -212,7 +212,7 @@ def _gemm(side: str, directory: Path, threads: int) -> tuple[str, float]:
         runtime, op, operators = "ONNX Runtime", "Gemm <transB: int = 1>", None
         if side.startswith("onnxruntime-amx"):
             runtime, op = "our AMX kernels", f"{DOMAIN}.Linear"
-            operators = verified_library(library_in(directory))
+            operators = verified_library(library_in(directory), named=False)
         graph = f"g (float[m, k] x) => (float[m, n] y) {{y = {op} (x, w)}}"
         model = onnx.parser.parse_model(
             f'<ir_version: 10, opset_import: ["": 18, "{DOMAIN}": 1]> {graph}'

@@ -107,6 +107,14 @@ def parity(
             help="Compare onnxruntime-amx too, with what build-plugins --cpu built.",
         ),
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Open engines of the directory that you have not built here too: they are "
+            "executable content.",
+        ),
+    ] = False,
     report: Annotated[
         Optional[Path],
         typer.Option(
@@ -159,6 +167,7 @@ def parity(
             source=source,
             samples=samples,
             kernel_library=kernel_library,
+            trust=trust,
             progress=progress,
         )
     if as_json:

@@ -203,7 +203,14 @@ def build_engine(
         Optional[int],
         typer.Option(help="Most patches of a batch, all images together. Default: 4096."),
     ] = None,
-    max_images: Annotated[int, typer.Option(help="Most images of a launch.")] = 64,
+    max_images: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="N[,N...]",
+            help="Most images of a launch. With --buckets several numbers, each with a profile of "
+            "its own. Default: 64, or 8,64 with --buckets.",
+        ),
+    ] = None,
     check: Annotated[
         bool,
         typer.Option(
@@ -223,7 +230,12 @@ def build_engine(
     image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
-    from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, profiles_from_buckets
+    from mmvision_export.artifacts.profile import (
+        BUCKET_IMAGES,
+        DEFAULT_PROFILE,
+        Profile,
+        profiles_from_buckets,
+    )
     from mmvision_export.engine.build import build_engine as build
 
     sizes = [min_patches, opt_patches, max_patches]
@@ -233,10 +245,13 @@ def build_engine(
         )
     precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
     sizes_of_buckets = None if buckets is None else _integers("--buckets", buckets)
+    images = None if max_images is None else _integers("--max-images", max_images)
+    if sizes_of_buckets is None and images is not None and len(images) > 1:
+        raise typer.BadParameter("--max-images takes several numbers only with --buckets")
     directory = the_model(model)
     manifest = Manifest.read(directory)
     if sizes_of_buckets is not None:
-        profiles = profiles_from_buckets(sizes_of_buckets, max_images, manifest.config)
+        profiles = profiles_from_buckets(sizes_of_buckets, images or BUCKET_IMAGES, manifest.config)
     else:
         default = DEFAULT_PROFILE
         most = default.max_patches if max_patches is None else max_patches
@@ -245,7 +260,7 @@ def build_engine(
                 min_patches=default.min_patches if min_patches is None else min_patches,
                 opt_patches=min(default.opt_patches, most) if opt_patches is None else opt_patches,
                 max_patches=most,
-                max_images=max_images,
+                max_images=images[0] if images else default.max_images,
             )
         ]
     with progress_display() as progress:

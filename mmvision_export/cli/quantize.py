@@ -95,11 +95,8 @@ def quantize(
 def _batches(
     directory: Path, config: EncoderConfig, images: list[Path] | None
 ) -> tuple[list[Batch], list[Batch]]:
-    from mmvision_export.models.minimax_m3_vl.images import image_from_file
-    from mmvision_export.models.minimax_m3_vl.preprocess import (
-        PreprocessorConfig,
-        batch_from_images,
-    )
+    from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
+    from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 
     if not images:
@@ -119,10 +116,8 @@ def _batches(
             "at least 2 images are needed, to calibrate on and to check with, got 1"
         )
     preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, config)
-    packed = [
-        batch_from_images([image_from_file(path)], preprocessor, names=[str(path)])
-        for path in images
-    ]
+    decoder = ImageDecoder(preprocessor, draft=False)
+    packed = [decoder.batch([path]) for path in images]
     batches = [(batch.pixel_values, batch.grid.rows) for batch in packed]
     held_out = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
     return (

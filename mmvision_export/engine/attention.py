@@ -20,6 +20,7 @@ from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
 from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.trust import refuse_untrusted
 from mmvision_export.engine.choices import ATTENTION_WAYS, AttentionWay
 from mmvision_export.engine.layer_norm import LayerNormForm
 from mmvision_export.engine.parser_lowering import write_for_parser
@@ -85,6 +86,7 @@ def choose_lowering(
     *,
     config: EncoderConfig,
     library: Path,
+    is_named: bool,
     progress: Progress,
 ) -> Lowering:
     """Decide how attention is done.
@@ -96,6 +98,7 @@ def choose_lowering(
         target: What is built for.
         config: The encoder's dimensions.
         library: Where the plugin library is, if it has been built.
+        is_named: Whether the user named it: any other must have been built here (see `core.trust`).
         progress: Told what `auto` passed over.
 
     Raises:
@@ -120,7 +123,9 @@ def choose_lowering(
         return without_plugins
     fallback = without_plugins if way == "auto" else None
     try:
-        return Lowering(None, (library, _fitting(library, target, config)), fallback)
+        record = _fitting(library, target, config)
+        refuse_untrusted(library, record.library.sha256, named=is_named)
+        return Lowering(None, (library, record), fallback)
     except (EngineError, ManifestError) as error:
         if way == "plugin":
             raise

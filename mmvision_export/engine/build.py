@@ -25,11 +25,14 @@ from mmvision_export.artifacts.engine_record import (
 from mmvision_export.artifacts.manifest import DATA, GRAPH, PLANS, Manifest, flavour_graph
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import Profile, checked_profile
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, OutputError
-from mmvision_export.core.files import FileRecord, new_files
+from mmvision_export.core.files import FileRecord
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.trust import record_built
+from mmvision_export.core.user_folders import cache_folder, private_folder
 from mmvision_export.engine.attempts import (
     Attempt,
     Built,
@@ -110,13 +113,18 @@ def build_engine(
         progress=progress,
     )
     engine = directory / PLANS / target.engine_name
-    if engine.exists() and not force:
+    # An engine without a sidecar is what a killed build left, and opens nowhere.
+    if engine.exists() and sidecar_path(engine).exists() and not force:
         raise OutputError(f"{engine} already exists", hint="replace it with --force")
     graph = _graph_for(target, directory, manifest, check=check, progress=progress)
     _refuse_failed_parity(graph, directory, manifest, check=check, progress=progress)
-    library = plugin_library or default_library()
     lowering = choose_lowering(
-        attention, target, config=manifest.config, library=library, progress=progress
+        attention,
+        target,
+        config=manifest.config,
+        library=plugin_library or default_library(),
+        is_named=plugin_library is not None,
+        progress=progress,
     )
     with new_files(engine.parent, name=engine.name) as new, timing_on(target, device):
         built = first_that_builds(
@@ -131,6 +139,7 @@ def build_engine(
         progress.step("writing the engine")
         record = _record(target, graph, built, manifest, profiles)
         _write(new, engine, built, record)
+    _trust(engine, record, progress)
     _note_repeated_weights(record, progress)
     # What was measured on an engine of this name was measured on another one.
     if f"{PLANS}/{engine.name}" in manifest.parity:
@@ -191,20 +200,27 @@ def _plan_of(
         target=target,
         profiles=profiles,
         patch_dim=manifest.config.patch_dim,
-        timing_cache=_timing_cache(graph.parent, target),
+        timing_cache=_timing_cache(target),
     )
     return plan_from_model(request, decomposable=attempt.decomposable, progress=progress)
 
 
-def _timing_cache(directory: Path, target: BuildTarget) -> Path | None:
+def _timing_cache(target: BuildTarget) -> Path | None:
     """The file of a TensorRT's timings on one GPU; TensorRT-RTX times nothing when it builds.
 
     TensorRT itself refuses the timings of another compute capability only.
     """
     if target.gpu is None:
         return None
-    folder = directory / PLANS / ".timing"
-    folder.mkdir(parents=True, exist_ok=True)
+    # It holds compiled kernels too (NvInfer.h, BuilderFlag::kDISABLE_COMPILATION_CACHE), so that it is
+    # in the user's own folder, where nobody else can put one.
+    folder = cache_folder()
+    if folder is None:
+        return None
+    try:
+        folder = private_folder(folder / "timing")
+    except OSError:
+        return None
     return folder / f"{target.backend}-{target.tensorrt_version}-{target.gpu.file_name}"
 
 
@@ -243,6 +259,18 @@ def _record(
         passed_over=built.passed_over,
         gpu=target.gpu,
     )
+
+
+def _trust(engine: Path, record: EngineRecord, progress: Progress) -> None:
+    """Remember that this user built the engine, and chose the library that lies beside it."""
+    files = {record.engine.sha256: engine}
+    if (plugins := record.plugin_library) is not None:
+        files[plugins.record.sha256] = engine.parent / plugins.name
+    for sha256, path in files.items():
+        if (obstacle := record_built(sha256, path)) is not None:
+            progress.note(
+                f"{path.name} will have to be named, or trusted, to be opened: {obstacle}"
+            )
 
 
 def _note_repeated_weights(record: EngineRecord, progress: Progress) -> None:

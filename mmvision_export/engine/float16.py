@@ -11,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from mmvision_export.artifacts.manifest import DATA, GRAPH, Manifest, flavour_graph
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.errors import BackendError, ExportError
-from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.files import file_record
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress

@@ -24,9 +24,11 @@ from mmvision_export.artifacts.manifest import (
     OPENVINO_GRAPH,
     Manifest,
 )
+from mmvision_export.core.atomic import new_directory
 from mmvision_export.core.errors import ExportError
-from mmvision_export.core.files import file_record, new_directory
+from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.verified_files import remember_verified
 from mmvision_export.graph.files import save_cpu_graph, save_graph, save_openvino_graph
 from mmvision_export.graph.passes import name_after_modules, name_dimensions
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
@@ -187,6 +189,8 @@ def export_model_directory(
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         manifest.write(directory)
+    # Just hashed as they were written: opening the directory need not read the weights again.
+    remember_verified(output / DATA, manifest.files[DATA].sha256)
     return manifest
 
 

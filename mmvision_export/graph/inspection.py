@@ -9,9 +9,13 @@ from typing import Any
 from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.manifest import PLANS, Manifest
 from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.files import sha256_of
 from mmvision_export.core.records import json_from_record
+from mmvision_export.core.trust import is_built_here
 
 __all__ = ["inspect"]
+
+_CODE = (".engine", ".so", ".rtxcache")
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -44,14 +48,39 @@ def _directory(path: Path) -> dict[str, Any]:
             for name in [*graphs, *(n for n in manifest.parity if n not in graphs)]
         },
         "graphs": {name: _graph(path / name) for name in graphs},
-        "engines": [_engine(engine) for engine in sorted((path / PLANS).glob("*.engine"))],
+        "executable_content": _executable_content(path),
+        "engines": [_engine_or_problem(file) for file in sorted((path / PLANS).glob("*.engine"))],
     }
+
+
+def _executable_content(path: Path) -> dict[str, str]:
+    """Files that are code, which opening the directory loads only where this user built them."""
+    found = (file for suffix in _CODE for file in path.rglob(f"*{suffix}") if file.is_file())
+    return {
+        str(file.relative_to(path)): "built here"
+        if is_built_here(sha256_of(file))
+        else "not built here"
+        for file in sorted(found)
+    }
+
+
+def _engine_or_problem(path: Path) -> dict[str, Any]:
+    """An engine of a directory; what cannot be opened, as one whose build was killed, is no error."""
+    try:
+        return _engine(path)
+    except ManifestError as error:
+        return {"kind": "engine", "file": path.name, "problem": str(error)}
 
 
 def _engine(path: Path) -> dict[str, Any]:
     record = EngineRecord.read(path)
     record.verify(path)
-    return {"kind": "engine", "file": path.name, **json_from_record(record)}
+    return {
+        "kind": "engine",
+        "file": path.name,
+        "built_here": is_built_here(record.engine.sha256),
+        **json_from_record(record),
+    }
 
 
 def _graph(path: Path) -> dict[str, Any]:

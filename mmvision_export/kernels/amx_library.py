@@ -14,9 +14,11 @@ from mmvision_export.artifacts.library_record import (
     default_folder,
     library_record_path,
 )
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.errors import OutputError, PluginError
-from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.trust import record_built
 from mmvision_export.kernels.cmake import cmake_build, toolchain
 from mmvision_export.kernels.headers import onnxruntime_api_version, onnxruntime_headers
 from mmvision_export.runtime.backends.onnxruntime_amx import AMX_LIBRARY
@@ -81,6 +83,8 @@ def build_amx_library(
             versions={**versions, "compiler": _compiler(build)},
         )
         record.write(new / library_record_path(library).name)
+    if (obstacle := record_built(record.library.sha256, library)) is not None:
+        progress.note(f"{library.name} will have to be named to be loaded: {obstacle}")
     return library, record
 
 

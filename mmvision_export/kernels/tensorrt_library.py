@@ -11,10 +11,12 @@ from pathlib import Path
 
 from mmvision_export.artifacts.library_record import MACHINES, library_record_path
 from mmvision_export.artifacts.plugin_library import LIBRARY, PluginLibraryRecord, default_library
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import OutputError, PluginError
-from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.trust import record_built
 from mmvision_export.kernels.cmake import cmake_build, toolchain
 from mmvision_export.kernels.compile import DTYPES, HEAD_DIMS, PORTABLE_PTX, compile_kernels
 from mmvision_export.kernels.embed import write_embedded_kernels
@@ -110,6 +112,8 @@ def build_plugins(
         )
         record.write(new / library_record_path(library).name)
         (new / "kernels.md").write_text(resource_table(kernels) + "\n", encoding="utf-8")
+    if (obstacle := record_built(record.library.sha256, library)) is not None:
+        progress.note(f"{library.name} will have to be named to be loaded: {obstacle}")
     return library, record
 
 

@@ -28,13 +28,18 @@ def is_hub_id(name: str) -> bool:
 
 
 def folder_from_hub(
-    repo_id: str, *, revision: str | None = None, progress: Progress | None = None
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    may_download: bool = True,
+    progress: Progress | None = None,
 ) -> Path:
     """Download what the encoder needs into the hub's cache.
 
     Args:
         repo_id: `organisation/model`.
         revision: Branch, tag or commit; the default branch otherwise.
+        may_download: Whether the hub is asked; otherwise what is in the cache must do.
         progress: Told which file is being fetched.
 
     Returns:
@@ -53,9 +58,11 @@ def folder_from_hub(
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     progress = progress or Progress()
     progress.step(f"looking for {repo_id}")
-    offline = not _hub_answers(repo_id)
+    offline = not (may_download and _hub_answers(repo_id))
 
     def download(name: str, *, optional: bool = False) -> Path | None:
+        if not may_download:
+            return _cached(repo_id, name, revision=revision, optional=optional)
         if not offline:
             progress.step(f"fetching {repo_id}/{name}")
         try:
@@ -100,6 +107,26 @@ def folder_from_hub(
                 f"{repo_id} has no {shard}", hint="only safetensors checkpoints can be exported"
             )
     return config.parent
+
+
+def _cached(repo_id: str, name: str, *, revision: str | None, optional: bool) -> Path | None:
+    """A file that was downloaded before, found without a word to the network.
+
+    `hf_hub_download(local_files_only=True)` asks the hub for a list of coding agents, to name one
+    in its headers.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo_id, name, revision=revision)
+    if isinstance(found, str):
+        return Path(found)
+    if optional:
+        return None
+    raise CheckpointError(
+        f"{repo_id}: {name} is not in the local cache of the Hugging Face hub, and a manifest "
+        "cannot have it downloaded",
+        hint=f"--checkpoint {repo_id} downloads it",
+    )
 
 
 def _hub_answers(repo_id: str) -> bool:

@@ -61,6 +61,7 @@ class WeightSource:
         preset: Name of those dimensions, if they are a preset's.
         seed: For random weights.
         random_kind: `plain` random weights, or with `outliers`.
+        may_download: Whether a hub id may be downloaded; otherwise it must be in the hub's cache.
     """
 
     checkpoint: str | None = None
@@ -69,6 +70,7 @@ class WeightSource:
     preset: str | None = None
     seed: int = 0
     random_kind: RandomKind = "plain"
+    may_download: bool = True
 
     @classmethod
     def random(cls, preset: Preset, seed: int, kind: RandomKind = "plain") -> WeightSource:
@@ -77,7 +79,10 @@ class WeightSource:
 
     @classmethod
     def from_manifest(cls, source: dict[str, Any], config: EncoderConfig) -> WeightSource:
-        """The source that a manifest names."""
+        """The source that a manifest names.
+
+        A manifest may come from anybody: it has nothing downloaded with this user's token.
+        """
         if source.get("kind") == "random":
             return cls(
                 random_config=config,
@@ -86,7 +91,9 @@ class WeightSource:
                 random_kind=source.get("random_kind", "plain"),
             )
         return cls(
-            checkpoint=source["checkpoint"], revision=source.get("commit") or source.get("revision")
+            checkpoint=source["checkpoint"],
+            revision=source.get("commit") or source.get("revision"),
+            may_download=False,
         )
 
     def load(self, dtype: torch.dtype, progress: Progress | None = None) -> LoadedEncoder:
@@ -132,7 +139,12 @@ class WeightSource:
                     hint="name a folder or a hub id (organisation/model) with --checkpoint, "
                     "or try without weights: --preset tiny --random-weights",
                 )
-            folder = folder_from_hub(self.checkpoint, revision=self.revision, progress=progress)
+            folder = folder_from_hub(
+                self.checkpoint,
+                revision=self.revision,
+                may_download=self.may_download,
+                progress=progress,
+            )
             name, commit = self.checkpoint, folder.name  # a snapshot folder is named by its commit
         family = family_from_file(folder / CONFIG)
         checkpoint = family.checkpoint_from_folder(folder, dtype=dtype, progress=progress)

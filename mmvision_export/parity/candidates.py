@@ -131,9 +131,15 @@ def _session_loader(graph: Path, operators: Path | None = None) -> Callable[[], 
 
 
 def candidate_from_engine(
-    engine: Path, record: EngineRecord, *, graphs: Mapping[str, LoadedGraph]
+    engine: Path, record: EngineRecord, *, graphs: Mapping[str, LoadedGraph], trust: bool
 ) -> Candidate:
     """An engine, judged as the graph it was built from, whose types it has.
+
+    Args:
+        engine: The file.
+        record: Its sidecar.
+        graphs: Name -> graph of the model directory.
+        trust: Whether it is opened where this user has not built it (see `core.trust`).
 
     Raises:
         ManifestError: That graph is not among `graphs`.
@@ -142,11 +148,13 @@ def candidate_from_engine(
     if source not in graphs:
         raise ManifestError(f"{engine.name} was built from {source}, which the manifest lacks")
     facts = graphs[source].facts
-    return Candidate(name, facts.precision, facts.float_type, EngineRunner(name, engine, record))
+    return Candidate(
+        name, facts.precision, facts.float_type, EngineRunner(name, engine, record, trust=trust)
+    )
 
 
 def candidates_from_plans(
-    directory: Path, *, graphs: Mapping[str, LoadedGraph], progress: Progress
+    directory: Path, *, graphs: Mapping[str, LoadedGraph], trust: bool, progress: Progress
 ) -> list[Candidate]:
     """The engines of a model directory, if there is a GPU.
 
@@ -157,7 +165,8 @@ def candidates_from_plans(
     found = []
     for engine in sorted((directory / PLANS).glob("*.engine")):
         try:
-            candidate = candidate_from_engine(engine, EngineRecord.read(engine), graphs=graphs)
+            record = EngineRecord.read(engine)
+            candidate = candidate_from_engine(engine, record, graphs=graphs, trust=trust)
         except ManifestError as error:
             progress.note(f"{engine.name} is not compared: {error}")
             continue

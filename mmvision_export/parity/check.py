@@ -70,6 +70,7 @@ def check_parity(
     source: WeightSource | None = None,
     samples: Sequence[Sample] = (),
     kernel_library: Path | None = None,
+    trust: bool = False,
     progress: Progress | None = None,
 ) -> ParityResult:
     """Compare graphs and engines with PyTorch in float64.
@@ -82,6 +83,8 @@ def check_parity(
         samples: Batches to compare on; if there are none, random pixels in grids that have been
             trouble before.
         kernel_library: Compare `model.cpu.onnx` as `onnxruntime-amx` runs it with this library too.
+        trust: Whether engines of the directory are opened that this user has not built here: they
+            are executable content. One that is named is.
         progress: Told about each step.
 
     Raises:
@@ -94,7 +97,7 @@ def check_parity(
     directory = directory_from_path(path)
     manifest = manifest or Manifest.read(directory)
     if kernel_library is not None:
-        verified_library(kernel_library)
+        verified_library(kernel_library, named=True)
         if path.is_file() or CPU_GRAPH not in manifest.files:
             raise ParityError(f"{path} has no {CPU_GRAPH} to run with {kernel_library}")
     samples = list(samples) or samples_from_grids(manifest.config)
@@ -105,7 +108,7 @@ def check_parity(
         # An engine does not show its layers; the graph it was built from has the same types.
         record = EngineRecord.read(path)
         graphs = graphs_from_directory(directory, manifest, [record.graph.name])
-        on_cpu, engines = [], [candidate_from_engine(path, record, graphs=graphs)]
+        on_cpu, engines = [], [candidate_from_engine(path, record, graphs=graphs, trust=True)]
     else:
         names = [name for name in manifest.files if name.endswith(".onnx")]
         graphs = graphs_from_directory(directory, manifest, names)
@@ -115,7 +118,7 @@ def check_parity(
             ),
             *candidates_from_openvino(graphs, directory, manifest.config, progress=progress),
         ]
-        engines = candidates_from_plans(directory, graphs=graphs, progress=progress)
+        engines = candidates_from_plans(directory, graphs=graphs, trust=trust, progress=progress)
 
     with runner_errors():
         # Engines come first: whether one runs here at all is known before the long work.

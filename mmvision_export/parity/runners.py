@@ -64,15 +64,24 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
 class BackendRunner(BaseRunner):  # type: ignore[misc]
     """A model as it is deployed, through a backend of `VisionEncoder`, as a Polygraphy runner."""
 
-    def __init__(self, name: str, path: Path, *, backend: str, config: EncoderConfig) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        *,
+        backend: str,
+        config: EncoderConfig,
+        trust: bool | None = None,
+    ) -> None:
         super().__init__(name=name)
+        self._trust = trust
         self._path = path
         self._backend_name = backend
         self._config = config
 
     def activate_impl(self) -> None:
         self._encoder = VisionEncoder.open(
-            self._path, backend=self._backend_name, refuse_non_finite=False
+            self._path, backend=self._backend_name, trust=self._trust, refuse_non_finite=False
         )
 
     def deactivate_impl(self) -> None:
@@ -93,8 +102,8 @@ class BackendRunner(BaseRunner):  # type: ignore[misc]
 class EngineRunner(BackendRunner):
     """An engine, with the sizes that it takes."""
 
-    def __init__(self, name: str, engine: Path, record: EngineRecord) -> None:
-        super().__init__(name, engine, backend=record.backend, config=record.config)
+    def __init__(self, name: str, engine: Path, record: EngineRecord, *, trust: bool) -> None:
+        super().__init__(name, engine, backend=record.backend, config=record.config, trust=trust)
         self.profiles = record.profiles
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 from mmvision_export.core.files import array_from_file
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
-from mmvision_export.models.minimax_m3_vl.images import image_from_file, rgb_from_image
+from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
 from mmvision_export.models.minimax_m3_vl.packed_batch import checked_batch
 from mmvision_export.models.minimax_m3_vl.preprocess import (
     PreprocessorConfig,
-    batch_from_images,
+    batch_from_pictures,
 )
 from mmvision_export.models.sample_batches import PARITY_GRIDS, Grid, sample_batch
 
@@ -61,20 +61,15 @@ def sample_from_images(paths: Sequence[Path], preprocessor: PreprocessorConfig) 
     Raises:
         InputError: A file is missing, no image, or cannot be processed.
     """
-    images = [image_from_file(path) for path in paths]
-    names = tuple(str(path) for path in paths)
-    batch = batch_from_images(images, preprocessor, names=names)
-    side = preprocessor.patch_size
-    pictures = (
-        rgb_from_image(image).resize((w * side, h * side), Image.Resampling.BICUBIC)
-        for image, (_, h, w) in zip(images, batch.grid.tuples(), strict=True)
-    )
+    decoder = ImageDecoder(preprocessor, draft=False)
+    pictures = tuple(decoder.picture(path) for path in paths)
+    batch = batch_from_pictures(pictures, preprocessor)
     return Sample(
         "images",
         batch.pixel_values,
         batch.grid.rows,
         tuple(path.name for path in paths),
-        tuple(pictures),
+        pictures,
     )
 
 

@@ -23,8 +23,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.errors import QuantizationError
-from mmvision_export.core.files import file_record, new_files
+from mmvision_export.core.files import file_record
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress

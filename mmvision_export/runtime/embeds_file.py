@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.errors import OutputError
-from mmvision_export.core.files import new_files
 
 __all__ = ["FORMATS", "EmbedsFile", "embeds_file", "refuse_unknown_format"]
 

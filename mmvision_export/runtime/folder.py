@@ -1,29 +1,33 @@
 """A folder of images to a folder of embeddings, a file for each.
 
-An interrupted run goes on where it stopped.
+An interrupted run goes on where it stopped. While one image is encoded, the next ones are decoded.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmvision_export.core.errors import MmvisionError, OutputError
-from mmvision_export.core.files import new_files, read_json
-from mmvision_export.models.minimax_m3_vl.images import image_from_file
-from mmvision_export.models.minimax_m3_vl.preprocess import batch_from_images
+from mmvision_export.core.ahead import computed_ahead, worker_threads
+from mmvision_export.core.errors import InputError, MmvisionError
+from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.embeds_file import embeds_file
+from mmvision_export.runtime.folder_files import FolderFile, FolderFiles, output_path
+from mmvision_export.runtime.folder_record import FolderRecords
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
-__all__ = ["encode_folder", "refuse_foreign_output", "run_identity"]
+__all__ = ["STATUSES", "encode_folder", "run_identity"]
 
-_IDENTITY = "mmvision-run.json"
+STATUSES = ("encoded", "already there", "failed", "passed over")
+"""What becomes of a file; only a link to a folder is passed over."""
 
 
-def run_identity(encoder: VisionEncoder, *, resize_to_fit: bool) -> dict[str, Any]:
+def run_identity(encoder: VisionEncoder, *, resize_to_fit: bool, draft: bool) -> dict[str, Any]:
     """What embeddings depend on but for the images.
 
     Those of another model may not stand beside them.
@@ -33,102 +37,98 @@ def run_identity(encoder: VisionEncoder, *, resize_to_fit: bool) -> dict[str, An
         "precision": encoder.facts.precision,
         "preprocessor": encoder.preprocessor.to_dict(),
         "resize_to_fit": resize_to_fit,
+        "draft": draft,
     }
 
 
-def refuse_foreign_output(
-    output: Path, inputs: Sequence[Path], identity: dict[str, Any], *, force: bool
-) -> None:
-    """Refuse to mix embeddings of two models in one folder, or with the images.
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+    """A file's patches, and its size and time before it was read."""
 
-    Write down whose these are.
-
-    Args:
-        output: The folder of embeddings.
-        inputs: Folders and files of images.
-        identity: From `run_identity`.
-        force: Whether to encode everything anew.
-
-    Raises:
-        OutputError: The folder holds another model's embeddings, or something else, or lies among
-            the images.
-    """
-    if any(output.resolve().is_relative_to(path.resolve()) for path in inputs):
-        raise OutputError(f"{output} lies in a folder of images", hint="choose another --output")
-    mark = output / _IDENTITY
-    # Through JSON, as it was written: tuples are lists there.
-    identity = json.loads(json.dumps(identity))
-    if not force and output.exists():
-        if not output.is_dir() or (any(output.iterdir()) and not mark.is_file()):
-            raise OutputError(
-                f"{output} is not a folder of embeddings", hint="choose another --output"
-            )
-        if mark.is_file() and (there := read_json(mark)) != identity:
-            differing = ", ".join(name for name in identity if there.get(name) != identity[name])
-            raise OutputError(
-                f"{output} holds embeddings of another run: {differing} differs",
-                hint="choose another --output, or encode all of it anew with --force",
-            )
-    with new_files(output, name=_IDENTITY) as new:
-        (new / _IDENTITY).write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
+    status: os.stat_result
+    batch: PackedBatch
 
 
 def encode_folder(
     encoder: VisionEncoder,
-    inputs: Sequence[Path],
+    decoder: ImageDecoder,
+    listed: FolderFiles,
     output: Path,
     form: str,
     *,
-    resize_to_fit: bool,
     force: bool,
 ) -> Iterator[dict[str, Any]]:
     """Encode every file, one after the other, each into a file of its own.
 
-    A file that is there already, and not older than its image, is kept. Every file of a folder is
-    tried, hidden ones
-    excepted: what is no image is a failure, and said to be one.
+    A file is kept if it is whole and recorded to be made of the image as it is now. Every file of a
+    folder is tried: what is no image is a failure, and said to be one. No image's failure stops the
+    others.
 
     Args:
         encoder: The encoder.
-        inputs: Files, and folders with all that is below them.
-        output: Folder of the embeddings; a file is named after its image's path, with the format
-            appended.
+        decoder: Makes its batches.
+        listed: The files.
+        output: Folder of the embeddings, see `output_path`.
         form: One of `FORMATS`.
-        resize_to_fit: See `VisionEncoder.encode_images`.
         force: Encode anew what is there already.
 
     Yields:
-        For each file its `input`, its `status` (`encoded`, `already there` or `failed`), and the
-        numbers or the error.
+        For each file its `input`, its `status` (one of `STATUSES`), and the numbers or the error;
+        the same for folders that cannot be looked into.
+
+    Raises:
+        OutputError: The records of the folder cannot be read or written.
     """
-    preprocessor = encoder.preprocessor_for(resize_to_fit=resize_to_fit)
-    for source, name in _files(inputs):
-        target = output / f"{name}.{form}"
-        report: dict[str, Any] = {"input": str(source), "output": str(target)}
-        if not force and target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
-            yield {**report, "status": "already there"}
-            continue
-        try:
-            batch = batch_from_images([image_from_file(source)], preprocessor, names=[str(source)])
-            image_embeds = encoder.encode(batch)
-            (row,) = batch.grid.tuples()
-            with embeds_file(target) as file:
-                file.add(str(source), row, image_embeds)
-        except MmvisionError as error:
-            yield {"input": str(source), "status": "failed", "error": str(error)}
-            continue
-        yield {**report, "status": "encoded", "tokens": batch.grid.num_tokens}
+    for folder, reason in listed.unreadable:
+        error = f"{folder}: cannot be looked into: {reason}"
+        yield {"input": str(folder), "status": "failed", "error": error}
+    for link in listed.linked:
+        error = f"{link}: a link to a folder is not followed"
+        yield {"input": str(link), "status": "passed over", "error": error}
+    with FolderRecords(output) as records:
+
+        def prepare(file: FolderFile) -> _Prepared | None:
+            status = _status_of(file.source)
+            target = output_path(output, file.name, form)
+            if not force and records.has(file.source, status, target):
+                return None
+            batch = decoder.batch([file.source], dtype=encoder.dtype)
+            return _Prepared(status, batch)
+
+        # Closed in any case, so that an interrupt does not wait for images that were not begun.
+        with contextlib.closing(
+            computed_ahead(prepare, listed.files, threads=worker_threads())
+        ) as ahead:
+            for file, future in ahead:
+                target = output_path(output, file.name, form)
+                report: dict[str, Any] = {"input": str(file.source), "output": str(target)}
+                try:
+                    prepared = future.result()
+                    if prepared is None:
+                        yield {**report, "status": "already there"}
+                        continue
+                    grid = prepared.batch.grid
+                    image_embeds = encoder.encode(prepared.batch)
+                    with embeds_file(target) as new:
+                        new.add(str(file.source), grid.tuples()[0], image_embeds)
+                except MmvisionError as error:
+                    failed = {"status": "failed", "error": _naming(file.source, error)}
+                    yield {"input": str(file.source), **failed}
+                    continue
+                records.add(file.source, prepared.status, target)
+                yield {**report, "status": "encoded", "tokens": grid.num_tokens}
 
 
-def _files(inputs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """Every file, and what its output is named after."""
-    for path in inputs:
-        if not path.is_dir():
-            yield path, Path(path.name)
-            continue
-        for folder, below, names in os.walk(path):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for name in sorted(names):
-                if not name.startswith("."):
-                    file = Path(folder, name)
-                    yield file, file.relative_to(path)
+def _status_of(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file", reason="missing") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}", reason="unreadable") from error
+
+
+def _naming(path: Path, error: MmvisionError) -> str:
+    """The error's words, with the file that it is about."""
+    message = str(error)
+    return message if str(path) in message else f"{path}: {message}"

@@ -105,8 +105,11 @@ def plan_launches(grid: PackedGrid, profiles: Sequence[Profile], costs: Costs) -
     """
     refuse_too_large(grid, profiles, costs.config)
     counts, bounds = grid.patches_per_image, grid.bounds
-    # The smallest profile that takes a launch pads it least.
-    by_size = sorted(range(len(profiles)), key=lambda index: profiles[index].max_patches)
+    # The smallest profile that takes a launch pads it least, with patches and with empty segments.
+    by_size = sorted(
+        range(len(profiles)),
+        key=lambda index: (profiles[index].max_patches, profiles[index].max_images),
+    )
     ascending = [(index, profiles[index]) for index in by_size]
     most_patches = _most_patches(grid, profiles, costs)
     most_images = max(profile.max_images for profile in profiles)
@@ -203,9 +206,7 @@ class LaunchPlanner(Planner[Launch]):
 
     def size_text(self, profile: int) -> str:
         """See `Planner.size_text`."""
-        sizes = self._profiles[profile]
-        least = "" if sizes.is_bucket else f"{sizes.min_patches} to "
-        return f"{least}{sizes.max_patches} patches"
+        return str(self._profiles[profile])
 
     def _padded(
         self, index: int, rows: npt.NDArray[np.int64], count: int, pieces: Sequence[Piece]
@@ -291,7 +292,4 @@ def refuse_uncut(grid: PackedGrid, profiles: Sequence[Profile]) -> NoReturn:
 
 
 def _describe(profiles: Sequence[Profile]) -> str:
-    return "; ".join(
-        f"{p.min_patches} to {p.max_patches} patches in {p.min_images} to {p.max_images} images"
-        for p in profiles
-    )
+    return "; ".join(map(str, profiles))

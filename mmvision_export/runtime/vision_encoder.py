@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mmvision_export.artifacts.manifest import model_directory_of
+from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.core.errors import BackendError, InputError, NotFiniteError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
@@ -81,7 +81,9 @@ class VisionEncoder:
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
-        An engine is executable content: open only what you or somebody you trust built.
+        Graphs and weights may come from anybody. An engine is executable content: one that lies in
+        the directory is opened if this user has built it (`core.trust`), any other only if it is
+        named, or with `trust=True`.
 
         Args:
             path: The directory, or an `.engine` with its sidecar beside it.
@@ -101,9 +103,7 @@ class VisionEncoder:
         opened = open_backend(path, options)
         try:
             directory = model_directory_of(path)
-            preprocessor = PreprocessorConfig.for_encoder(opened.config)
-            if directory is not None and (directory / PREPROCESSOR).is_file():
-                preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, opened.config)
+            preprocessor = _preprocessor_of(directory, opened.config)
             preprocessor = preprocessor.by(resize, max_long_side=max_long_side)
         except BaseException:
             opened.close()
@@ -295,7 +295,8 @@ class VisionEncoder:
         """
         if not_finite not in ("raise", "none"):
             raise InputError(f"not_finite must be 'raise' or 'none', got {not_finite!r}")
-        batch = batch_from_images(images, self.preprocessor_for(resize_to_fit=resize_to_fit))
+        preprocessor = self.preprocessor_for(resize_to_fit=resize_to_fit)
+        batch = batch_from_images(images, preprocessor, dtype=self.dtype)
         try:
             return batch.grid.split(self.encode(batch))
         except NotFiniteError as error:
@@ -333,6 +334,7 @@ class VisionEncoder:
         *,
         fps: float = 1.0,
         resize_to_fit: bool = False,
+        max_pixels: int | None = None,
         progress: Progress | None = None,
     ) -> Iterator[VideoSegment]:
         """Encode a video, segment by segment.
@@ -341,10 +343,11 @@ class VisionEncoder:
         length of the video.
 
         Args:
-            path: Anything PyAV reads.
+            path: A file in one of the containers of `video_file.CONTAINERS`.
             fps: Frames to sample per second, within the limits of `VideoConfig`.
             resize_to_fit: Make frames as small as the engine asks for, rather than refuse the
                 video.
+            max_pixels: Most pixels of a frame of the file; that of `VideoConfig` if None.
             progress: Told about each segment.
 
         Yields:
@@ -357,6 +360,8 @@ class VisionEncoder:
         from mmvision_export.models.minimax_m3_vl.video import VideoConfig, encoded_segments
 
         config = VideoConfig.for_preprocessor(self._preprocessor, fps=fps)
+        if max_pixels is not None:
+            config = dataclasses.replace(config, max_pixels=max_pixels)
         if resize_to_fit and self.max_patches is not None:
             config = config.within(self.max_patches // self.config.segment_max_frames)
         yield from encoded_segments(self, Path(path), config, progress or Progress())
@@ -375,3 +380,15 @@ class VisionEncoder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _preprocessor_of(directory: Path | None, config: EncoderConfig) -> PreprocessorConfig:
+    """The preprocessing of a model directory, verified; the encoder's own for an engine alone."""
+    if directory is None:
+        return PreprocessorConfig.for_encoder(config)
+    manifest = Manifest.read(directory)
+    if PREPROCESSOR in manifest.files:
+        manifest.verify(directory, [PREPROCESSOR])
+    elif not (directory / PREPROCESSOR).is_file():
+        return PreprocessorConfig.for_encoder(config)
+    return PreprocessorConfig.read(directory / PREPROCESSOR, config)

@@ -46,11 +46,11 @@ def check_captures(
             contextlib.closing(opener(engine.path, options)) as backend,
         ):
             for bucket in engine.buckets:
-                case = f"{engine.name}, {bucket.max_patches} patches"
+                case = f"{engine.name}, {bucket}"
                 with findings.failure_is_a_finding(_PART, case):
                     failures = _replayed(backend, bucket.max_patches)
                     refused = backend.info.captures_refused or {}
-                    reason = refused.get(f"{bucket.max_patches} patches")
+                    reason = refused.get(str(bucket))
                     if reason is not None:
                         failures.append(f"the capture was refused: {reason}")
                     findings.judge(_PART, case, failures, {})

@@ -12,7 +12,11 @@ from mmvision_export.artifacts.build_target import TENSORRT_NAMES, TensorRTName
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.plugin_library import default_library
-from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, profiles_from_buckets
+from mmvision_export.artifacts.profile import (
+    DEFAULT_PROFILE,
+    Profile,
+    profiles_from_buckets,
+)
 from mmvision_export.core.errors import BackendError, EngineError, ManifestError
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
@@ -62,7 +66,7 @@ def engine_sizes(config: EncoderConfig) -> dict[str, list[Profile]]:
     """Name -> profiles: what `build-engine` does by default, and with buckets."""
     return {
         "dynamic": [DEFAULT_PROFILE],
-        "buckets": profiles_from_buckets(_BUCKETS, DEFAULT_PROFILE.max_images, config),
+        "buckets": profiles_from_buckets(_BUCKETS, [DEFAULT_PROFILE.max_images], config),
     }
 
 
@@ -121,6 +125,7 @@ def refuse_impossible(
             target,
             config=manifest.config,
             library=default_library(),
+            is_named=False,
             progress=Progress(),
         )
     except (EngineError, ManifestError) as error:

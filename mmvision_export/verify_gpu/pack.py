@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mmvision_export.core.atomic import new_directory
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import PluginError
-from mmvision_export.core.files import new_directory
 from mmvision_export.core.progress import Progress
 from mmvision_export.kernels.compile import PORTABLE_PTX, compile_kernels
 from mmvision_export.kernels.resources import ARCHITECTURES, CompiledKernel

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmvision_export.runtime.backends import BackendOptions
+from mmvision_export.runtime.backends.tensorrt_rtx import default_runtime_cache
 from mmvision_export.verify_gpu.budget import Budget
 from mmvision_export.verify_gpu.built_engine import BuiltEngine, Opener, filling_batch, open_engine
 from mmvision_export.verify_gpu.findings import Findings
@@ -31,7 +33,9 @@ def check_runtime_cache(
         if not budget.allows(_PART, engine.name, findings):
             continue
         with findings.failure_is_a_finding(_PART, engine.name):
-            engine.path.with_suffix(".rtxcache").unlink(missing_ok=True)
+            cache = options.runtime_cache or default_runtime_cache(engine.path)
+            if cache is not None:
+                Path(cache).unlink(missing_ok=True)
             said, numbers = [], {}
             for which in ("first", "second"):
                 began = time.monotonic()

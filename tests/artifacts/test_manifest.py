@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,14 @@ from mmvision_export.artifacts.engine_record import (
     refuse_foreign_engine,
     sidecar_path,
 )
-from mmvision_export.artifacts.manifest import Manifest, find_model_directory, model_directory_of
+from mmvision_export.artifacts.manifest import (
+    DATA,
+    GRAPH,
+    MANIFEST,
+    Manifest,
+    find_model_directory,
+    model_directory_of,
+)
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ManifestError
@@ -372,3 +381,60 @@ def test_sidecars_from_before_a_field_was_kept(tmp_path: Path) -> None:
     assert record.passed_over == {}
     assert record.gpu is None
     assert record.plan_per_weights is None
+
+
+def test_two_processes_update_one_manifest(exported: Path, tmp_path: Path) -> None:
+    """Each reads it once, and adds to it many times: nothing of either is lost."""
+    directory = copy_of(exported, tmp_path / "m")
+    program = """
+import sys
+from pathlib import Path
+from mmvision_export.artifacts.manifest import Manifest
+directory, who = Path(sys.argv[1]), sys.argv[2]
+manifest = Manifest.read(directory)
+for index in range(40):
+    manifest.update(directory, parity={f"{who}.{index}": {"passed": True}})
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program, str(directory), who]) for who in "ab"
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    expected = {f"{who}.{index}" for who in "ab" for index in range(40)}
+    assert expected <= set(Manifest.read(directory).parity)
+
+
+@pytest.mark.parametrize("replaced", [GRAPH, DATA])
+def test_a_result_for_files_that_were_replaced_is_refused(
+    replaced: str, exported: Path, tmp_path: Path
+) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    mine, theirs = Manifest.read(directory), Manifest.read(directory)
+    theirs.files[replaced] = FileRecord("0" * 64, 1)
+    theirs.write(directory)
+    with refused(ManifestError, replaced):
+        mine.update(directory, parity={GRAPH: {"passed": True}})
+    assert GRAPH not in Manifest.read(directory).parity
+    # The control: the next command reads the new manifest.
+    Manifest.read(directory).update(directory, parity={GRAPH: {"passed": True}})
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "plans/x", "..", "", "a\\b", "a\0b"])
+def test_files_outside_the_directory_are_refused(name: str, exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    content = json.loads((directory / MANIFEST).read_text())
+    content["files"][name] = content["files"][GRAPH]
+    (directory / MANIFEST).write_text(json.dumps(content))
+    with refused(ManifestError, repr(name), reason="malformed"):
+        Manifest.read(directory)
+
+
+def test_a_link_is_no_file_of_the_directory(exported: Path, tmp_path: Path) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    elsewhere = tmp_path / "weights"
+    (directory / DATA).rename(elsewhere)
+    (directory / DATA).symlink_to(elsewhere)
+    with refused(ManifestError, directory / DATA, reason="unsafe"):
+        Manifest.read(directory).verify(directory, [DATA])
+    (directory / DATA).unlink()
+    elsewhere.rename(directory / DATA)
+    Manifest.read(directory).verify(directory, [DATA])

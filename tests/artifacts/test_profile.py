@@ -50,5 +50,5 @@ def test_what_does_not_fit_the_encoder(changes: dict[str, int], name: str, value
 
 def test_what_fits_is_given_back() -> None:
     largest = dataclasses.replace(PROFILE, min_patches=256, opt_patches=256, max_images=64)
-    for profile in (PROFILE, largest, *profiles_from_buckets([4, 256], 64, HEAD_DIM_80)):
+    for profile in (PROFILE, largest, *profiles_from_buckets([4, 256], [64], HEAD_DIM_80)):
         assert checked_profile(profile, HEAD_DIM_80) is profile

@@ -119,6 +119,7 @@ def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_pat
     profiles = json.loads(mmvision("inspect", str(engine)).out)["profiles"]
     assert [(p["min_patches"], p["max_patches"], p["max_images"]) for p in profiles] == [
         (16, 16, 4),
+        (512, 512, 9),
         (512, 512, 65),
     ]
 

@@ -199,6 +199,7 @@ def test_errors(
         ["--resize-to-fit", "--pixel-values", "x.npy", "--grid-thw", "g.npy"],
         ["--image", "."],
         ["--image", ".", "--output", "x.npy"],
+        ["--max-pixels", "0", "--image", "a.jpg"],
     ],
 )
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
@@ -294,7 +295,7 @@ def test_a_folder_streams_reports_failures_and_resumes(
         ("encoded", "chelsea.png"),
     ]
     assert "notes.txt: not an image" in errors
-    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 1}
+    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 1, "passed over": 0}
     with VisionEncoder.open("engines/small", backend="onnxruntime-cpu") as encoder:
         (alone,) = encoder.encode_images([Image.open(folder / "more" / "chelsea.png")])
     np.testing.assert_array_equal(np.load("embeds/more/chelsea.png.npy"), alone)
@@ -303,14 +304,15 @@ def test_a_folder_streams_reports_failures_and_resumes(
     first = Path("embeds/coffee.jpg.npy").stat()
     code, lines, _ = run_folder(capsys, *arguments)
     assert code == 0
-    assert lines[-1]["files"] == {"encoded": 0, "already there": 2, "failed": 0}
-    assert Path("embeds/coffee.jpg.npy").stat() == first
-    # An image that is newer than its embeddings is encoded again.
-    os.utime(folder / "coffee.jpg", (first.st_mtime + 10, first.st_mtime + 10))
+    assert lines[-1]["files"] == {"encoded": 0, "already there": 2, "failed": 0, "passed over": 0}
+    again = Path("embeds/coffee.jpg.npy").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    # An image that is not what it was is encoded again, an older one too.
+    os.utime(folder / "coffee.jpg", (first.st_mtime - 1000, first.st_mtime - 1000))
     _, lines, _ = run_folder(capsys, *arguments)
-    assert lines[-1]["files"] == {"encoded": 1, "already there": 1, "failed": 0}
+    assert lines[-1]["files"] == {"encoded": 1, "already there": 1, "failed": 0, "passed over": 0}
     _, lines, _ = run_folder(capsys, *arguments, "--force")
-    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 0}
+    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 0, "passed over": 0}
 
 
 def test_embeddings_of_two_models_are_not_mixed(
@@ -413,10 +415,91 @@ def test_interrupting_leaves_whole_files_only(files: Path, module: list[str]) ->
         "error: interrupted; what was not finished is not kept"
     ]
     names = sorted(path.name for path in Path("embeds").iterdir())
-    assert [name for name in names if not name.endswith(".jpg.npy")] == ["mmvision-run.json"]
-    assert 3 <= len(names) - 1 < 200
-    for name in names[:-1]:
+    assert [name for name in names if not name.endswith(".jpg.npy")] == [
+        "mmvision-run.json",
+        "mmvision-run.records",
+    ]
+    assert 3 <= len(names) - 2 < 200
+    for name in names[:-2]:
         assert np.load(f"embeds/{name}").ndim == 2
+
+
+def test_a_killed_folder_run_is_resumed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of_images(files)
+    (files / "photos" / "notes.txt").unlink()
+    command = [sys.executable, "-m", "mmvision_export.run", "--image", "photos", "--output", "e"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+    code, lines, errors = run_folder(capsys, "--image", "photos", "--output", "e")
+    assert code == 0, errors
+    counts = lines[-1]["files"]
+    assert counts["already there"] >= 1
+    assert counts["already there"] + counts["encoded"] == 2
+
+
+@pytest.mark.slow
+def test_kills_at_any_moment_lose_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Killed again and again, a run ends with what an undisturbed one gives."""
+    folder = files / "photos"
+    folder.mkdir()
+    photo = Image.open("coffee.jpg").resize((240, 160))
+    for index in range(200):
+        photo.rotate(index).save(folder / f"{index:03}.jpg")
+    on = ("--backend", "onnxruntime-cpu", "--image", "photos", "--output")
+    code, _, errors = run_folder(capsys, *on, "whole")
+    assert code == 0, errors
+    generator = np.random.default_rng(15)
+    kills = 0
+    for _ in range(16):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mmvision_export.run", *on, "killed"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(timeout=generator.uniform(0.4, 1.0))
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert kills
+    code, _, errors = run_folder(capsys, *on, "killed")
+    assert code == 0, errors
+    for path in Path("whole").glob("*.npy"):
+        np.testing.assert_array_equal(np.load(path), np.load(Path("killed", path.name)))
+    assert len(list(Path("killed").glob("*.npy"))) == 200
+
+
+def test_folders_with_files_of_one_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("c1", "c2"):
+        (files / name).mkdir()
+        Image.new("RGB", (60, 60), "red").save(files / name / "x.png")
+    code, lines, errors = run_folder(capsys, "--image", "c1", "c2", "--output", "embeds")
+    assert (code, lines) == (1, [])
+    assert "c1/x.png" in errors
+    assert "c2/x.png" in errors
+    assert not Path("embeds").exists()
+
+
+def test_limits_and_drafts(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    on = ("--backend", "onnxruntime-cpu")
+    assert main(["--image", "coffee.jpg", "--max-pixels", "239999", *on]) == 1
+    assert "240000" in capsys.readouterr().err
+    Image.open("coffee.jpg").resize((3000, 2000)).save("large.jpg")
+    small = ("--image", "large.jpg", "--resize", "long-side", "--max-long-side", "224", *on)
+    draft = run(capsys, *small, "--output", "a.npy")
+    exact = run(capsys, *small, "--no-draft", "--output", "b.npy")
+    assert draft["grid_thw"] == exact["grid_thw"]
+    drafted, full = np.load("a.npy"), np.load("b.npy")
+    assert not np.array_equal(drafted, full)
+    with VisionEncoder.open(
+        "engines/small", backend="onnxruntime-cpu", resize="long-side", max_long_side=224
+    ) as encoder:
+        (alone,) = encoder.encode_images([Image.open("large.jpg")])
+    np.testing.assert_array_equal(full, alone)
 
 
 def test_two_processes_share_a_model_directory(files: Path) -> None:

@@ -17,6 +17,7 @@ from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.trust import UntrustedError, record_built
 from mmvision_export.engine.attention import (
     Lowering,
     attention_body_for_tensorrt,
@@ -67,11 +68,13 @@ def target_for(version: str = "10.3.0.30", **changes: Any) -> BuildTarget:
 
 def choose(way: str, library: Path, notes: Progress | None = None, **changes: Any) -> Lowering:
     config = changes.pop("config", HEAD_DIM_80)
+    is_named = changes.pop("is_named", True)
     return choose_lowering(
         way,  # type: ignore[arg-type]
         target_for(**changes),
         config=config,
         library=library,
+        is_named=is_named,
         progress=notes or Progress(),
     )
 
@@ -100,6 +103,17 @@ def test_plugins_where_they_can_be(way: str, library: Path) -> None:
     assert chosen.library is not None
     assert chosen.library[0] == library
     assert chosen.attention(fused=False) == EngineAttention(way="plugin")
+
+
+def test_a_library_that_nobody_named_must_have_been_built_here(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    with refused(UntrustedError, library, reason="unsafe"):
+        choose("plugin", library, is_named=False)
+    assert choose("auto", library, is_named=False).library is None
+    assert record_built(PluginLibraryRecord.read(library).library.sha256, library) is None
+    assert choose("plugin", library, is_named=False).library is not None
 
 
 @pytest.mark.parametrize(

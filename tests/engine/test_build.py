@@ -107,7 +107,7 @@ def test_one_engine_with_a_profile_for_each_bucket(
         return made[-1][1]
 
     monkeypatch.setattr(TensorProfile, "to_trt", to_trt)
-    profiles = profiles_from_buckets([256, 64, 1024], 8, HEAD_DIM_80)
+    profiles = profiles_from_buckets([256, 64, 1024], [8], HEAD_DIM_80)
     _, record = build(directory, profiles=profiles, precision="fp16", compute_capabilities=[ADA])
     assert [p.max_patches for p in record.profiles] == [64, 256, 1024]
     assert all(p.is_bucket and p.max_images == 9 for p in record.profiles)
@@ -132,7 +132,7 @@ def test_an_engine_that_keeps_weights_twice_is_noted(
     notes = Notes()
     _, record = build(
         directory,
-        profiles=profiles_from_buckets(buckets, 8, HEAD_DIM_80),
+        profiles=profiles_from_buckets(buckets, [8], HEAD_DIM_80),
         compute_capabilities=[ADA],
         progress=notes,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from mmvision_export.core.errors import ConfigError, Reason
 from mmvision_export.models.minimax_m3_vl.config import (
     EncoderConfig,
+    assumed_fields,
     config_from_dict,
     config_from_file,
 )
@@ -188,3 +190,30 @@ def test_manifest_form_round_trips() -> None:
     assert EncoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with refused(ConfigError, "depth"):
         EncoderConfig.from_json({"depth": 3})
+
+
+def test_what_no_weight_shows_is_named_where_it_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    for config, expected in (
+        (RELEASED, set()),
+        (
+            {"vision_config": {}},
+            {"num_attention_heads", "rope_theta", "layer_norm_eps", "segment_max_frames"},
+        ),
+        (
+            {"vision_config": {"num_attention_heads": 16, "rope_theta": 10000.0}},
+            {"layer_norm_eps", "segment_max_frames"},
+        ),
+    ):
+        file.write_text(json.dumps(config))
+        assumed = assumed_fields(file)
+        assert set(assumed) == expected
+        assert all(value == getattr(EncoderConfig(), name) for name, value in assumed.items())
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EncoderConfig)])
+def test_absurd_sizes_are_refused(field: str) -> None:
+    if isinstance(getattr(EncoderConfig(), field), bool):
+        return
+    with refused(ConfigError, field):
+        EncoderConfig.from_json({**EncoderConfig().to_json(), field: 10**13})

@@ -27,6 +27,7 @@ class Hub:
 
     def __init__(self, folder: Path) -> None:
         self.served: list[str] = []
+        self.asked: list[str] = []
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -37,6 +38,7 @@ class Hub:
                 self._answer(body=True)
 
             def _answer(self, *, body: bool) -> None:
+                hub.asked.append(self.path)
                 prefix = f"/{REPOSITORY}/resolve/"
                 name = self.path.removeprefix(prefix).partition("?")[0].partition("/")[2]
                 path = folder / name
@@ -82,18 +84,24 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     server.close()
 
 
-def export(
-    tmp_path: Path, url: str, checkpoint: str, *more: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mmvision_export.cli.entry", "export", "--onnx"]
-    command += ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), *more]
-    environment = {
+def environment(tmp_path: Path, url: str) -> dict[str, str]:
+    """Of a process for which a local server is the hub."""
+    return {
         **os.environ,
         "HF_ENDPOINT": url,
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def export(
+    tmp_path: Path, url: str, checkpoint: str, *more: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mmvision_export.cli.entry", "export", "--onnx"]
+    command += ["--checkpoint", checkpoint, "--output", str(tmp_path / "out"), *more]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment(tmp_path, url), check=False
+    )
 
 
 def test_only_what_is_needed_is_downloaded(hub: Hub, tmp_path: Path) -> None:
@@ -120,6 +128,41 @@ def test_single_file(tmp_path: Path) -> None:
     server.close()
     assert result.returncode == 0, result.stderr
     assert sorted(server.served) == ["config.json", "model.safetensors"]
+
+
+FROM_A_MANIFEST = """
+import sys
+import torch
+from mmvision_export.core.errors import CheckpointError
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.weights import WeightSource
+source = {"kind": "checkpoint", "checkpoint": sys.argv[1]}
+try:
+    WeightSource.from_manifest(source, EncoderConfig()).load(torch.float32)
+except CheckpointError as error:
+    print(error.hint)
+    sys.exit(3)
+"""
+
+
+def test_a_manifest_has_nothing_downloaded(hub: Hub, tmp_path: Path) -> None:
+    """It may have come from anybody, and the hub is asked with the user's token."""
+
+    def load() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", FROM_A_MANIFEST, REPOSITORY]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment(tmp_path, hub.url), check=False
+        )
+
+    refused = load()
+    assert (refused.returncode, hub.asked) == (3, []), refused.stderr
+    assert f"--checkpoint {REPOSITORY}" in refused.stdout
+    # The control: what the user had downloaded is taken from the cache.
+    assert export(tmp_path, hub.url, REPOSITORY).returncode == 0
+    assert hub.asked
+    hub.asked.clear()
+    assert load().returncode == 0
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
 from mmvision_export.models.minimax_m3_vl.video import VideoConfig, VideoSegment, sampled_indices
+from mmvision_export.models.minimax_m3_vl.video_file import measured_video, opened_video
 from tests.support.configs import HEAD_DIM_80, relative_l2
 from tests.support.errors import refused
 from tests.support.images import from_transformers
@@ -124,18 +125,12 @@ def test_video_equals_the_processor_and_the_tower(runtime: VisionEncoder, tmp_pa
 
 def test_resized_frames_are_close_to_the_processors(tmp_path: Path, runtime: VisionEncoder) -> None:
     """Pillow's bicubic filter and torch's differ by a fraction of a level."""
-    from mmvision_export.models.minimax_m3_vl.video import (
-        _batched,
-        _measured,
-        _opened,
-        _sampled_frames,
-    )
+    from mmvision_export.models.minimax_m3_vl.video import _batched, _sampled_frames
 
     frames = moving(8, 60, 90)
     path = write_video(tmp_path / "v.mkv", frames)
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        assert _measured(path, stream) == (8, 4.0)
+    assert measured_video(path) == (8, 4.0)
+    with opened_video(path) as (container, stream):
         (batch,) = _batched(_sampled_frames(path, container, stream, np.arange(8)), 8)
     ours, row = patches_from_frames(batch, CONFIG.frame)
     theirs, grid, _ = processed(frames)

@@ -47,7 +47,7 @@ def padded(pixels: np.ndarray, rows: np.ndarray, profile: Profile) -> tuple[np.n
 @given(grid=grids(), seed=st.integers(0, 99), spare=st.sampled_from([0, 1, 2, 7, 64]))
 def test_padding_changes_nothing(exported: Path, grid: Grid, seed: int, spare: int) -> None:
     pixels, rows = batch(grid, HEAD_DIM_80, seed)
-    (profile,) = profiles_from_buckets([len(pixels) + 4 * spare], len(grid) + 3, HEAD_DIM_80)
+    (profile,) = profiles_from_buckets([len(pixels) + 4 * spare], [len(grid) + 3], HEAD_DIM_80)
     if not profile.takes(len(pixels), len(rows)):
         profile = dataclasses.replace(profile, max_images=len(grid) + 1, min_images=len(grid) + 1)
     more_pixels, more_rows = padded(pixels, rows, profile)
@@ -73,7 +73,7 @@ def test_padding_that_is_no_segment_of_its_own_is_noticed(exported: Path) -> Non
 @pytest.mark.parametrize("merge", [1, 2, 3])
 def test_the_padding_is_a_valid_grid(merge: int) -> None:
     config = dataclasses.replace(HEAD_DIM_80, spatial_merge_size=merge)
-    (profile,) = profiles_from_buckets([40 * merge**2], 5, config)
+    (profile,) = profiles_from_buckets([40 * merge**2], [5], config)
     rows = padding_rows(7 * merge**2, 3, profile, config)
     np.testing.assert_array_equal(
         rows, [(1, merge, 33 * merge), (0, merge, merge), (0, merge, merge)]
@@ -90,7 +90,7 @@ def test_the_padding_is_a_valid_grid(merge: int) -> None:
 
 
 def test_buckets_become_profiles() -> None:
-    small, large = profiles_from_buckets([1024, 16], 64, FULL)
+    small, large = profiles_from_buckets([1024, 16], [64], FULL)
     assert small == Profile(
         min_patches=16, opt_patches=16, max_patches=16, min_images=4, max_images=4
     )
@@ -115,7 +115,26 @@ def test_buckets_become_profiles() -> None:
 )
 def test_bad_buckets(buckets: list[int], facts: list[object]) -> None:
     with refused(EngineError, *facts):
-        profiles_from_buckets(buckets, 8, FULL)
+        profiles_from_buckets(buckets, [8], FULL)
+
+
+@pytest.mark.parametrize(("images", "facts"), [([], ["[]"]), ([0, 8], [0, 8]), ([8, 8], ["8, 8"])])
+def test_bad_numbers_of_images(images: list[int], facts: list[object]) -> None:
+    with refused(EngineError, *facts):
+        profiles_from_buckets([256], images, FULL)
+
+
+def test_a_bucket_for_few_images_and_one_for_many() -> None:
+    profiles = profiles_from_buckets([256, 16], [64, 2], FULL)
+    sizes = [(profile.max_patches, profile.max_images) for profile in profiles]
+    # 16 patches are at most 4 images.
+    assert sizes == [(16, 3), (16, 4), (256, 3), (256, 64)]
+    of_one = [(1, 2, 4)]
+    for grid, expected in ((of_one, 0), (of_one * 2, 0), ([(1, 2, 2)] * 4, 1), (of_one * 3, 3)):
+        # Whatever their order in the engine, the fewest rows that do are taken.
+        for order in (profiles, profiles[::-1]):
+            (launch,) = plan_launches(of(grid), order, Costs(FULL, masked=False))
+            assert order[launch.profile] == profiles[expected]
 
 
 def test_costs_are_those_of_the_full_size() -> None:
@@ -170,7 +189,7 @@ def test_a_graph_without_profiles_is_cut_as_if_every_cut_were_tried(grid: Grid) 
 
 
 def test_the_smallest_bucket_that_takes_it() -> None:
-    profiles = profiles_from_buckets([1024, 256, 4096], 64, FULL)
+    profiles = profiles_from_buckets([1024, 256, 4096], [64], FULL)
     for patches, expected in ((4, 0), (256, 0), (260, 1), (1024, 1), (1028, 2)):
         (launch,) = plan_launches(of([(1, 2, patches // 2)]), profiles, Costs(FULL, masked=False))
         assert launch.profile == expected
@@ -183,7 +202,8 @@ def plans(draw: st.DrawFn) -> tuple[Grid, list[Profile], Costs]:
     buckets = draw(st.sets(st.integers(1, 50).map(lambda n: 4 * n), min_size=1, max_size=3)) | {
         4 * (largest // 4 + 1)
     }
-    profiles = profiles_from_buckets(sorted(buckets), draw(st.integers(1, 4)), HEAD_DIM_80)
+    images = st.sets(st.integers(1, 4), min_size=1, max_size=2)
+    profiles = profiles_from_buckets(sorted(buckets), sorted(draw(images)), HEAD_DIM_80)
     return grid, profiles, Costs(HEAD_DIM_80, masked=draw(st.booleans()))
 
 
@@ -226,7 +246,7 @@ def test_a_plan_covers_every_image_once_and_no_other_is_cheaper(
 def test_too_large_images_are_refused_with_numbers(
     row: tuple[int, int, int], facts: list[object]
 ) -> None:
-    profiles = profiles_from_buckets([256, 4096], 64, FULL)
+    profiles = profiles_from_buckets([256, 4096], [64], FULL)
     with refused(InputError, "image 1", *facts):
         plan_launches(of([(1, 2, 2), row]), profiles, Costs(FULL, masked=False))
 
@@ -234,7 +254,7 @@ def test_too_large_images_are_refused_with_numbers(
 def test_a_profile_too_small_for_its_frames() -> None:
     with refused(InputError, "4 temporal patches"):
         plan_launches(
-            of([(4, 2, 2)]), profiles_from_buckets([8], 1, FULL), Costs(FULL, masked=False)
+            of([(4, 2, 2)]), profiles_from_buckets([8], [1], FULL), Costs(FULL, masked=False)
         )
 
 
@@ -262,7 +282,7 @@ def test_random_batches_equal_runs_of_one_image(exported: Path) -> None:
     """Splitting: what each launch gives, put back in order, is what each image gives alone."""
     generator = np.random.default_rng(0)
     graph, rest = exported / "model.onnx", 0
-    profiles = profiles_from_buckets([64, 128], 3, HEAD_DIM_80)
+    profiles = profiles_from_buckets([64, 128], [3], HEAD_DIM_80)
     for _ in range(5):
         grid = [
             (int(t), 2 * int(h), 2 * int(w))
@@ -285,7 +305,7 @@ def test_random_batches_equal_runs_of_one_image(exported: Path) -> None:
 
 
 def test_a_plan_is_made_once_for_a_grid_and_anew_for_another() -> None:
-    profiles = profiles_from_buckets([16, 64], 4, FULL)
+    profiles = profiles_from_buckets([16, 64], [4], FULL)
     costs = Costs(FULL, masked=False)
     planner = LaunchPlanner(profiles, costs)
     first, second = of([(1, 4, 4)] * 5), of([(1, 8, 8), (1, 2, 2)])
@@ -296,7 +316,7 @@ def test_a_plan_is_made_once_for_a_grid_and_anew_for_another() -> None:
 
 
 def test_a_refused_grid_is_refused_again() -> None:
-    planner = LaunchPlanner(profiles_from_buckets([16], 1, FULL), Costs(FULL, masked=False))
+    planner = LaunchPlanner(profiles_from_buckets([16], [1], FULL), Costs(FULL, masked=False))
     for _ in range(2):
         with refused(InputError, 64, 16):
             planner(of([(1, 8, 8)]))

@@ -12,6 +12,7 @@ import pytest
 
 from mmvision_export import VisionEncoder, run
 from mmvision_export.core.errors import BackendError, ManifestError, ParityError
+from mmvision_export.core.trust import UntrustedError
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.parity.check import check_parity
@@ -74,9 +75,13 @@ def test_opening_a_directory_loads_no_library_that_came_with_it(
             assert np.isfinite(encoder(*BATCH)).all()
     check_parity(directory)
     assert not loaded.exists()
-    # The control: where it is named, it is loaded, and is none of ours.
-    with pytest.raises(BackendError) as refused:
+    # Nor does the backend that wants one take a library that was not built here.
+    with pytest.raises(UntrustedError):
         VisionEncoder.open(directory, backend="onnxruntime-amx")
+    assert not loaded.exists()
+    # The control: trusted, it is loaded, and is none of ours.
+    with pytest.raises(BackendError) as refused:
+        VisionEncoder.open(directory, backend="onnxruntime-amx", trust=True)
     assert str(library_in(directory)) in str(refused.value)
     assert loaded.exists()
 
@@ -153,7 +158,7 @@ def test_something_else_of_that_name_is_refused(directory: Path, tmp_path: Path)
     (tmp_path / "text").write_text("no library")
     library = put_into_directory(tmp_path / "text", directory)
     with pytest.raises(BackendError) as refused:
-        VisionEncoder.open(directory, backend="onnxruntime-amx")
+        VisionEncoder.open(directory, backend="onnxruntime-amx", trust=True)
     assert str(library) in str(refused.value)
 
 
@@ -168,7 +173,7 @@ def test_a_graph_that_it_has_no_operators_for_is_refused(
     )
     put_into_directory(library, tmp_path / "half")
     with pytest.raises(BackendError) as refused:
-        VisionEncoder.open(tmp_path / "half", backend="onnxruntime-amx")
+        VisionEncoder.open(tmp_path / "half", backend="onnxruntime-amx", trust=True)
     assert "model.cpu.onnx" in str(refused.value)
     assert "fp16" in str(refused.value)
     with pytest.raises(ParityError) as compared:

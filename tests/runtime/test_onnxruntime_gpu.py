@@ -5,6 +5,7 @@ What they are opened with, and what they refuse.
 
 from __future__ import annotations
 
+import os
 import types
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from mmvision_export.runtime.backends.onnxruntime import create_session
 from tests.support.errors import refused
 
 NAME = "NvTensorRTRTXExecutionProvider"
+
+
+def cache_of(backend: str) -> str:
+    """Where this user's compiled kernels of a backend are."""
+    return str(Path(os.environ["XDG_CACHE_HOME"]) / "mmvision-export" / backend)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
@@ -56,9 +62,15 @@ def test_what_sessions_are_opened_with(
     assert opened[0][1]["device_id"] == "1"
     if backend == "onnxruntime-tensorrt":
         assert [name for name, _ in opened] == every[:2]
-        assert opened[0][1]["trt_engine_cache_path"] == str(
-            exported / "plans" / "onnxruntime-tensorrt"
+        # In the user's own folder, whatever the model directory brings along.
+        assert cache_of(backend) in opened[0][1]["trt_engine_cache_path"]
+        assert opened[0][1]["trt_engine_cache_path"] == opened[0][1]["trt_timing_cache_path"]
+        monkeypatch.setattr(
+            "mmvision_export.runtime.backends.onnxruntime_gpu.cache_folder", lambda: None
         )
+        opened.clear()
+        open_backend(exported, with_device).close()
+        assert not any("cache" in name for name in opened[0][1])
 
 
 class TensorRTProvider:
@@ -223,10 +235,9 @@ def test_the_rtx_plugin(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(2):  # registered once in a process
         open_backend(exported, BackendOptions(backend="onnxruntime-rtx")).close()
     assert plugin.registered == 1
-    assert (
-        plugin.cached
-        == [{"nv_runtime_cache_path": str(exported / "plans" / "onnxruntime-rtx")}] * 2
-    )
+    first, second = (options["nv_runtime_cache_path"] for options in plugin.cached)
+    assert cache_of("onnxruntime-rtx") in first
+    assert first == second
     with refused(BackendError, "device 1", "has 1"):
         open_backend(exported, BackendOptions(backend="onnxruntime-rtx", device=1))
 

@@ -25,9 +25,12 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
 from mmvision_export.core.errors import BackendError, InputError, ManifestError
 from mmvision_export.core.files import file_record
+from mmvision_export.core.trust import UntrustedError, record_built
+from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.cuda import LEGACY_STREAM, current_compute_capability
 from mmvision_export.runtime.backends.device_array import device_array
-from mmvision_export.runtime.backends.tensorrt import import_tensorrt
+from mmvision_export.runtime.backends.tensorrt import TensorRTBackend, import_tensorrt
+from mmvision_export.runtime.backends.tensorrt_rtx import default_runtime_cache
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
 from tests.support.errors import refused
@@ -42,7 +45,7 @@ from tests.support.fake_gpu import Cache, Context, expected_embeds
 from tests.support.fake_machine import KINDS, Machine
 
 DYNAMIC = [Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)]
-BUCKETS = profiles_from_buckets([64, 256], 8, HEAD_DIM_80)
+BUCKETS = profiles_from_buckets([64, 256], [8], HEAD_DIM_80)
 SIZES = {"dynamic": DYNAMIC, "buckets": BUCKETS}
 
 
@@ -241,8 +244,8 @@ def test_a_capture_that_fails_costs_no_result_and_is_tried_once(
         assert bucketed.driver.count("cuStreamBeginCapture") == 1
         assert bucketed.driver.count("cuGraphLaunch") == 0
         reasons = encoder.info["captures_refused"]
-        assert list(reasons) == ["64 patches"]
-        assert f"{call} failed with CUDA_ERROR_OUT_OF_MEMORY" in reasons["64 patches"]
+        assert list(reasons) == ["64 patches, 9 rows"]
+        assert f"{call} failed with CUDA_ERROR_OUT_OF_MEMORY" in reasons["64 patches, 9 rows"]
         # Another bucket is another capture.
         bucketed.driver.fail(call, SUCCESS)
         check(encoder, [(1, 16, 16)])
@@ -258,8 +261,11 @@ def test_an_engine_that_cannot_be_captured_runs_without_graphs(bucketed: Machine
         for seed, grid in enumerate([[(1, 4, 4)], [(1, 16, 16)]] * 2):
             check(encoder, grid, seed)
         assert bucketed.driver.count("cuStreamBeginCapture") == 2
-        assert sorted(encoder.info["captures_refused"]) == ["256 patches", "64 patches"]
-        assert "Cuda Runtime (900)" in encoder.info["captures_refused"]["64 patches"]
+        assert sorted(encoder.info["captures_refused"]) == [
+            "256 patches, 9 rows",
+            "64 patches, 9 rows",
+        ]
+        assert "Cuda Runtime (900)" in encoder.info["captures_refused"]["64 patches, 9 rows"]
     assert bucketed.holds_nothing()
 
 
@@ -298,7 +304,7 @@ def test_the_default_stream_of_another_thread_breaks_no_capture(
     monkeypatch.setattr("mmvision_export.runtime.backends.cuda._NON_BLOCKING", 0)
     with bucketed.encoder() as encoder:
         check(encoder, [(1, 4, 4)])
-        assert "IMPLICIT" in encoder.info["captures_refused"]["64 patches"]
+        assert "IMPLICIT" in encoder.info["captures_refused"]["64 patches, 9 rows"]
     cuda.synchronize(LEGACY_STREAM)
     cuda.free(memory)
     cuda.close()
@@ -337,6 +343,52 @@ def test_a_foreign_engine_is_never_deserialised(machine: Machine) -> None:
     assert machine.trt.deserialised == []
 
 
+def foreign_engine(machine: Machine) -> Path:
+    """The machine's engine replaced by one that nobody has built here, with a sidecar that fits."""
+    machine.engine.write_bytes(b"somebody's content")
+    record = EngineRecord.read(machine.engine)
+    changed = dataclasses.replace(record, engine=file_record(machine.engine))
+    changed.write(machine.engine.with_suffix(".json"))
+    return machine.engine
+
+
+def test_an_engine_that_was_not_built_here_is_never_deserialised(machine: Machine) -> None:
+    engine = foreign_engine(machine)
+    for trust in (None, False):
+        with refused(UntrustedError, engine, reason="unsafe"):
+            machine.open(trust=trust)
+    assert machine.trt.deserialised == []
+    machine.encoder(trust=True).close()
+    assert machine.trt.deserialised == [b"somebody's content"]
+    engine.chmod(0o666)
+    with refused(UntrustedError, engine, reason="unsafe"):
+        machine.open(trust=True)
+
+
+def test_naming_an_engine_trusts_it_and_naming_its_directory_does_not(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = foreign_engine(machine)
+    seen: list[bool | None] = []
+
+    def open_nothing(self: Any, path: Path, options: BackendOptions, **_: Any) -> None:
+        seen.append(options.trust)
+
+    monkeypatch.setattr(TensorRTBackend, "__init__", open_nothing)
+    module = "mmvision_export.runtime.backends.tensorrt"
+    monkeypatch.setattr(f"{module}.import_tensorrt", lambda kind: machine.trt)
+    monkeypatch.setattr(f"{module}.Cuda", lambda device: None)
+    monkeypatch.setattr(f"{module}.open_fitting", lambda path, opened: opened(engine, None))
+    for path, trust in (
+        (engine, None),
+        (engine.parent, None),
+        (engine, False),
+        (engine.parent, True),
+    ):
+        TensorRTBackend.open(path, BackendOptions(trust=trust))
+    assert seen == [True, False, False, True]
+
+
 def test_the_bytes_that_were_hashed_are_those_deserialised(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +417,7 @@ def test_the_plugin_library_is_loaded_before_the_engine(
 ) -> None:
     library = machine.engine.parent / "libmmvision_plugins-abc.so"
     record = EngineRecord.read(machine.engine)
-    library.write_bytes(b"library")
+    library.write_bytes(f"library in {library.parent}".encode())
     plugins = PluginFile(library.name, file_record(library))
     dataclasses.replace(
         record, attention=EngineAttention(way="plugin"), plugin_library=plugins
@@ -377,6 +429,12 @@ def test_the_plugin_library_is_loaded_before_the_engine(
         loaded.append((path, sha256))
 
     monkeypatch.setattr("mmvision_export.runtime.backends.tensorrt.load_plugin_library", load)
+    with refused(
+        UntrustedError, library, reason="unsafe"
+    ):  # the engine was built here, the library was not
+        machine.open()
+    assert (loaded, machine.trt.deserialised) == ([], [])
+    assert record_built(plugins.record.sha256, library) is None
     with machine.encoder() as encoder:
         check(encoder, [(1, 8, 8)])
         assert encoder.info["plugin_library"] == library.name
@@ -617,8 +675,12 @@ def test_the_runtime_cache_is_kept_and_checked(
     monkeypatch.setattr(
         "mmvision_export.runtime.backends.tensorrt.current_platform", lambda: "linux-x86_64"
     )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     machine = Machine(fake_driver, tmp_path, BUCKETS, "tensorrt-rtx")
-    file = machine.engine.with_suffix(".rtxcache")
+    file = default_runtime_cache(machine.engine)
+    assert file is not None
+    # Compiled kernels are code: one that came with the engine is not even looked at.
+    machine.engine.with_suffix(".rtxcache").write_bytes(Cache.magic)
     with machine.encoder() as encoder:
         assert encoder.info["runtime_cache"].endswith(": new")
         assert encoder.info["kernels"] == "eager"
@@ -630,11 +692,17 @@ def test_the_runtime_cache_is_kept_and_checked(
     with machine.encoder(kernels="lazy") as encoder:
         assert "of another machine or version, not used" in encoder.info["runtime_cache"]
     assert file.read_bytes() == Cache.magic + b"."
+    file.chmod(0o666)
+    with machine.encoder(kernels="lazy") as encoder:
+        assert "not used" in encoder.info["runtime_cache"]
+    file.chmod(0o600)
     assert [c.dynamic_shapes_kernel_specialization_strategy for c in machine.trt.configs] == [
         1,
         1,
         1,
         1,
+        0,
+        0,
         0,
         0,
     ]

@@ -16,13 +16,14 @@ from mmvision_export.artifacts.engine_record import (
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.files import file_record
+from mmvision_export.core.trust import record_built
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 ENGINE = "tensorrt-rtx-1.7.1.116-sm89-fp16.engine"
 
 
 def write_engine(folder: Path, **changes: Any) -> Path:
-    """Some bytes with a sidecar that fits them."""
+    """Some bytes with a sidecar that fits them, as if this user had built them."""
     folder.mkdir(parents=True, exist_ok=True)
     engine = folder / ENGINE
     engine.write_bytes(b"executable content")
@@ -40,5 +41,7 @@ def write_engine(folder: Path, **changes: Any) -> Path:
         versions={},
         created="2026-01-01T00:00:00+00:00",
     )
-    dataclasses.replace(record, **changes).write(sidecar_path(engine))
+    record = dataclasses.replace(record, **changes)
+    record.write(sidecar_path(engine))
+    assert record_built(record.engine.sha256, engine) is None
     return engine

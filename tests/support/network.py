@@ -27,7 +27,8 @@ class Watched:
 
     Attributes:
         calls: Its network calls, as `socket 2` or `getaddrinfo example.com`.
-        files: What it left under its home and its cache, relative to their common folder.
+        files: What it left under its home and its cache, relative to their common folder, but for
+            our own folder there.
         code: Exit code.
         err: Standard error.
     """
@@ -86,7 +87,12 @@ def watched(
             check=False,
         )
         log = root / "log"
-        found = (path for path in root.rglob("*") if path.is_file() and path != log)
+        # What is verified and compiled is remembered in a folder of our own.
+        found = (
+            path
+            for path in root.rglob("*")
+            if path.is_file() and path != log and "mmvision-export" not in path.parts
+        )
         return Watched(
             calls=log.read_text(encoding="utf-8").splitlines() if log.exists() else [],
             files=sorted(str(path.relative_to(root)) for path in found),

@@ -45,7 +45,7 @@ from tests.support.fake_driver import (
 )
 from tests.support.fake_gpu import Cache, TensorRT, expected_embeds
 
-BUCKETS = profiles_from_buckets([64, 2048], 40, HEAD_DIM_80)
+BUCKETS = profiles_from_buckets([64, 2048], [40], HEAD_DIM_80)
 DYNAMIC = [Profile(min_patches=4, opt_patches=64, max_patches=2048, max_images=40)]
 KINDS: dict[str, type[TensorRTBackend]] = {
     "tensorrt": TensorRTBackend,
@@ -177,8 +177,8 @@ def test_an_engine_that_does_not_open_is_a_finding(bench: Bench) -> None:
 def test_buckets_are_captured_and_replayed(bench: Bench) -> None:
     bench.run(check_captures)
     assert [(f.case, f.status) for f in bench.findings.findings] == [
-        ("tensorrt, 64 patches", "pass"),
-        ("tensorrt, 2048 patches", "pass"),
+        ("tensorrt, 64 patches, 16 rows", "pass"),
+        ("tensorrt, 2048 patches, 41 rows", "pass"),
     ]
     assert bench.driver.count("cuGraphLaunch") == 6
     assert bench.driver.holds_nothing()

@@ -24,7 +24,11 @@ from torch import Tensor
 
 from mmvision_export.core.errors import CheckpointError
 from mmvision_export.core.progress import Progress
-from mmvision_export.models.minimax_m3_vl.config import EncoderConfig, config_from_file
+from mmvision_export.models.minimax_m3_vl.config import (
+    EncoderConfig,
+    assumed_fields,
+    config_from_file,
+)
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 
 __all__ = [
@@ -149,6 +153,9 @@ def checkpoint_from_folder(
     shards = _shards_of(folder)
     reader = _TensorReader(config, dtype)
     progress = progress or Progress()
+    if assumed := assumed_fields(folder / CONFIG):
+        values = ", ".join(f"{name} {value}" for name, value in assumed.items())
+        progress.note(f"{CONFIG} leaves out what no weight shows, taken as released: {values}")
     progress.step("reading weights", total=len(reader.expected))
     for shard in shards:
         for tensor in _vision_tensors(folder / shard):

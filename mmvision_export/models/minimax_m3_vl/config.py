@@ -16,7 +16,27 @@ from typing import Any, Literal
 
 from mmvision_export.core.errors import ConfigError
 
-__all__ = ["PRESETS", "EncoderConfig", "Preset", "config_from_dict", "config_from_file"]
+__all__ = [
+    "PRESETS",
+    "EncoderConfig",
+    "Preset",
+    "assumed_fields",
+    "config_from_dict",
+    "config_from_file",
+]
+
+
+# Far beyond any vision tower, and small enough that a file which says more is refused at once.
+_LARGEST_SIZE = 2**20
+_LARGEST: Mapping[str, float] = {
+    "num_hidden_layers": 1024,
+    "patch_size": 1024,
+    "num_channels": 1024,
+    "temporal_patch_size": 1024,
+    "spatial_merge_size": 1024,
+    "layer_norm_eps": 1.0,
+    "rope_theta": 1e12,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +95,11 @@ class EncoderConfig:
             ) and not isinstance(value, bool)
             if not numeric or not 0 < value < float("inf"):
                 raise ConfigError(f"{field.name} must be a positive {field.type}, got {value!r}")
+            if value > _LARGEST.get(field.name, _LARGEST_SIZE):
+                raise ConfigError(
+                    f"{field.name} must be at most {_LARGEST.get(field.name, _LARGEST_SIZE)}, "
+                    f"got {value!r}"
+                )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
@@ -149,6 +174,30 @@ def config_from_file(path: Path) -> EncoderConfig:
     Raises:
         ConfigError: The file cannot be read or parsed, or `config_from_dict` refuses its content.
     """
+    content = _content(path)
+    try:
+        return config_from_dict(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}", hint=error.hint) from error
+
+
+def assumed_fields(path: Path) -> dict[str, Any]:
+    """Values that a `config.json` leaves out, and that no tensor's shape gives away.
+
+    Returns:
+        Name -> the released checkpoint's value, which is taken in its place.
+
+    Raises:
+        ConfigError: The file cannot be read or parsed.
+    """
+    given = _given(_content(path))
+    return {name: getattr(EncoderConfig(), name) for name in _IN_NO_SHAPE if name not in given}
+
+
+_IN_NO_SHAPE = ("num_attention_heads", "rope_theta", "layer_norm_eps", "segment_max_frames")
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -159,23 +208,32 @@ def config_from_file(path: Path) -> EncoderConfig:
         raise ConfigError(f"{path}: not readable as JSON: {error}", reason="unreadable") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    try:
-        return config_from_dict(content)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}", hint=error.hint) from error
+    return content
 
 
 def config_from_dict(config: Mapping[str, Any]) -> EncoderConfig:
     """The encoder's dimensions from a parsed `config.json`, in either spelling.
 
     Fields that a spelling leaves out take the released checkpoint's value, as transformers does
-    when it saves only what differs from its defaults; a wrong guess cannot pass unseen, since every
-    tensor's shape is checked against it.
+    when it saves only what differs from its defaults. Most wrong guesses cannot pass unseen, since
+    every tensor's shape is checked; `assumed_fields` names those that could.
 
     Raises:
         ConfigError: A field is missing, malformed, given twice with different values, or names
             something this exporter does not implement.
     """
+    found = _given(config)
+    result = EncoderConfig(**found)
+    head_dim = _section(config, "vision_config", required=True).get("head_dim")
+    if head_dim not in (None, result.head_dim):
+        raise ConfigError(
+            f"vision_config.head_dim must be hidden_size / num_attention_heads = {result.head_dim}, got {head_dim!r}"
+        )
+    return result
+
+
+def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `config.json` says, by the names of `EncoderConfig`."""
     vision = _section(config, "vision_config", required=True)
     text = _section(config, "text_config")
     compression = _section(vision, "img_token_compression_config", "vision_config.")
@@ -219,13 +277,7 @@ def config_from_dict(config: Mapping[str, Any]) -> EncoderConfig:
     ):
         if source.get(key) is not None:
             found[name] = source[key]
-
-    result = EncoderConfig(**found)
-    if (head_dim := vision.get("head_dim")) not in (None, result.head_dim):
-        raise ConfigError(
-            f"vision_config.head_dim must be hidden_size / num_attention_heads = {result.head_dim}, got {head_dim!r}"
-        )
-    return result
+    return found
 
 
 def _section(

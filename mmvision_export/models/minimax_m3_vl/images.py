@@ -1,75 +1,124 @@
-"""Images of every kind, upright and in 8-bit RGB."""
+"""Image files: opened if they are images of a known format and size, and decoded.
+
+What decides is the file's header, before anything of its pixels is decoded. A format that is not in
+the list is never tried: Pillow starts Ghostscript for a PostScript file of any name.
+"""
 
 from __future__ import annotations
 
-import warnings
+import contextlib
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import (  # each registers its format
+    BmpImagePlugin,  # noqa: F401
+    GifImagePlugin,  # noqa: F401
+    Image,
+    ImageFile,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    PpmImagePlugin,  # noqa: F401
+    TiffImagePlugin,
+    WebPImagePlugin,  # noqa: F401
+)
 
 from mmvision_export.core.errors import InputError
+from mmvision_export.core.regular_file import opened_regular_file
+from mmvision_export.models.minimax_m3_vl.pixels import rgb_from_image, upright
 
-__all__ = ["image_from_file", "rgb_from_image"]
+__all__ = ["FORMATS", "MAX_FILE_PIXELS", "image_from_file", "opened_image"]
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Pillow's names of what is opened. JPEG stands for MPO too, which telephones write."""
 
-def image_from_file(path: Path) -> Image.Image:
-    """Open an image, upright (EXIF) and in 8-bit RGB (see `rgb_from_image`).
+MAX_FILE_PIXELS = 178_956_970
+"""Most pixels of an image or of a video's frame, unless another limit is chosen: Pillow's own."""
 
-    Raises:
-        InputError: The file is missing, unreadable, truncated, too large, or of a pixel type with
-            no defined range.
-    """
-    try:
-        with warnings.catch_warnings():
-            # Pillow refuses at twice the size it warns at; there is nothing to do about the
-            # warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return rgb_from_image(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", reason="missing") from None
-    except InputError as error:
-        raise InputError(f"{path}: {error}", hint=error.hint) from error
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path}: not an image in a format Pillow reads", reason="unreadable"
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image: {error}", reason="unreadable") from error
+_BYTES_PER_PIXEL = 4  # of RGB and RGBA, as Pillow holds them
+_SAMPLES, _BITS, _TILE_WIDTH, _TILE_LENGTH = 277, 258, 322, 323  # of TIFF
 
 
-def rgb_from_image(image: Image.Image) -> Image.Image:
-    """8-bit RGB.
+@contextlib.contextmanager
+def opened_image(path: Path, *, max_pixels: int = MAX_FILE_PIXELS) -> Iterator[ImageFile.ImageFile]:
+    """An image file whose pixels are decoded as soon as somebody asks for them.
 
-    Transparency is composited onto white, as the processor does, and 16-bit grey scaled to 8 bits.
+    Whatever goes wrong with the image in the block is said to be so of this file.
+
+    Args:
+        path: A regular file.
+        max_pixels: Most pixels that its header may say.
 
     Raises:
-        InputError: The pixel type has no defined range (32-bit integers beyond 16 bits, floats).
+        InputError: The file is missing, no regular file, in none of `FORMATS`, too large, or
+            damaged; or the block raised an exception.
     """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode == "F":
-        raise InputError(
-            "floating-point pixels have no defined range", hint="convert the image to 8-bit RGB"
-        )
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow's own conversion clips 16-bit levels to 255.
-        levels = np.asarray(image, dtype=np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
+    with opened_regular_file(path) as file:
+        try:
+            image = _identified(file)
+            _refuse_oversized(image, max_pixels)
+            yield image
+        except InputError as error:
+            raise InputError(f"{path}: {error}", hint=error.hint, reason=error.reason) from error
+        except Exception as error:  # decoders raise whatever their steps do
+            kind = "" if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: "
             raise InputError(
-                f"integer pixels must be within 0 and 65535, got {levels.min()} to {levels.max()}",
-                hint="convert the image to 8-bit RGB",
+                f"{path}: not a readable image: {kind}{error}", reason="unreadable"
+            ) from error
+
+
+def image_from_file(path: Path, *, max_pixels: int = MAX_FILE_PIXELS) -> Image.Image:
+    """Decode an image at its full size, upright (EXIF) and in 8-bit RGB (see `rgb_from_image`).
+
+    Raises:
+        InputError: See `opened_image`; or its pixel type has no defined range.
+    """
+    with opened_image(path, max_pixels=max_pixels) as image:
+        return rgb_from_image(upright(image))
+
+
+def _identified(file: BinaryIO) -> ImageFile.ImageFile:
+    # As `Image.open` does it, but for its own limit, which is not ours to change for everybody.
+    prefix = file.read(16)
+    for name in FORMATS:
+        factory, accept = Image.OPEN[name]
+        accepted = accept is None or accept(prefix)
+        if not accepted or isinstance(accepted, str):  # a string says what Pillow was built without
+            continue
+        file.seek(0)
+        with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):
+            # Without a name: Pillow maps named files, and what is cut short while it is mapped ends
+            # the process.
+            return factory(file, "")
+    raise InputError(
+        f"not an image in a format that is opened: {', '.join(FORMATS)}",
+        hint="convert the image to PNG or JPEG",
+        reason="unreadable",
+    )
+
+
+def _refuse_oversized(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputError(
+            f"has {width} x {height} pixels, which is {width * height}, the limit is {max_pixels}",
+            hint="raise the limit with --max-pixels if you trust the file",
+            reason="unsafe",
+        )
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        piece_bytes, most = _bytes_of_a_piece(image), _BYTES_PER_PIXEL * max_pixels
+        if piece_bytes > most:
+            raise InputError(
+                f"has tiles or strips of {piece_bytes} bytes, the limit is {most}",
+                hint="raise the limit with --max-pixels if you trust the file",
+                reason="unsafe",
             )
-        return Image.fromarray(np.rint(levels / 257).astype(np.uint8)).convert("RGB")
-    if image.mode in (
-        "La",
-        "RGBa",
-    ):  # colours multiplied by alpha, which Pillow turns into RGB only by way of this
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+
+
+def _bytes_of_a_piece(image: TiffImagePlugin.TiffImageFile) -> int:
+    """Of a tile, which may be larger than the image, or of a strip, which may be all of it."""
+    tags = image.tag_v2
+    width, height = tags.get(_TILE_WIDTH, image.size[0]), tags.get(_TILE_LENGTH, image.size[1])
+    bits_per_pixel = int(tags.get(_SAMPLES, 1)) * int(max(tags.get(_BITS, (1,))))
+    return int(width) * int(height) * bits_per_pixel // 8

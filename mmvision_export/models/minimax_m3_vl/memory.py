@@ -91,9 +91,9 @@ class LaunchMemory:
             return LaunchBytes(activations + block * self._inner * self.itemsize)
         length = num_patches // slots
         pairs = slots * length**2
-        # Of each pair a Boolean, and what is added to the scores for it, which a kernel has in part.
-        of_pair = 2 if self.fused else 1 + self.itemsize
-        mask = slots * length * _FLOAT32 if self.way == "uniform" else pairs * of_pair
+        # A Boolean, and what is added to the scores for it, which a kernel has in part.
+        of_pairs = pairs * (2 if self.fused else 1 + self.itemsize)
+        mask = slots * length * _FLOAT32 if self.way == "uniform" else of_pairs
         # Of each pair the product, what comes of the mask, and the softmax.
         scores = 0 if self.fused else 3 * self.config.num_attention_heads * pairs * _FLOAT32
         return LaunchBytes(activations + _SHAPE_BYTES, mask, scores)

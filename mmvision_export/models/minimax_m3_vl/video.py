@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mmvision_export.core.errors import BackendError, InputError
+from mmvision_export.core.errors import InputError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.images import MAX_FILE_PIXELS
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, patches_from_frames
 from mmvision_export.models.minimax_m3_vl.resize import DEFAULT_LONG_SIDE
+from mmvision_export.models.minimax_m3_vl.video_file import measured_video, opened_video
 
 __all__ = ["VideoConfig", "VideoSegment", "encoded_segments", "sampled_indices"]
 
@@ -51,12 +53,14 @@ class VideoConfig:
         fps: Frames sampled per second.
         min_frames: Fewest frames sampled, if the video has so many.
         max_frames: Most frames sampled.
+        max_pixels: Most pixels of a frame of the file.
     """
 
     frame: PreprocessorConfig
     fps: float = 1.0
     min_frames: int = 4
     max_frames: int = 768
+    max_pixels: int = MAX_FILE_PIXELS
 
     def __post_init__(self) -> None:
         if not 0 < self.fps < float("inf"):
@@ -126,9 +130,8 @@ def encoded_segments(
     encoder: Encoder, path: Path, config: VideoConfig, progress: Progress
 ) -> Iterator[VideoSegment]:
     """See `VisionEncoder.encode_video`."""
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        num_frames, video_fps = _measured(path, stream)
+    num_frames, video_fps = measured_video(path, max_pixels=config.max_pixels)
+    with opened_video(path, max_pixels=config.max_pixels) as (container, stream):
         indices = sampled_indices(num_frames, video_fps, config)
         seconds = [int(index) / video_fps for index in indices]
         per_patch, per_segment = config.frame.temporal_patch_size, encoder.config.segment_max_frames
@@ -170,47 +173,6 @@ def _batched(frames: Iterator[Image.Image], size: int) -> Iterator[list[Image.Im
             batch = []
     if batch:
         yield batch
-
-
-def _opened(path: Path) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise BackendError(
-            f"PyAV is not installed: {error}", hint="pip install '.[video]'"
-        ) from error
-    if not path.is_file():
-        raise InputError(f"{path}: no such file", reason="missing")
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a video in a format PyAV reads: {error}", reason="unreadable"
-        ) from error
-    if not container.streams.video:
-        container.close()
-        raise InputError(f"{path}: has no video stream")
-    return container
-
-
-def _measured(path: Path, stream: Any) -> tuple[int, float]:
-    """Number of frames, counted where the file does not say it, and average rate."""
-    import av
-
-    num_frames = stream.frames
-    try:
-        if not num_frames:
-            # One packet is one frame; nothing is decoded. In a container of its own, since not
-            # every one can go back.
-            with _opened(path) as container:
-                num_frames = sum(
-                    packet.size > 0 for packet in container.demux(container.streams.video[0])
-                )
-    except av.FFmpegError as error:
-        raise InputError(f"{path}: not a readable video: {error}") from error
-    if not num_frames or not stream.average_rate:
-        raise InputError(f"{path}: has no frames, or no frame rate")
-    return num_frames, float(stream.average_rate)
 
 
 def _sampled_frames(

@@ -9,8 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.core.atomic import new_files
 from mmvision_export.core.errors import OutputError, ParityError
-from mmvision_export.core.files import new_files
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.parity.jump import EXCESS
 from mmvision_export.parity.magnitudes import FLOAT16_MAX, NEAR_OVERFLOW

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
+from mmvision_export.core.progress import Progress
+from mmvision_export.core.verified_files import VERIFY, Verify
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.device_array import DeviceArray
@@ -37,8 +39,8 @@ class BackendOptions:
             of each bucket.
         kernels: When TensorRT-RTX specialises kernels to a shape: `lazy`, `eager` or `none`.
             Default: eager for an engine with buckets, else lazy.
-        runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, by
-            default beside the engine, and a folder for `onnxruntime-rtx`.
+        runtime_cache: Where TensorRT-RTX keeps compiled kernels: a file for `tensorrt-rtx`, and a
+            folder for `onnxruntime-rtx`; by default in the user's own cache.
         flavour: Which graph of the directory a CPU backend runs, as `cpu-int8`; the best exact one
             if None.
         kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default
@@ -48,6 +50,12 @@ class BackendOptions:
             square.
         max_images: For `onnxruntime-tensorrt`: most images of a launch, 64 by default.
         precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
+        trust: Whether engines and libraries are loaded that this user has not built here: they are
+            executable content (see `core.trust`). If None, one that is named is, and those that
+            lie in a directory are not.
+        verify: When the weights are hashed: the first time this user opens them, `always`, or
+            `never`.
+        progress: Told about what takes long while opening.
         refuse_non_finite: Whether embeddings that are not finite are an error; parity measures
             them.
 
@@ -68,6 +76,9 @@ class BackendOptions:
     max_patches: int | None = None
     max_images: int | None = None
     precision: str | None = None
+    trust: bool | None = None
+    verify: Verify = "once"
+    progress: Progress | None = None
     refuse_non_finite: bool = True
 
     def __post_init__(self) -> None:
@@ -75,6 +86,8 @@ class BackendOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BackendError(f"{name} must be at least 1, got {value}")
+        if self.verify not in VERIFY:
+            raise BackendError(f"verify must be one of {', '.join(VERIFY)}, got {self.verify!r}")
 
 
 @dataclasses.dataclass(kw_only=True)

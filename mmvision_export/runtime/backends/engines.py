@@ -17,6 +17,8 @@ _Opened = TypeVar("_Opened")
 def open_fitting(path: Path, opened: Callable[[Path, Manifest | None], _Opened]) -> _Opened:
     """Open an engine file, or the newest one of a model directory that fits this machine.
 
+    An engine of a directory that this user has not built is passed over (see `core.trust`).
+
     Args:
         path: The file or the directory.
         opened: Opens an engine, given the manifest of the model directory that it lies in, if it

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.core.verified_files import verify_file
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
@@ -73,11 +74,16 @@ class OnnxRuntimeBackend:
             raise ManifestError(
                 f"{directory} has no {graph}", hint="make flavours with: mmvision quantize"
             )
-        # The graph is small and hashed in full. Of the weights only the size is compared: hashing gigabytes would take
-        # longer than everything else here, and `mmvision inspect` does it.
+        # The graph is small and hashed at each opening, the weights once.
         manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
         for data in {DATA, f"{graph}.data"} & set(manifest.files):
-            manifest.record_of(data).verify_size(directory / data, said_by="the manifest")
+            verify_file(
+                manifest.record_of(data),
+                manifest.path_of(directory, data),
+                said_by="the manifest",
+                when=options.verify,
+                progress=options.progress,
+            )
         # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
         source = manifest.quantization.get(graph, {}).get("source", graph)
         self._masked = source != CPU_GRAPH

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mmvision_export.artifacts.library_record import LIBRARIES, LibraryRecord
 from mmvision_export.artifacts.manifest import CPU_GRAPH, Manifest
 from mmvision_export.core.errors import BackendError
+from mmvision_export.core.trust import refuse_untrusted
 from mmvision_export.runtime.backends.backend import BackendOptions
 from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, CpuBackend, create_session
 
@@ -40,7 +41,10 @@ class AmxBackend(CpuBackend):
     name = "onnxruntime-amx"
 
     def __init__(self, directory: Path, options: BackendOptions) -> None:
-        self._library = verified_library(Path(options.kernel_library or library_in(directory)))
+        named = options.kernel_library is not None or bool(options.trust)
+        self._library = verified_library(
+            Path(options.kernel_library or library_in(directory)), named=named
+        )
         super().__init__(directory, options)
         self.info.kernel_library = str(self._library)
 
@@ -73,8 +77,12 @@ def library_in(directory: Path) -> Path:
     return directory / LIBRARIES / platform.machine() / AMX_LIBRARY
 
 
-def verified_library(library: Path) -> Path:
+def verified_library(library: Path, *, named: bool) -> Path:
     """A library that is the file of its record, on a CPU that it is for. It has not been opened.
+
+    Args:
+        library: The file.
+        named: Whether the user named it: any other must have been built here (see `core.trust`).
 
     Raises:
         BackendError: The CPU has no AMX, or there is no such file.
@@ -91,7 +99,8 @@ def verified_library(library: Path) -> Path:
             hint=f"{LibraryRecord.BUILD} --output {library.parent}, or name one with "
             "--kernel-library",
         )
-    LibraryRecord.read(library)
+    record = LibraryRecord.read(library)
+    refuse_untrusted(library, record.library.sha256, named=named)
     return library
 
 

@@ -6,13 +6,15 @@ None of them has run on the machines this project is developed on, which have no
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmvision_export.artifacts.manifest import PLANS
+from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, checked_profile
 from mmvision_export.core.errors import BackendError, EngineError
+from mmvision_export.core.user_folders import cache_folder, private_folder
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.runtime.backends.backend import BackendOptions
 from mmvision_export.runtime.backends.onnxruntime import (
@@ -38,7 +40,7 @@ class CudaBackend(OnnxRuntimeBackend):
 
 
 class TensorRTProviderBackend(OnnxRuntimeBackend):
-    """ONNX Runtime's TensorRT provider: builds an engine when it is opened first, and keeps it in `plans/`.
+    """ONNX Runtime's TensorRT provider: builds an engine when it is opened first, and keeps it.
 
     Without a profile it would build the engine anew for each size beyond those it has met. With one it takes
     no size beyond, so that a batch is cut.
@@ -70,20 +72,42 @@ class TensorRTProviderBackend(OnnxRuntimeBackend):
 
     def _new_session(self, graph: Path, options: BackendOptions) -> onnxruntime.InferenceSession:
         (profile,) = self.profiles
-        cache = str(graph.parent / PLANS / "onnxruntime-tensorrt")
+        cache = _cache_of(self.name, graph)
+        caching = (
+            {}
+            if cache is None
+            else {
+                "trt_engine_cache_enable": "1",
+                "trt_engine_cache_path": str(cache),
+                "trt_timing_cache_enable": "1",
+                "trt_timing_cache_path": str(cache),
+            }
+        )
         return create_session(
             graph,
             provider=PROVIDERS[self.name],
             device=options.device,
-            provider_options={
-                "trt_engine_cache_enable": "1",
-                "trt_engine_cache_path": cache,
-                "trt_timing_cache_enable": "1",
-                "trt_timing_cache_path": cache,
-                **_shape_options(profile, self.config.patch_dim),
-            },
+            provider_options={**caching, **_shape_options(profile, self.config.patch_dim)},
             behind=[PROVIDERS["onnxruntime-cuda"]],
         )
+
+
+def _cache_of(backend: str, graph: Path) -> Path | None:
+    """Where a provider keeps what it compiled of a graph; None for a user without a home folder.
+
+    It is executable content, and the providers load whatever lies there: so it is in the user's own
+    folder. The manifest's hashes, which were just verified, tell directories apart.
+    """
+    folder = cache_folder()
+    if folder is None:
+        return None
+    files = Manifest.read(graph.parent).files
+    hashes = "".join(files[name].sha256 for name in sorted(files) if name.startswith(graph.name))
+    cache = folder / backend / hashlib.sha256(hashes.encode()).hexdigest()[:32]
+    try:
+        return private_folder(cache)
+    except OSError:
+        return None
 
 
 def _shape_options(profile: Profile, patch_dim: int) -> dict[str, str]:
@@ -113,10 +137,11 @@ class RtxBackend(OnnxRuntimeBackend):
             )
         import onnxruntime
 
-        cache = options.runtime_cache or graph.parent / PLANS / "onnxruntime-rtx"
+        cache = options.runtime_cache or _cache_of(self.name, graph)
         session = session_options()
         session.add_provider_for_devices(
-            [devices[options.device]], {"nv_runtime_cache_path": str(cache)}
+            [devices[options.device]],
+            {} if cache is None else {"nv_runtime_cache_path": str(cache)},
         )
         try:
             return onnxruntime.InferenceSession(str(graph), session)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mmvision_export.artifacts.manifest import DATA, OPENVINO_GRAPH, UNIFORM_GRAPH, Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.core.verified_files import verify_file
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
@@ -107,9 +108,15 @@ class OpenVinoBackend:
                 f"OpenVINO finds {', '.join(found)}",
                 hint="leave the precision out: fp32 runs on every CPU",
             )
-        # The graph is small and hashed in full; of the weights only the size is compared.
+        # The graph is small and hashed at each opening, the weights once.
         manifest.verify(directory, [graph])
-        manifest.record_of(DATA).verify_size(directory / DATA, said_by="the manifest")
+        verify_file(
+            manifest.record_of(DATA),
+            manifest.path_of(directory, DATA),
+            said_by="the manifest",
+            when=options.verify,
+            progress=options.progress,
+        )
         settings: dict[str, Any] = {
             # Where the CPU has bfloat16, that would be the default.
             "INFERENCE_PRECISION_HINT": PRECISIONS[precision],

@@ -8,6 +8,7 @@ enforces TensorRT's rules.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import logging
 import platform as host
@@ -25,6 +26,7 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
 from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.core.trust import refuse_untrusted
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
@@ -98,7 +100,13 @@ class TensorRTBackend:
         return open_fitting(
             path,
             lambda engine, manifest: cls(
-                engine, options, module=module, cuda=cuda, manifest=manifest
+                engine,
+                dataclasses.replace(
+                    options, trust=path.is_file() if options.trust is None else options.trust
+                ),
+                module=module,
+                cuda=cuda,
+                manifest=manifest,
             ),
         )
 
@@ -158,9 +166,12 @@ class TensorRTBackend:
             raise
 
     def _open(self, path: Path, record: EngineRecord, module: Any, options: BackendOptions) -> None:
+        refuse_untrusted(path, record.engine.sha256, named=bool(options.trust))
         with record.verified_map(path) as plan:
             if (plugins := record.plugin_library) is not None:
-                load_plugin_library(module, plugins.verify(path), plugins.record.sha256)
+                library = plugins.verify(path)
+                refuse_untrusted(library, plugins.record.sha256, named=bool(options.trust))
+                load_plugin_library(module, library, plugins.record.sha256)
                 self.info.plugin_library = plugins.name
             self._cuda.use()
             self._logger = _logger(module)

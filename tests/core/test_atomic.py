@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from mmvision_export.core import atomic
+from mmvision_export.core.atomic import new_directory, new_files, sweep
 from mmvision_export.core.errors import OutputError, Reason
-from mmvision_export.core.files import new_directory, new_files
 from tests.support.errors import refused
 
 
@@ -110,6 +115,8 @@ def test_an_interrupt_between_the_renames_rolls_back(
     target = tmp_path / "model"
     target.mkdir()
     (target / "m").write_text("old")
+    # As on a system that cannot exchange two names.
+    monkeypatch.setattr(atomic, "_exchanged", lambda one, other: False)
     rename, calls = Path.rename, 0
 
     def interrupted(path: Path, to: Path) -> Path:
@@ -127,3 +134,76 @@ def test_an_interrupt_between_the_renames_rolls_back(
         (temporary / "m").write_text("new")
     assert (target / "m").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+ENDS_IN_THE_MIDDLE = """
+import os, signal, sys
+from pathlib import Path
+from mmvision_export.core.atomic import new_directory, new_files
+folder = Path(sys.argv[1])
+with new_files(folder, name="x") as new:
+    (new / "x").write_text("half")
+    print("writing", flush=True)
+    {ends}
+"""
+
+
+def writer(folder: Path, ends: str) -> subprocess.Popen[str]:
+    """Another process that is in the middle of writing."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDS_IN_THE_MIDDLE.format(ends=ends), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    with writer(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)") as process:
+        assert process.wait() == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert str(process.pid) in left.name
+    with new_files(tmp_path, name="y") as new:
+        (new / "y").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["y"]
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    with writer(tmp_path, "sys.stdin.read()") as process:
+        (temporary,) = tmp_path.iterdir()
+        os.utime(temporary, (0, 0))  # it has been writing for long
+        sweep(tmp_path)
+        assert temporary.is_dir()
+        process.communicate("")
+    assert process.returncode == 0
+    assert (tmp_path / "x").read_text() == "half"
+
+
+def test_a_replacement_leaves_no_moment_without_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "m").write_text("old")
+    if not atomic._exchanged(tmp_path / "model", tmp_path / "model"):
+        pytest.skip("this system cannot exchange names")
+
+    def refused(path: Path, to: Path) -> Path:
+        raise AssertionError(f"{path} has no name for a moment")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with new_directory(target, marker="m", force=True) as temporary:
+        (temporary / "m").write_text("new")
+    assert (target / "m").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_directory_cut_off_between_the_renames_comes_back(tmp_path: Path) -> None:
+    (tmp_path / ".old.model").mkdir()
+    (tmp_path / ".old.model" / "m").write_text("old")
+    with pytest.raises(OutputError), new_directory(tmp_path / "model", marker="m"):
+        pass
+    assert (tmp_path / "model" / "m").read_text() == "old"

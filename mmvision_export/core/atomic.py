@@ -1,0 +1,266 @@
+"""Files written whole or not at all, however the process ends.
+
+What is being written lives under a temporary name beside its target, on the same file system, and
+takes the target's place in one rename once it is whole and on the disk.
+
+A process that is killed leaves its temporary directory. The process holds a lock on it, which ends
+with the process: the next one that writes to the same folder removes what nobody holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmvision_export.core.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["locked_folder", "new_directory", "new_files", "refuse_existing", "sweep"]
+
+_PREFIX = ".new."
+# A temporary directory is made first and locked then: until it is this old, only a process that is
+# known to be dead gives it up.
+_SECONDS_TO_LOCK = 60.0
+# <fcntl.h> and <linux/fs.h>.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+
+# None is what NumPy and onnx-ir raise for a write that the disk took only a part of.
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None}
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends without an error.
+
+    Args:
+        path: Where the directory shall be; a symbolic link stands for what it points to. Missing
+            parents are made.
+        marker: A file that every directory of this kind has. One without it is somebody else's, and
+            never replaced.
+        force: Replace what is there; otherwise it is refused. The old directory stays until the new
+            one is whole.
+
+    Raises:
+        OutputError: `path` exists and may not be replaced, or it cannot be written.
+    """
+    if path.is_symlink():
+        path = path.resolve()
+    _recover(path)
+    refuse_existing(path, marker=marker, force=force)
+    with _temporary_directory(path.parent, path.name) as temporary:
+        yield temporary
+        _flush(temporary)
+        refuse_existing(path, marker=marker, force=force)  # it may have come into being meanwhile
+        if not path.exists():
+            temporary.rename(path)
+            return
+        if _exchanged(temporary, path):
+            return  # the old directory has the temporary one's name now, and goes with it
+        old = _old_name(path)
+        try:
+            path.rename(old)
+            temporary.rename(path)
+        except BaseException:
+            if not path.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_files(folder: Path, *, name: str) -> Iterator[Path]:
+    """A temporary directory whose files move into `folder` when the block ends well.
+
+    They replace their namesakes.
+
+    Args:
+        folder: Where the files go. Missing folders are made.
+        name: What is being written, for an error's message.
+
+    Raises:
+        OutputError: The files cannot be written.
+    """
+    with _temporary_directory(folder, name) as temporary:
+        yield temporary
+        _flush(temporary)
+        # The largest first: a weight file before the graph that points into it.
+        for file in sorted(temporary.iterdir(), key=lambda f: -f.stat().st_size):
+            file.replace(folder / file.name)
+        _flush_entry(folder)
+
+
+def refuse_existing(path: Path, *, marker: str, force: bool) -> None:
+    """Raise `OutputError` if `path` exists and `new_directory` would not replace it."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not force:
+        raise OutputError(
+            f"{path} already exists",
+            hint="choose another --output, or replace it with --force",
+            reason="exists",
+        )
+    if not (path / marker).is_file():
+        raise OutputError(
+            f"{path} has no {marker}: --force replaces model directories only",
+            hint="choose another --output",
+        )
+
+
+@contextlib.contextmanager
+def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
+    temporary: Path | None = None
+    lock: int | None = None
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent)
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}.", suffix=".partial", dir=parent)
+        )
+        lock = _locked(temporary)
+        # mkdtemp makes a private directory; what takes a public place gets the permissions of any
+        # new directory.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        yield temporary
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise OutputError(
+                f"{parent}: no space left while writing {name}",
+                hint="free some space; nothing was kept",
+                reason="no space",
+            ) from error
+        raise OutputError(f"{parent}: cannot write {name}: {error.strerror}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for folder in made:
+            # Empty only if the block failed.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary directories of processes that were killed, if there are any."""
+    if fcntl is None:
+        return
+    for left in folder.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            age = time.time() - left.stat().st_mtime
+            if age < _SECONDS_TO_LOCK and _may_live(left):
+                continue
+            lock = _locked(left)
+            if lock is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+
+
+def _may_live(temporary: Path) -> bool:
+    """Whether the process in a temporary directory's name may be running."""
+    pid = temporary.name.removeprefix(_PREFIX).partition(".")[0]
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _locked(directory: Path) -> int | None:
+    """A handle that holds a directory for this process; None if another holds it, or none can."""
+    if fcntl is None:
+        return None
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """For the block, no other process is in a block of this function for the same folder.
+
+    Raises:
+        OutputError: The folder cannot be opened.
+    """
+    if fcntl is None:
+        yield
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+    except FileNotFoundError as error:
+        raise OutputError(f"{folder}: no such folder", reason="missing") from error
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange the names of two directories in one step, where the system can (Linux)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = (os.fsencode(one), os.fsencode(other))
+    if rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NOT_SUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _old_name(path: Path) -> Path:
+    """Where a directory is for the moment in which another takes its place."""
+    return path.with_name(f".old.{path.name}")
+
+
+def _recover(path: Path) -> None:
+    """Put back a directory whose replacement was cut off between two renames."""
+    with contextlib.suppress(OSError):
+        if _old_name(path).is_dir() and not path.exists():
+            _old_name(path).rename(path)
+
+
+def _flush(directory: Path) -> None:
+    """Have everything in a directory on the disk, so that a rename cannot outlive its content."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            _flush_entry(Path(folder) / name)
+        _flush_entry(Path(folder))
+
+
+def _flush_entry(path: Path) -> None:
+    if path.is_symlink() or os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(handle)
