@@ -9,6 +9,7 @@ import typer
 
 from mmvision_export.artifacts.library_record import Machine
 from mmvision_export.cli.console import console, progress_display
+from mmvision_export.cli.engine_sizes import EngineSizes
 from mmvision_export.cli.options import (
     ModelOption,
     Verbose,
@@ -171,9 +172,11 @@ def build_engine(
     attention: Annotated[
         AttentionWay,
         typer.Option(
-            help="plugin: our kernels, for TensorRT. packed: TensorRT 11.1's own. native: one masked "
-            "product, which costs the square of the whole batch. auto: plugin where "
-            "it can be, else packed, else native."
+            help="plugin: our kernels, for TensorRT. packed: TensorRT 11.1's own. uniform: images in "
+            "slots of equal length, which cost slots times the square of their length. equal: images "
+            "that fill their slots. native: one masked product, which costs the square of the whole "
+            "batch. auto: plugin where it can be, else packed, else uniform where --buckets are "
+            "slots, else native."
         ),
     ] = "auto",
     plugin_library: Annotated[
@@ -187,7 +190,8 @@ def build_engine(
         typer.Option(
             metavar="N,N,...",
             help="Sizes in patches, each with a profile of its own that batches are padded to, as "
-            "256,1024,2304,4096. Instead of --min-, --opt- and --max-patches.",
+            "256,1024,2304,4096. For uniform and equal attention: slots and their length in patches, "
+            "as 1x1024,8x1024,16x256. Instead of --min-, --opt- and --max-patches.",
         ),
     ] = None,
     min_patches: Annotated[
@@ -207,8 +211,8 @@ def build_engine(
         Optional[str],
         typer.Option(
             metavar="N[,N...]",
-            help="Most images of a launch. With --buckets several numbers, each with a profile of "
-            "its own. Default: 64, or 8,64 with --buckets.",
+            help="Most images of a launch. With --buckets of patches several numbers, each with a "
+            "profile of its own. Default: 64, or 8,64 with --buckets. Slots say so themselves.",
         ),
     ] = None,
     check: Annotated[
@@ -230,39 +234,19 @@ def build_engine(
     image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
-    from mmvision_export.artifacts.profile import (
-        BUCKET_IMAGES,
-        DEFAULT_PROFILE,
-        Profile,
-        profiles_from_buckets,
-    )
     from mmvision_export.engine.build import build_engine as build
 
-    sizes = [min_patches, opt_patches, max_patches]
-    if buckets is not None and sizes != [None, None, None]:
-        raise typer.BadParameter(
-            "--buckets goes without --min-patches, --opt-patches and --max-patches"
-        )
+    sizes = EngineSizes(
+        buckets=buckets,
+        min_patches=min_patches,
+        opt_patches=opt_patches,
+        max_patches=max_patches,
+        max_images=max_images,
+    )
     precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
-    sizes_of_buckets = None if buckets is None else _integers("--buckets", buckets)
-    images = None if max_images is None else _integers("--max-images", max_images)
-    if sizes_of_buckets is None and images is not None and len(images) > 1:
-        raise typer.BadParameter("--max-images takes several numbers only with --buckets")
     directory = the_model(model)
     manifest = Manifest.read(directory)
-    if sizes_of_buckets is not None:
-        profiles = profiles_from_buckets(sizes_of_buckets, images or BUCKET_IMAGES, manifest.config)
-    else:
-        default = DEFAULT_PROFILE
-        most = default.max_patches if max_patches is None else max_patches
-        profiles = [
-            Profile(
-                min_patches=default.min_patches if min_patches is None else min_patches,
-                opt_patches=min(default.opt_patches, most) if opt_patches is None else opt_patches,
-                max_patches=most,
-                max_images=images[0] if images else default.max_images,
-            )
-        ]
+    profiles = sizes.profiles(attention, manifest.config)
     with progress_display() as progress:
         engine, record = build(
             directory,
@@ -284,12 +268,3 @@ def build_engine(
         f"attention: {record.attention}",
         markup=False,
     )
-
-
-def _integers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{option} must be integers with commas between, got {text!r}"
-        ) from None

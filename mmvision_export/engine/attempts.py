@@ -49,7 +49,7 @@ class Attempt:
 
     def __str__(self) -> str:
         attention = self.lowering.attention(fused=self.fused)
-        kernels = "fused " if attention.way == "native" and attention.fused else ""
+        kernels = "fused " if attention.fused else ""
         norms = ", separate LayerNormalization" if self.layer_norms == "separate" else ""
         return f"{kernels}{attention.way} attention{norms}"
 
@@ -96,7 +96,8 @@ def _permissions(lowering: Lowering, precision: str) -> Sequence[bool]:
     if lowering.body == "packed":
         # From several kernels it would cost the square of the batch, which it is there to avoid.
         return (False,)
-    if lowering.body == "attention" and PRECISIONS[precision].has_half_attention:
+    form = lowering.attention(fused=False).body
+    if form == "attention" and PRECISIONS[precision].has_half_attention:
         # Without permission to decompose, the builder fails rather than fall back to unfused
         # kernels in silence.
         return (False, True)

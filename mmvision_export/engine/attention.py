@@ -4,12 +4,15 @@
 | --- | --- | --- |
 | plugin | the custom ops as they are, for `libmmvision_plugins.so` | the sum of the images' squares |
 | packed | `TRT_Attention`, TensorRT's own attention over packed sequences | the sum of the images' squares |
+| uniform | the ops' definitions: images in slots, padding masked | slots times the square of their length |
+| equal | the ops' definitions: images that fill their slots, no mask | the sum of the images' squares |
 | native | the ops' definitions: one masked product | the square of the batch |
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,7 +24,7 @@ from mmvision_export.core.errors import EngineError, ManifestError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.core.trust import refuse_untrusted
-from mmvision_export.engine.choices import ATTENTION_WAYS, AttentionWay
+from mmvision_export.engine.choices import ATTENTION_WAYS, SLOT_WAYS, AttentionWay
 from mmvision_export.engine.layer_norm import LayerNormForm
 from mmvision_export.engine.parser_lowering import write_for_parser
 from mmvision_export.engine.parser_support import ParserVersion
@@ -40,6 +43,16 @@ __all__ = [
     "choose_lowering",
     "lowered_model",
 ]
+
+_ATTENTION_OF: Mapping[AttentionBody, EngineAttention] = {
+    "packed": EngineAttention(way="packed"),
+    "attention": EngineAttention(way="native", body="attention"),
+    "matmul": EngineAttention(way="native", body="matmul"),
+    "uniform_attention": EngineAttention(way="uniform", body="attention"),
+    "uniform_matmul": EngineAttention(way="uniform", body="matmul"),
+    "equal_attention": EngineAttention(way="equal", body="attention"),
+    "equal_matmul": EngineAttention(way="equal", body="matmul"),
+}
 
 # 11.0 documents the lengths at other inputs than its own source reads: see `parser_support`.
 _FIRST_PACKED = (11, 1)
@@ -62,15 +75,14 @@ class Lowering:
 
     def attention(self, *, fused: bool) -> EngineAttention:
         """For the sidecar."""
-        if self.library is not None:
+        if self.body is None:
             return EngineAttention(way="plugin")
-        if self.body == "packed":
-            return EngineAttention(way="packed")
-        return EngineAttention(way="native", body=self.body, fused=fused)
+        attention = _ATTENTION_OF[self.body]
+        return dataclasses.replace(attention, fused=fused and attention.body is not None)
 
 
 def attention_body_for_tensorrt(target: BuildTarget) -> NativeBody:
-    """How native attention is written for a TensorRT's ONNX parser.
+    """How attention of standard operators is written for a TensorRT's ONNX parser.
 
     ONNX `Attention` (opset 23) is known from TensorRT 10.14 on and becomes one fused layer. Before,
     and in a graph of a lower opset, it is MatMul, Softmax, MatMul, which TensorRT recognises and
@@ -87,18 +99,21 @@ def choose_lowering(
     config: EncoderConfig,
     library: Path,
     is_named: bool,
+    in_slots: bool = False,
     progress: Progress,
 ) -> Lowering:
     """Decide how attention is done.
 
     Args:
         way: `auto` is the plugin where it can be, with a note where it is only the library that is
-            missing; otherwise packed where TensorRT has it; otherwise native. Each is the fallback
-            of the one before. Any other way is built or fails.
+            missing; otherwise packed where TensorRT has it; otherwise uniform where the sizes are
+            slots; otherwise native. Each is the fallback of the one before. Any other way is built
+            or fails.
         target: What is built for.
         config: The encoder's dimensions.
         library: Where the plugin library is, if it has been built.
         is_named: Whether the user named it: any other must have been built here (see `core.trust`).
+        in_slots: Whether launches are images in slots, each with its padding.
         progress: Told what `auto` passed over.
 
     Raises:
@@ -107,15 +122,20 @@ def choose_lowering(
     """
     if way not in ATTENTION_WAYS:
         raise EngineError(f"attention must be one of {', '.join(ATTENTION_WAYS)}, got {way!r}")
-    native = Lowering(attention_body_for_tensorrt(target))
+    body = attention_body_for_tensorrt(target)
+    native = Lowering(body)
     if way == "native":
         return native
+    if way in SLOT_WAYS:
+        return Lowering(_slot_body(way, body))
     if way == "packed":
         _refuse_packed(target)
         return Lowering("packed")
     without_plugins = native
+    if in_slots:
+        without_plugins = Lowering(_slot_body("uniform", body), fallback=without_plugins)
     if way == "auto" and target.backend == "tensorrt" and _obstacle_to_packed(target) is None:
-        without_plugins = Lowering("packed", fallback=native)
+        without_plugins = Lowering("packed", fallback=without_plugins)
     obstacle = _obstacle_to_plugins(target)
     if obstacle is not None:
         if way == "plugin":
@@ -132,6 +152,16 @@ def choose_lowering(
         if without_plugins is native:
             progress.note(f"attention costs the square of the whole batch without plugins: {error}")
         return without_plugins
+
+
+def _slot_body(way: AttentionWay, form: NativeBody) -> AttentionBody:
+    """The body of a way whose launches are slots, in one of its two forms."""
+    (found,) = (
+        body
+        for body, attention in _ATTENTION_OF.items()
+        if (attention.way, attention.body) == (way, form)
+    )
+    return found
 
 
 def _refuse_packed(target: BuildTarget) -> None:

@@ -41,7 +41,7 @@ from mmvision_export.engine.attempts import (
 )
 from mmvision_export.engine.attention import choose_lowering, lowered_model
 from mmvision_export.engine.builder import PlanRequest, plan_from_model
-from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
+from mmvision_export.engine.choices import SLOT_WAYS, AttentionWay, TensorRTChoice
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.engine.parser_support import parser_version
 from mmvision_export.engine.target import resolve_target, timing_on
@@ -74,7 +74,8 @@ def build_engine(
     Args:
         directory: The model directory.
         manifest: Its manifest; it then lists a newly derived graph, in memory and on disk.
-        profiles: Accepted sizes, one optimization profile for each entry.
+        profiles: Accepted sizes, one optimization profile for each entry. They must be slots for
+            the ways `uniform` and `equal`, may be for `auto`, and not for the others.
         precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the
             float16-typed graph first; int8 and fp8 come from the graphs that `mmvision quantize`
             makes.
@@ -102,6 +103,7 @@ def build_engine(
         OutputError: The engine exists, or cannot be written.
     """
     progress = progress or Progress()
+    _refuse_other_sizes(attention, profiles)
     profiles = [checked_profile(profile, manifest.config) for profile in profiles]
     target = resolve_target(
         directory,
@@ -124,6 +126,7 @@ def build_engine(
         config=manifest.config,
         library=plugin_library or default_library(),
         is_named=plugin_library is not None,
+        in_slots=all(profile.slots is not None for profile in profiles),
         progress=progress,
     )
     with new_files(engine.parent, name=engine.name) as new, timing_on(target, device):
@@ -145,6 +148,23 @@ def build_engine(
     if f"{PLANS}/{engine.name}" in manifest.parity:
         manifest.update(directory, without_parity=f"{PLANS}/{engine.name}")
     return engine, record
+
+
+def _refuse_other_sizes(attention: AttentionWay, profiles: Sequence[Profile]) -> None:
+    """Refuse sizes that are not those of the way: slots, or patches in one sequence."""
+    rows = {profile.rows_per_slot for profile in profiles}
+    wanted = SLOT_WAYS.get(attention)
+    if wanted is not None and rows != {wanted}:
+        raise EngineError(
+            f"{attention} attention is for buckets of slots with {wanted} row(s) of grid_thw each, "
+            f"got {', '.join(str(row or 'none') for row in rows)}",
+            hint="give pairs, slots x patches: --buckets 1x1024,8x1024",
+        )
+    if wanted is None and rows != {None} and (attention != "auto" or rows != {2}):
+        raise EngineError(
+            f"{attention} attention is for images that follow one another, got buckets of slots",
+            hint="give sizes in patches, --buckets 1024,4096, or choose --attention uniform",
+        )
 
 
 def _graph_for(

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-__all__ = ["ATTENTION_WAYS", "AttentionWay", "TensorRTChoice"]
+__all__ = ["ATTENTION_WAYS", "SLOT_WAYS", "AttentionWay", "TensorRTChoice"]
 
 TensorRTChoice = Literal["auto", "tensorrt", "tensorrt-rtx"]
 """TensorRT to build with; `auto` is the one that is installed."""
 
-AttentionWay = Literal["auto", "plugin", "native", "packed"]
-"""How an engine shall do attention; `auto` is the plugin where it can be, and otherwise native."""
+AttentionWay = Literal["auto", "plugin", "packed", "uniform", "equal", "native"]
+"""How an engine shall do attention.
+
+`auto` is the plugin where it can be, otherwise packed where TensorRT has it, otherwise uniform where the
+sizes are slots, and otherwise native.
+"""
 
 ATTENTION_WAYS: tuple[AttentionWay, ...] = get_args(AttentionWay)
+
+SLOT_WAYS: dict[AttentionWay, int] = {"uniform": 2, "equal": 1}
+"""Ways whose launches are images in slots of equal length -> rows of `grid_thw` for each slot."""

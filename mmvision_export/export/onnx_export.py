@@ -21,7 +21,7 @@ from mmvision_export.artifacts.manifest import (
     DATA,
     GRAPH,
     MANIFEST,
-    OPENVINO_GRAPH,
+    UNIFORM_GRAPH,
     Manifest,
 )
 from mmvision_export.core.atomic import new_directory
@@ -29,7 +29,7 @@ from mmvision_export.core.errors import ExportError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
 from mmvision_export.core.verified_files import remember_verified
-from mmvision_export.graph.files import save_cpu_graph, save_graph, save_openvino_graph
+from mmvision_export.graph.files import save_cpu_graph, save_graph, save_uniform_graph
 from mmvision_export.graph.passes import name_after_modules, name_dimensions
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
@@ -171,10 +171,10 @@ def export_model_directory(
         save_graph(model, directory, GRAPH, progress)
         names = [GRAPH, DATA, PREPROCESSOR]
         if precision == "fp32":
-            progress.step(f"writing {CPU_GRAPH} and {OPENVINO_GRAPH}")
+            progress.step(f"writing {CPU_GRAPH} and {UNIFORM_GRAPH}")
             save_cpu_graph(directory, config)
-            save_openvino_graph(directory)
-            names += [CPU_GRAPH, OPENVINO_GRAPH]
+            save_uniform_graph(directory)
+            names += [CPU_GRAPH, UNIFORM_GRAPH]
         content = json.dumps(preprocessor.to_dict(), indent=2) + "\n"
         (directory / PREPROCESSOR).write_text(content, encoding="utf-8")
         progress.step("hashing")

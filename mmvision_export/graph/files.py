@@ -10,14 +10,14 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mmvision_export.artifacts.manifest import CPU_GRAPH, GRAPH, OPENVINO_GRAPH
+from mmvision_export.artifacts.manifest import CPU_GRAPH, GRAPH, UNIFORM_GRAPH
 from mmvision_export.core.errors import ExportError
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.cpu.flavour import cpu_graph_from_portable
-from mmvision_export.graph.openvino import openvino_graph_from_portable
+from mmvision_export.graph.uniform import uniform_graph_from_portable
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
-__all__ = ["save_cpu_graph", "save_graph", "save_openvino_graph"]
+__all__ = ["save_cpu_graph", "save_graph", "save_uniform_graph"]
 
 
 def save_graph(
@@ -56,16 +56,16 @@ def save_cpu_graph(directory: Path, config: EncoderConfig) -> None:
     _check(directory / CPU_GRAPH)
 
 
-def save_openvino_graph(directory: Path) -> None:
-    """Write the OpenVINO flavour beside a float32 portable graph, and check it.
+def save_uniform_graph(directory: Path) -> None:
+    """Write the uniform flavour beside a float32 portable graph, and check it.
 
     Raises:
-        ExportError: See `openvino_graph_from_portable`; or the file is not a valid ONNX model.
+        ExportError: See `uniform_graph_from_portable`; or the file is not a valid ONNX model.
     """
-    model = openvino_graph_from_portable(directory / GRAPH)
+    model = uniform_graph_from_portable(directory / GRAPH)
     content = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
-    (directory / OPENVINO_GRAPH).write_bytes(content)
-    _check(directory / OPENVINO_GRAPH)
+    (directory / UNIFORM_GRAPH).write_bytes(content)
+    _check(directory / UNIFORM_GRAPH)
 
 
 def _check(graph: Path) -> None:

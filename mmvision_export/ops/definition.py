@@ -34,11 +34,14 @@ class FunctionBody:
         nodes: In ONNX's textual syntax, from the op's inputs to its outputs.
         lowest_opset: First version of the standard operators that has all it uses.
         domains: Version by name of each other domain it uses.
+        operands: What the op's operands must be, where it does not define the op for all of them:
+            for people, and to tell which bodies can stand for one another.
     """
 
     nodes: str
     lowest_opset: int = 18
     domains: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    operands: str | None = None
 
     @property
     def portable(self) -> bool:
@@ -85,12 +88,16 @@ class OpDefinition:
         )
 
     def portable_body(self, opset: int) -> str:
-        """The name of the best body that every runtime of an opset runs.
+        """The name of the best body that every runtime of an opset runs, for any operands.
 
         Raises:
             ExportError: All need a later opset.
         """
-        portable = {name: body for name, body in self.bodies.items() if body.portable}
+        portable = {
+            name: body
+            for name, body in self.bodies.items()
+            if body.portable and body.operands is None
+        }
         for name, body in portable.items():
             if body.lowest_opset <= opset:
                 return name
@@ -116,7 +123,9 @@ class OpDefinition:
             lower = [
                 name
                 for name, other in self.bodies.items()
-                if other.portable and other.lowest_opset <= opset
+                if other.portable
+                and other.lowest_opset <= opset
+                and other.operands == chosen.operands
             ]
             raise ExportError(
                 f"the {body!r} body of {self.name} needs opset {chosen.lowest_opset} or later, "

@@ -12,13 +12,13 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import CPU_GRAPH, OPENVINO_GRAPH, PLANS
+from mmvision_export.artifacts.manifest import CPU_GRAPH, OPENVINO_GRAPH, PLANS, UNIFORM_GRAPH
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.parity.encoders import Encoders
 from mmvision_export.parity.graphs import LoadedGraph
-from mmvision_export.parity.runners import BackendRunner, EngineRunner, TorchRunner
+from mmvision_export.parity.runners import BackendRunner, EngineRunner, SlotRunner, TorchRunner
 from mmvision_export.parity.sessions import session_from_model
 from mmvision_export.runtime.backends.cuda import current_compute_capability
 from mmvision_export.runtime.backends.onnxruntime import create_session
@@ -74,13 +74,15 @@ def candidates_from_pytorch(encoders: Encoders, float_types: Sequence[str]) -> l
 def candidates_from_graphs(
     graphs: Mapping[str, LoadedGraph],
     directory: Path,
+    config: EncoderConfig,
     *,
     kernel_library: Path | None = None,
     progress: Progress,
 ) -> list[Candidate]:
     """Each graph in ONNX Runtime, as it is and, if it is float16 or bfloat16, rounded.
 
-    With a library of AMX kernels, the CPU's graph once more with its operators.
+    The uniform graph gets each batch in slots. With a library of AMX kernels, the CPU's graph once
+    more with its operators.
     """
     candidates = []
     for name, graph in graphs.items():
@@ -90,7 +92,9 @@ def candidates_from_graphs(
                 f"{name} is bf16, which ONNX Runtime's CPU provider cannot run: every op is rounded instead"
             )
         else:
-            runner = OnnxrtRunner(_session_loader(directory / name), name=name)
+            load = _session_loader(directory / name)
+            in_slots = graph.path.name == UNIFORM_GRAPH
+            runner = SlotRunner(name, load, config) if in_slots else OnnxrtRunner(load, name=name)
             candidates.append(Candidate(name, facts.precision, facts.float_type, runner))
             if name == CPU_GRAPH and kernel_library is not None:
                 runner = OnnxrtRunner(
@@ -113,17 +117,18 @@ def candidates_from_openvino(
     *,
     progress: Progress,
 ) -> list[Candidate]:
-    """OpenVINO's graph in OpenVINO, if the directory has the one and this machine the other."""
-    if OPENVINO_GRAPH not in graphs:
+    """The graph that OpenVINO opens, if there is one, in OpenVINO, if it is installed."""
+    graph = next((name for name in (UNIFORM_GRAPH, OPENVINO_GRAPH) if name in graphs), None)
+    if graph is None:
         return []
     try:
         import_openvino()
     except BackendError as error:
-        progress.note(f"{OPENVINO_GRAPH} is compared in ONNX Runtime alone: {error}")
+        progress.note(f"{graph} is compared in ONNX Runtime alone: {error}")
         return []
-    name, facts = f"{OPENVINO_GRAPH} (OpenVINO)", graphs[OPENVINO_GRAPH].facts
+    name, facts = f"{graph} (OpenVINO)", graphs[graph].facts
     runner = BackendRunner(name, directory, backend="openvino", config=config)
-    return [Candidate(OPENVINO_GRAPH, facts.precision, facts.float_type, runner)]
+    return [Candidate(graph, facts.precision, facts.float_type, runner)]
 
 
 def _session_loader(graph: Path, operators: Path | None = None) -> Callable[[], Any]:

@@ -114,7 +114,11 @@ def check_parity(
         graphs = graphs_from_directory(directory, manifest, names)
         on_cpu = [
             *candidates_from_graphs(
-                graphs, directory, kernel_library=kernel_library, progress=progress
+                graphs,
+                directory,
+                manifest.config,
+                kernel_library=kernel_library,
+                progress=progress,
             ),
             *candidates_from_openvino(graphs, directory, manifest.config, progress=progress),
         ]

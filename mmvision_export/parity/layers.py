@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from mmvision_export.artifacts.manifest import UNIFORM_GRAPH
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.slots import slots_from_batch
 from mmvision_export.parity.encoders import Encoders
 from mmvision_export.parity.graphs import LoadedGraph
 from mmvision_export.parity.jump import Jump, StageDistance, expected_errors, first_jump
@@ -196,7 +198,15 @@ def _run_graph(
 ) -> dict[str, npt.NDArray[np.floating]]:
     """Stage -> output, of the stages that have a value of their own."""
     values = stage_values(graph.rounded.graph, config)
-    arrays = arrays_from_model(graph.rounded, graph.path.parent, sample, list(values.values()))
+    wanted, folder = list(values.values()), graph.path.parent
+    if graph.path.name == UNIFORM_GRAPH:
+        slots = slots_from_batch(sample.pixel_values, sample.grid_thw, config)
+        patches = np.asarray(slots.pixel_values, np.float32)
+        slotted = Sample(sample.name, patches, slots.grid_thw)
+        found = arrays_from_model(graph.rounded, folder, slotted, wanted)
+        arrays = [slots.packed(array) for array in found]
+    else:
+        arrays = arrays_from_model(graph.rounded, folder, sample, wanted)
     shapes = stage_shapes(config, sample.num_patches)
     return {
         stage: array

@@ -105,7 +105,7 @@ def _measured(
 ) -> dict[str, _Found]:
     taken = []
     for sample in samples:
-        if accepts(runner, sample.num_patches, len(sample.grid_thw)):
+        if accepts(runner, sample.grid_thw.prod(axis=1).tolist()):
             taken.append(sample)
         else:
             progress.note(f"{runner.name} does not take {sample.name}, which is beyond its profile")

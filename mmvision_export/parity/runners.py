@@ -1,6 +1,6 @@
 """Polygraphy runners for what its own do not run.
 
-The PyTorch encoder, and an engine as it is deployed.
+The PyTorch encoder, a graph for images in slots, and an engine as it is deployed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,17 @@ from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.slots import slots_from_batch
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
-__all__ = ["BackendRunner", "EngineRunner", "TorchRunner", "accepts", "input_metadata"]
+__all__ = [
+    "BackendRunner",
+    "EngineRunner",
+    "SlotRunner",
+    "TorchRunner",
+    "accepts",
+    "input_metadata",
+]
 
 
 class TorchRunner(BaseRunner):  # type: ignore[misc]
@@ -59,6 +67,37 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return OrderedDict(
             image_embeds=(out.float() if out.dtype == torch.bfloat16 else out).numpy()
         )
+
+
+class SlotRunner(BaseRunner):  # type: ignore[misc]
+    """A graph for images in slots, in ONNX Runtime, on packed batches.
+
+    Each batch is one launch, whose slots are as long as its largest image.
+    """
+
+    def __init__(self, name: str, load: Callable[[], Any], config: EncoderConfig) -> None:
+        super().__init__(name=name)
+        self._load = load
+        self._config = config
+
+    def activate_impl(self) -> None:
+        self._session = self._load()
+
+    def deactivate_impl(self) -> None:
+        del self._session
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return input_metadata(self._config)
+
+    def infer_impl(
+        self, feed_dict: Mapping[str, npt.NDArray[Any]]
+    ) -> OrderedDict[str, npt.NDArray[Any]]:
+        start = time.perf_counter()
+        slots = slots_from_batch(feed_dict["pixel_values"], feed_dict["grid_thw"], self._config)
+        feeds = {"pixel_values": slots.pixel_values, "grid_thw": slots.grid_thw}
+        (out,) = self._session.run(None, feeds)
+        self.inference_time = time.perf_counter() - start
+        return OrderedDict(image_embeds=slots.packed(out))
 
 
 class BackendRunner(BaseRunner):  # type: ignore[misc]
@@ -104,7 +143,8 @@ class EngineRunner(BackendRunner):
 
     def __init__(self, name: str, engine: Path, record: EngineRecord, *, trust: bool) -> None:
         super().__init__(name, engine, backend=record.backend, config=record.config, trust=trust)
-        self.profiles = record.profiles
+        self.profiles: Sequence[Profile] = record.profiles
+        self.rows_per_slot = record.attention.rows_per_slot
 
 
 def input_metadata(config: EncoderConfig) -> TensorMetadata:
@@ -118,7 +158,18 @@ def input_metadata(config: EncoderConfig) -> TensorMetadata:
     return result
 
 
-def accepts(runner: BaseRunner, num_patches: int, num_images: int) -> bool:
-    """Whether a runner takes a batch of this size, in one launch if it has profiles."""
-    profiles: Sequence[Profile] | None = getattr(runner, "profiles", None)
-    return profiles is None or any(profile.takes(num_patches, num_images) for profile in profiles)
+def accepts(runner: BaseRunner, patches_per_image: Sequence[int]) -> bool:
+    """Whether a runner takes images of these sizes.
+
+    In one launch if it has profiles, or in as many as there need be if those are slots.
+    """
+    if not isinstance(runner, EngineRunner):
+        return True
+    profiles, rows = runner.profiles, runner.rows_per_slot
+    if rows is None:
+        total, count = sum(patches_per_image), len(patches_per_image)
+        return any(profile.takes(total, count) for profile in profiles)
+    lengths = {p.max_patches * rows // p.max_images for p in profiles}
+    if rows == 1:  # where every image fills its slot
+        return lengths.issuperset(patches_per_image)
+    return max(patches_per_image) <= max(lengths)

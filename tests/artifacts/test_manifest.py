@@ -31,10 +31,11 @@ from mmvision_export.artifacts.manifest import (
     find_model_directory,
     model_directory_of,
 )
-from mmvision_export.artifacts.profile import Profile
+from mmvision_export.artifacts.profile import Profile, profiles_from_buckets, profiles_from_slots
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.files import FileRecord, file_record
+from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from tests.support.configs import copy_of
 from tests.support.engines import ENGINE, write_engine
 from tests.support.errors import refused
@@ -46,6 +47,12 @@ HERE = Installation(
 )
 ADA = ComputeCapability(8, 9)
 PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+
+
+SLOTS = {
+    way: tuple(profiles_from_slots([(2, 64)], rows, EncoderConfig()))
+    for way, rows in (("uniform", 2), ("equal", 1))
+}
 
 
 def refuse_foreign(engine: Path, **changes: Any) -> None:
@@ -88,12 +95,18 @@ def test_sidecars_of_one_profile_are_still_read(tmp_path: Path) -> None:
         ("packed, TensorRT's own", EngineAttention(way="packed")),
         ("attention body, fused", EngineAttention(way="native", body="attention", fused=True)),
         ("matmul body, left to the builder", EngineAttention(way="native", body="matmul")),
+        (
+            "uniform, attention body, fused",
+            EngineAttention(way="uniform", body="attention", fused=True),
+        ),
+        ("equal, matmul body, left to the builder", EngineAttention(way="equal", body="matmul")),
     ],
 )
 def test_attention_of_sidecars_that_only_describe_it(
     words: str, attention: EngineAttention, tmp_path: Path
 ) -> None:
-    engine = write_engine(tmp_path, attention=attention)
+    profiles = SLOTS[attention.way] if attention.rows_per_slot else (PROFILE,)
+    engine = write_engine(tmp_path, attention=attention, profiles=profiles)
     content = json.loads(sidecar_path(engine).read_text())
     assert content["attention"] == words
     assert EngineRecord.read(engine).attention == attention
@@ -106,6 +119,18 @@ def test_attention_of_sidecars_that_only_describe_it(
     read = EngineRecord.read(engine)
     assert read.attention == attention
     assert read.attention.masked == (attention.way == "native")
+
+
+def test_profiles_of_slots_round_trip_and_others_are_refused(tmp_path: Path) -> None:
+    uniform = EngineAttention(way="uniform", body="matmul")
+    engine = write_engine(tmp_path, attention=uniform, profiles=SLOTS["uniform"])
+    read = EngineRecord.read(engine)
+    assert read.profiles == SLOTS["uniform"]
+    assert (read.profiles[0].slots, read.profiles[0].rows_per_slot) == (2, 2)
+    odd_rows = tuple(profiles_from_buckets([64], [2], EncoderConfig()))
+    for profiles in ((PROFILE,), odd_rows):
+        with refused(ManifestError, "profiles[0]", "uniform"):
+            dataclasses.replace(read, profiles=profiles)
 
 
 @pytest.mark.parametrize(

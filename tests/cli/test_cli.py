@@ -15,6 +15,7 @@ import pytest
 
 import mmvision_export
 from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.profile import DEFAULT_SLOTS, Profile
 from mmvision_export.core.errors import ExportError
 from mmvision_export.models.weights import WeightSource
 from tests.support.checkpoints import LAYOUTS, STATE, write_checkpoint
@@ -30,7 +31,7 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     assert exported.code == 0, exported.err
     assert "engines/tiny: fp32 graph, opset 23" in exported.out
     assert sorted(p.name for p in (tmp_path / "engines" / "tiny").iterdir()) == [
-        "manifest.json", "model.cpu.onnx", "model.onnx", "model.onnx.data", "model.openvino.onnx",
+        "manifest.json", "model.cpu.onnx", "model.onnx", "model.onnx.data", "model.uniform.onnx",
         "preprocessor_config.json",
     ]  # fmt: skip
 
@@ -57,7 +58,7 @@ def test_from_nothing_to_a_checked_model(mmvision: Command, tmp_path: Path) -> N
     rows = json.loads(mmvision("parity", "--json").out)["rows"]
     assert {row["runner"] for row in rows} == {
         "pytorch-fp32", "model.onnx", "model.cpu.onnx",
-        "model.openvino.onnx", "model.openvino.onnx (OpenVINO)",
+        "model.uniform.onnx", "model.uniform.onnx (OpenVINO)",
     }  # fmt: skip
 
 
@@ -107,7 +108,14 @@ def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_pat
     (engine,) = (tmp_path / "engines/m/plans").glob("*.engine")
     inspected = json.loads(mmvision("inspect", str(engine)).out)
     assert inspected["profiles"] == [
-        {"min_patches": 4, "opt_patches": 512, "max_patches": 512, "max_images": 9, "min_images": 1}
+        {
+            "min_patches": 4,
+            "opt_patches": 512,
+            "max_patches": 512,
+            "max_images": 9,
+            "min_images": 1,
+            "slots": None,
+        }
     ]
     again = mmvision("build-engine", "--fp16", "--compute-capability", "8.9", "--buckets", "512,16")
     assert again.code == 1
@@ -162,9 +170,15 @@ def test_the_manifest_is_read_once(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--buckets", "256,x"], 2, "--buckets must be integers with commas between, got '256,x'"),
-        (["--buckets", ""], 2, "--buckets must be integers"),
+        (["--buckets", "256,x"], 2, "--buckets must be sizes in patches"),
+        (["--buckets", ""], 2, "--buckets must be sizes in patches"),
         (["--buckets", "256", "--max-patches", "512"], 2, "--buckets goes without"),
+        (["--buckets", "256,2x256"], 2, "--buckets must be sizes in patches"),
+        (["--buckets", "2x256", "--max-images", "8"], 2, "--max-images"),
+        (["--buckets", "2x255"], 1, "a slot must be a positive multiple of 4 patches, got 255"),
+        (["--buckets", "2x256", "--attention", "native"], 1, "--attention uniform"),
+        (["--buckets", "256", "--attention", "uniform"], 1, "--buckets 1x1024,8x1024"),
+        (["--max-patches", "256", "--attention", "equal"], 1, "--buckets 1x1024,8x1024"),
         (["--buckets", "255"], 1, "a bucket must be a positive multiple of 4 patches, got 255"),
     ],
 )
@@ -175,6 +189,38 @@ def test_bad_buckets(
     result = mmvision("build-engine", *arguments)
     assert result.code == code
     assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "slots"),
+    [
+        (["--attention", "uniform", "--buckets", "2x64, 1x128"], [(1, 2, 128), (2, 4, 128)]),
+        (["--attention", "equal", "--buckets", "3x64"], [(3, 3, 192)]),
+        (["--buckets", "2x64"], [(2, 4, 128)]),
+        (["--attention", "equal"], [(n, n, n * length) for n, length in DEFAULT_SLOTS]),
+        (["--attention", "uniform"], [(n, 2 * n, n * length) for n, length in DEFAULT_SLOTS]),
+        ([], [(None, 64, 4096)]),
+    ],
+    ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",
+)
+def test_slots_of_an_engine(
+    mmvision: Command,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    slots: list[tuple[int | None, int, int]],
+) -> None:
+    copy_of(exported, tmp_path / "engines" / "m")
+    found: list[Profile] = []
+
+    def stop(*_: object, profiles: list[Profile], **__: object) -> None:
+        found.extend(profiles)
+        raise ExportError("far enough")
+
+    monkeypatch.setattr("mmvision_export.engine.build.build_engine", stop)
+    assert mmvision("build-engine", *arguments).errors[0] == "error: far enough"
+    assert [(p.slots, p.max_images, p.max_patches) for p in found] == slots
 
 
 def test_a_failed_parity_check_exits_with_1(

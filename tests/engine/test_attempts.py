@@ -62,6 +62,16 @@ def test_every_form_of_layer_norm_comes_before_the_next_way_of_attention() -> No
         ),
         # In float32 nothing fuses attention.
         (NATIVE, {"precision": "fp32", "parser": (10, 5)}, ["native attention"]),
+        (
+            Lowering("uniform_matmul"),
+            {"parser": (10, 3)},
+            ["uniform attention"],
+        ),
+        (
+            Lowering("equal_attention", fallback=NATIVE),
+            {"precision": "fp32", "parser": (10, 5)},
+            ["equal attention", "native attention"],
+        ),
         # Who asks for a way gets it or an error.
         (Lowering("packed"), {"parser": (10, 5)}, ["packed attention"]),
     ],
@@ -70,6 +80,14 @@ def test_what_there_is_to_try(
     lowering: Lowering, options: dict[str, Any], expected: list[str]
 ) -> None:
     assert names(lowering, **options) == [f"{n}, separate LayerNormalization" for n in expected]
+
+
+def test_slots_are_tried_fused_and_then_from_several_kernels() -> None:
+    """Both cost the square of a slot; masking the whole batch comes last."""
+    uniform = Lowering("uniform_attention", fallback=NATIVE)
+    separate = ", separate LayerNormalization"
+    ways = ["fused uniform", "uniform", "fused native", "native"]
+    assert names(uniform) == [f"{way} attention{form}" for way in ways for form in ("", separate)]
 
 
 class Builder:

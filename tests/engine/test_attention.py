@@ -24,6 +24,7 @@ from mmvision_export.engine.attention import (
     choose_lowering,
     lowered_model,
 )
+from mmvision_export.engine.choices import SLOT_WAYS
 from tests.support.configs import HEAD_DIM_48, HEAD_DIM_80
 from tests.support.errors import refused
 
@@ -69,12 +70,14 @@ def target_for(version: str = "10.3.0.30", **changes: Any) -> BuildTarget:
 def choose(way: str, library: Path, notes: Progress | None = None, **changes: Any) -> Lowering:
     config = changes.pop("config", HEAD_DIM_80)
     is_named = changes.pop("is_named", True)
+    in_slots = changes.pop("in_slots", False)
     return choose_lowering(
         way,  # type: ignore[arg-type]
         target_for(**changes),
         config=config,
         library=library,
         is_named=is_named,
+        in_slots=in_slots,
         progress=notes or Progress(),
     )
 
@@ -162,7 +165,7 @@ def test_native_and_packed(library: Path) -> None:
         ("packed", {}, ("11.1", "10.3.0.30")),
         ("packed", {"version": "11.0.0.114"}, ("11.1", "11.0.0.114")),
         ("packed", {"version": "11.1.0.10", "precision": "fp32"}, ("fp16", "bf16", "fp32")),
-        ("flash", {}, ("auto, plugin, native, packed", "'flash'")),
+        ("flash", {}, ("auto, plugin, packed, uniform, equal, native", "'flash'")),
     ):
         with pytest.raises(EngineError) as caught:
             choose(way, library, None, **changes)
@@ -174,11 +177,17 @@ def test_native_and_packed(library: Path) -> None:
     [
         ("attention", True, EngineAttention(way="native", body="attention", fused=True)),
         ("matmul", False, EngineAttention(way="native", body="matmul")),
+        (
+            "uniform_attention",
+            True,
+            EngineAttention(way="uniform", body="attention", fused=True),
+        ),
+        ("equal_matmul", False, EngineAttention(way="equal", body="matmul")),
     ],
 )
-def test_native_attention_of_a_record(body: Any, fused: bool, attention: EngineAttention) -> None:
+def test_attention_of_a_record(body: Any, fused: bool, attention: EngineAttention) -> None:
     assert Lowering(body).attention(fused=fused) == attention
-    assert attention.masked
+    assert attention.masked == (attention.way == "native")
     assert not EngineAttention(way="plugin").masked
     assert not EngineAttention(way="packed").masked
 
@@ -222,6 +231,47 @@ def test_auto_is_native_where_packed_is_not_there(changes: dict[str, Any]) -> No
     assert (chosen.body, chosen.fallback) == ("attention", None)
 
 
+@pytest.mark.parametrize("way", sorted(SLOT_WAYS))
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [
+        ({}, "matmul"),
+        ({"version": "10.14.1.48"}, "attention"),
+        ({"version": "10.14.1.48", "opset": 22}, "matmul"),
+        ({"backend": "tensorrt-rtx", "version": "1.7.1.116"}, "attention"),
+        ({"backend": "tensorrt-rtx", "version": "1.7.1.116", "precision": "fp32"}, "attention"),
+    ],
+)
+def test_slots_in_the_form_that_the_parser_takes(
+    way: str, changes: dict[str, Any], form: str, library: Path
+) -> None:
+    chosen = choose(way, library, **changes)
+    assert (chosen.body, chosen.library, chosen.fallback) == (f"{way}_{form}", None, None)
+    attention = chosen.attention(fused=False)
+    assert (attention.way, attention.body) == (way, form)
+    assert attention.rows_per_slot == SLOT_WAYS[attention.way]
+
+
+@pytest.mark.parametrize(
+    ("changes", "ways"),
+    [
+        ({"backend": "tensorrt-rtx", "version": "1.7.1.116"}, ["uniform", "native"]),
+        ({"precision": "fp32"}, ["uniform", "native"]),
+        ({"version": "11.1.0.10"}, ["packed", "uniform", "native"]),
+        ({}, ["plugin", "uniform", "native"]),
+    ],
+)
+def test_auto_with_slots_is_uniform_where_neither_plugins_nor_packed_are(
+    changes: dict[str, Any], ways: list[str], library: Path
+) -> None:
+    chosen: Lowering | None = choose("auto", library, in_slots=True, **changes)
+    found = []
+    while chosen is not None:
+        found.append(chosen.attention(fused=False).way)
+        chosen = chosen.fallback
+    assert found == ways
+
+
 def operators(graph: Path, lowering: Lowering, parser: tuple[int, int] = (11, 1)) -> dict[str, int]:
     model = lowered_model(graph, lowering, parser)
     names = [node.op_type for node in model.graph]
@@ -245,6 +295,19 @@ def test_plugin_graph_keeps_the_nodes_and_drops_their_definitions(exported: Path
     assert not model.functions
     # The file itself still carries them.
     assert ir.load(exported / "model.onnx").functions
+
+
+@pytest.mark.parametrize("parser", [(10, 3), (11, 1)])
+def test_slots_are_cut_once_for_all_layers(parser: tuple[int, int], exported: Path) -> None:
+    """The mask and the sizes, from shapes and cu_seqlens alone."""
+    for way in SLOT_WAYS:
+        body: Any = f"{way}_matmul"
+        model = lowered_model(exported / "model.onnx", Lowering(body), parser)
+        names = [(node.name or "").rpartition(".")[2] for node in model.graph]
+        layers = HEAD_DIM_80.num_hidden_layers
+        assert names.count("slot_patches") == names.count("num_slots") == 1
+        assert names.count("scores") == layers
+        assert names.count("of_image") == (way == "uniform")
 
 
 def test_packed_graph_has_tensorrts_op_and_no_mask(exported: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from mmvision_export.artifacts.engine_record import EngineAttention, EngineRecord, GraphRecord
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
-from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
+from mmvision_export.artifacts.profile import Profile, profiles_from_buckets, profiles_from_slots
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import (
     BackendError,
@@ -156,6 +156,47 @@ def test_without_a_gpu_the_default_is_every_gpu(directory: Path) -> None:
     _, record = build(directory, precision="fp16", progress=notes)
     assert {"7.5", "8.6", "8.9", "12.0"} <= set(map(str, record.compute_capabilities))
     assert any("building for all that TensorRT-RTX supports" in note for note in notes.notes)
+
+
+@pytest.mark.parametrize(("way", "rows"), [("uniform", 2), ("equal", 1)])
+def test_an_engine_of_slots(directory: Path, way: Any, rows: int) -> None:
+    """Two buckets, one engine, and no permission to split attention into several kernels."""
+    profiles = profiles_from_slots([(4, 64), (1, 64)], rows, HEAD_DIM_80)
+    engine, record = build(
+        directory, profiles=profiles, attention=way, precision="fp16", compute_capabilities=[ADA]
+    )
+    assert record.attention == EngineAttention(way=way, body="attention", fused=True)
+    assert not record.attention.masked
+    assert record.profiles == tuple(profiles)
+    assert EngineRecord.read(engine) == record
+    assert record.passed_over == {}
+
+
+def test_auto_takes_slots_where_they_are_given(directory: Path) -> None:
+    profiles = profiles_from_slots([(2, 64)], 2, HEAD_DIM_80)
+    _, record = build(directory, profiles=profiles, compute_capabilities=[ADA])
+    assert record.attention == EngineAttention(way="uniform", body="attention")
+
+
+@pytest.mark.parametrize(
+    ("attention", "profiles"),
+    [
+        ("uniform", [PROFILE]),
+        ("uniform", profiles_from_buckets([64, 256], [8], HEAD_DIM_80)),
+        ("uniform", profiles_from_slots([(2, 64)], 1, HEAD_DIM_80)),
+        ("equal", profiles_from_slots([(2, 64)], 2, HEAD_DIM_80)),
+        ("native", profiles_from_slots([(2, 64)], 2, HEAD_DIM_80)),
+        ("plugin", profiles_from_slots([(2, 64)], 2, HEAD_DIM_80)),
+        # Which of its images fill their slots, `auto` does not know.
+        ("auto", profiles_from_slots([(2, 64)], 1, HEAD_DIM_80)),
+    ],
+)
+def test_sizes_of_another_way(directory: Path, attention: Any, profiles: list[Profile]) -> None:
+    before = sorted(directory.rglob("*"))
+    with refused(EngineError, attention) as caught:
+        build(directory, profiles=profiles, attention=attention, compute_capabilities=[ADA])
+    assert "--buckets" in str(caught.value.hint)
+    assert sorted(directory.rglob("*")) == before
 
 
 def test_fp32_attention_is_left_to_the_builder(directory: Path) -> None:

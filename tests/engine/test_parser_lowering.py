@@ -31,15 +31,17 @@ from tests.support.lowered import run_as_written, run_model
 PLUGINS = ("mmvision::VarlenAttention", "mmvision::QKRotaryEmbedding")
 GRID = ((1, 6, 8), (1, 2, 2), (2, 4, 2))
 
+PRODUCTS: tuple[AttentionBody, ...] = ("matmul", "uniform_matmul", "equal_matmul")
+FUSED: tuple[AttentionBody, ...] = ("attention", "uniform_attention", "equal_attention")
 TENSORRTS: tuple[tuple[TensorRTName, str, tuple[AttentionBody | None, ...]], ...] = (
-    ("tensorrt", "10.3.0.30", (None, "matmul")),
-    ("tensorrt", "10.8.0.43", (None, "matmul")),
-    ("tensorrt", "10.13.3.9", (None, "matmul")),
-    ("tensorrt", "10.14.1.48", (None, "matmul", "attention")),
-    ("tensorrt", "10.16.0.72", (None, "matmul", "attention")),
-    ("tensorrt", "11.0.0.114", (None, "matmul", "attention")),
-    ("tensorrt", "11.1.0.10", (None, "matmul", "attention", "packed")),
-    ("tensorrt-rtx", "1.7.1.116", ("matmul", "attention", "packed")),
+    ("tensorrt", "10.3.0.30", (None, *PRODUCTS)),
+    ("tensorrt", "10.8.0.43", (None, *PRODUCTS)),
+    ("tensorrt", "10.13.3.9", (None, *PRODUCTS)),
+    ("tensorrt", "10.14.1.48", (None, *PRODUCTS, *FUSED)),
+    ("tensorrt", "10.16.0.72", (None, *PRODUCTS, *FUSED)),
+    ("tensorrt", "11.0.0.114", (None, *PRODUCTS, *FUSED)),
+    ("tensorrt", "11.1.0.10", (None, *PRODUCTS, *FUSED, "packed")),
+    ("tensorrt-rtx", "1.7.1.116", (*PRODUCTS, *FUSED, "packed")),
 )
 
 
@@ -85,7 +87,7 @@ def test_nothing_is_found_in_what_a_parser_gets(
     )
     findings: dict[str, list[Finding]] = {}
     for name, graph in graphs.items():
-        if body == "attention" and name == "opset 18":
+        if body in FUSED and name == "opset 18":
             continue  # which has no Attention
         if body in (None, "packed") and name in ("fp32", "opset 18"):
             continue  # whose kernels are for float16 and bfloat16
@@ -93,6 +95,50 @@ def test_nothing_is_found_in_what_a_parser_gets(
         findings[name] = parser_findings(model, parser, plugins=PLUGINS if body is None else ())
     assert len(findings) >= 4
     assert not any(findings.values()), findings
+
+
+def with_four_slots_of_64(model: ir.Model, rows: int) -> ir.Model:
+    """A lowered graph whose every shape is a constant."""
+    pixel_values, grid_thw = model.graph.inputs
+    pixel_values.shape = ir.Shape([256, HEAD_DIM_80.patch_dim])
+    grid_thw.shape = ir.Shape([4 * rows, 3])
+    for node in model.graph:
+        for output in node.outputs:
+            output.shape = None
+    return model
+
+
+@pytest.mark.parametrize("parser", [(10, 3), (11, 1)])
+@pytest.mark.parametrize(("body", "rows"), [("uniform_matmul", 2), ("equal_matmul", 1)])
+def test_nothing_is_found_in_slots_of_one_size(
+    body: AttentionBody, rows: int, parser: tuple[int, int], graphs: dict[str, Path]
+) -> None:
+    model = with_four_slots_of_64(lowered_model(graphs["fp16"], Lowering(body), parser), rows)
+    assert parser_findings(model, parser) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "rows", "mask"),
+    [("uniform_attention", 2, [(4, 1, 1, 64)]), ("equal_attention", 1, [])],
+)
+def test_slots_are_constant_shapes_to_tensorrt_rtx(
+    body: AttentionBody, rows: int, mask: list[tuple[int, ...]], graphs: dict[str, Path]
+) -> None:
+    """Which depend on shapes alone, and on no value that the device holds."""
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    lowered = lowered_model(graphs["fp16"], Lowering(body), (11, 1))
+    model = ir.to_proto(with_four_slots_of_64(lowered, rows))
+    logger = trt.Logger(trt.Logger.ERROR)
+    network = trt.Builder(logger).create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse(model.SerializeToString(), str(graphs["fp16"])), parser.get_error(0).desc()
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    attention = [layer for layer in layers if layer.type == trt.LayerType.ATTENTION_INPUT]
+    assert len(attention) == HEAD_DIM_80.num_hidden_layers
+    for layer in attention:
+        inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+        shapes = [tuple(tensor.shape) for tensor in inputs if tensor is not None]
+        assert shapes == [(4, 2, 64, 80)] * 3 + mask
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16", "bf16", "int8", "fp8"])
@@ -156,7 +202,7 @@ def test_float16_statistics_fail_parity_and_float32_statistics_pass_it(tmp_path:
     assert gate.failures(wrong, None)
 
 
-@pytest.mark.parametrize("body", ["matmul", "attention", "packed"])
+@pytest.mark.parametrize("body", [*PRODUCTS, *FUSED, "packed"])
 def test_tensorrt_rtx_makes_no_loop_and_no_condition_of_it(
     body: AttentionBody, graphs: dict[str, Path]
 ) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 
 from mmvision_export.core.errors import ExportError
 from mmvision_export.models.minimax_m3_vl import reference
@@ -19,62 +14,21 @@ from mmvision_export.ops.qk_rotary_embedding.onnx_op import QK_ROTARY_EMBEDDING
 from mmvision_export.ops.registry import OPS
 from mmvision_export.ops.varlen_attention.onnx_op import VARLEN_ATTENTION, AttentionBody
 from tests.support.configs import relative_l2
+from tests.support.functions import TYPES, random_qkv, session_of_function
 
 SEGMENTS = st.lists(st.integers(1, 40), min_size=1, max_size=7)
-SHAPES: dict[str, list[str]] = {
-    **{key: ["N", "heads", "head_dim"] for key in "qkv"},
-    **{key: ["N", "half"] for key in ("cos", "sin")},
-    "cu_seqlens": ["bounds"],
-}
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
-
-
-def session(
-    function: onnx.FunctionProto, dtype: str, scale: float | None = None
-) -> onnxruntime.InferenceSession:
-    """A graph of one node that calls the function."""
-    float_inputs = {name: TYPES[dtype] for name in function.input if name in ("q", "k", "v")}
-    others = {"cu_seqlens": TensorProto.INT32, "cos": TensorProto.FLOAT, "sin": TensorProto.FLOAT}
-    types = {name: float_inputs.get(name, others.get(name, 0)) for name in function.input}
-    node = helper.make_node(function.name, function.input, function.output, domain="mmvision")
-    if scale is not None:
-        node.attribute.append(helper.make_attribute("scale", scale))
-    graph = helper.make_graph(
-        [node],
-        "one_call",
-        [helper.make_tensor_value_info(name, kind, SHAPES[name]) for name, kind in types.items()],
-        [
-            helper.make_tensor_value_info(name, TYPES[dtype], SHAPES["q"])
-            for name in function.output
-        ],
-    )
-    opset = function.opset_import[0].version
-    model = helper.make_model(
-        graph,
-        functions=[function],
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("mmvision", 1)],
-    )
-    model.ir_version = 10
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def named(value: OpDefinition | str) -> str:
     return value if isinstance(value, str) else value.name
 
 
-def qkv(n: int, heads: int, head_dim: int, dtype: str) -> dict[str, Any]:
-    values = np.random.default_rng(n).standard_normal((3, n, heads, head_dim)).astype(dtype)
-    return dict(zip("qkv", values, strict=True))
-
-
 Case = tuple[AttentionBody, int, str]
 BODIES: list[tuple[AttentionBody, int]] = [("attention", 23), ("matmul", 18), ("matmul", 23)]
 SESSIONS = {
-    (body, opset, dtype): session(VARLEN_ATTENTION.function(body, opset), dtype, 80**-0.5)
+    (body, opset, dtype): session_of_function(
+        VARLEN_ATTENTION.function(body, opset), dtype, 80**-0.5
+    )
     for body, opset in BODIES
     for dtype in TYPES
 }
@@ -83,7 +37,7 @@ SESSIONS = {
 @settings(max_examples=40)
 @given(case=st.sampled_from(sorted(SESSIONS)), lengths=SEGMENTS)
 def test_attention(case: Case, lengths: list[int]) -> None:
-    inputs = qkv(sum(lengths), 2, 80, case[2])
+    inputs = random_qkv(sum(lengths), 2, 80, case[2])
     bounds = np.cumsum([0, *lengths]).astype(np.int32)
     (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
     expected = reference.varlen_attention(
@@ -96,7 +50,7 @@ def test_attention(case: Case, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("case", sorted(SESSIONS), ids=str)
 def test_a_leak_between_images_is_seen(case: Case) -> None:
-    inputs = qkv(24, 2, 80, case[2])
+    inputs = random_qkv(24, 2, 80, case[2])
     (whole,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": np.array([0, 24], np.int32)})
     expected = reference.varlen_attention(
         inputs["q"], inputs["k"], inputs["v"], [0, 10, 24], scale=80**-0.5
@@ -109,7 +63,7 @@ def test_a_leak_between_images_is_seen(case: Case) -> None:
 )
 def test_attention_of_large_scores_stays_finite_in_float16(case: Case) -> None:
     """Scores before scaling beyond float16's maximum of 65504, as outlier channels give."""
-    inputs = qkv(16, 2, 80, "float16")
+    inputs = random_qkv(16, 2, 80, "float16")
     inputs["q"], inputs["k"] = inputs["q"] * np.float16(40), inputs["k"] * np.float16(40)
     bounds = np.array([0, 6, 16], np.int32)
     (out,) = SESSIONS[case].run(None, {**inputs, "cu_seqlens": bounds})
@@ -129,10 +83,10 @@ def test_attention_of_large_scores_stays_finite_in_float16(case: Case) -> None:
 )
 def test_rotation(n: int, half: int, dtype: str, opset: int) -> None:
     """From one rotated pair to all 80 channels, with nothing left to pass through."""
-    inputs = qkv(n, 3, 80, dtype)
+    inputs = random_qkv(n, 3, 80, dtype)
     angles = np.random.default_rng(half).standard_normal((n, half)).astype(np.float32)
     cos, sin = np.cos(angles), np.sin(angles)
-    runner = session(QK_ROTARY_EMBEDDING.function("standard", opset), dtype)
+    runner = session_of_function(QK_ROTARY_EMBEDDING.function("standard", opset), dtype)
     out = runner.run(None, {"q": inputs["q"], "k": inputs["k"], "cos": cos, "sin": sin})
     expected = reference.qk_rotary_embedding(inputs["q"], inputs["k"], cos, sin)
     for got, wanted in zip(out, expected, strict=True):
@@ -161,6 +115,10 @@ def test_bodies_refuse_an_opset_that_is_too_low() -> None:
         VARLEN_ATTENTION.function("matmul", 17)
     assert all(fact in str(caught.value) for fact in ("'matmul'", "18", "17"))
     assert caught.value.hint is None
+    # What stands for a body must take the same operands.
+    with pytest.raises(ExportError) as caught:
+        VARLEN_ATTENTION.function("uniform_attention", 22)
+    assert "'uniform_matmul'" in str(caught.value.hint)
 
 
 def test_an_unknown_body_is_refused_with_those_there_are() -> None:

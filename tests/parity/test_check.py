@@ -39,7 +39,7 @@ from tests.support.faults import leak_between_images, rewrite, scale_weights, sw
 from tests.support.notes import Notes
 
 CHECK_SAMPLES = samples_from_grids(HEAD_DIM_80, CHECK_GRIDS)
-GRAPHS = {"model.onnx", "model.cpu.onnx", "model.openvino.onnx", "model.fp16.onnx"}
+GRAPHS = {"model.onnx", "model.cpu.onnx", "model.uniform.onnx", "model.fp16.onnx"}
 
 
 def check(directory: Path, **options: Any) -> ParityResult:
@@ -55,7 +55,7 @@ def test_default_grids_pass_in_both_precisions(exported: Path, tmp_path: Path) -
     assert result.passed
     assert {row.runner for row in result.rows} == {
         "pytorch-fp32", "pytorch-fp16", *GRAPHS, "model.fp16.onnx (rounded)",
-        "model.openvino.onnx (OpenVINO)",
+        "model.uniform.onnx (OpenVINO)",
     }  # fmt: skip
     assert {row.sample for row in result.rows} == set(PARITY_GRIDS)
     for row in result.rows:
@@ -317,7 +317,7 @@ def test_an_engine_that_does_not_open_is_passed_over_unless_it_was_asked_for(
         None,
         "model.onnx",
         "model.cpu.onnx",
-        "model.openvino.onnx",
+        "model.uniform.onnx",
     }
     assert f"{engine.name} is not compared: made for another GPU" in notes.notes
     # Whoever names it is told, before PyTorch has run.
@@ -352,6 +352,6 @@ def test_each_file_is_hashed_each_graph_loaded_and_the_manifest_read_once(
     assert seen == {
         **{f"load {name}": 1 for name in graphs},
         **{f"sha256_of {name}": 1 for name in [*graphs, *weights]},
-        "sha256_of model.openvino.onnx": 2,  # OpenVINO opens the directory as it is deployed
+        "sha256_of model.uniform.onnx": 2,  # OpenVINO opens the directory as it is deployed
         "read_json manifest.json": 3,  # so it does the manifest; and once more to write the result
     }

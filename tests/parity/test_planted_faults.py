@@ -38,10 +38,13 @@ SAMPLES = samples_from_grids(HEAD_DIM_80, {"two sizes": ((1, 3, 4), (2, 2, 2))})
 
 
 def one_segment_in_layer_1(model: ir.Model) -> None:
-    """Layer 1 is told that all patches are one image."""
+    """Layer 1 is told that all patches are one image.
+
+    An empty segment follows it, which the uniform flavour takes for its padding.
+    """
     attention = node_of(model, "layers.1.self_attn.VarlenAttention")
     ends = ir.Value(
-        name="ends", const_value=ir.tensor(np.array([0, -1], dtype=np.int64), name="ends")
+        name="ends", const_value=ir.tensor(np.array([0, -1, -1], dtype=np.int64), name="ends")
     )
     model.graph.initializers.add(ends)
     whole = ir.node("Gather", [attention.inputs[3], ends], attributes={"axis": 0}, name="whole")

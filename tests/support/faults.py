@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.files import file_record
-from mmvision_export.graph.files import save_cpu_graph, save_openvino_graph
+from mmvision_export.graph.files import save_cpu_graph, save_uniform_graph
 from tests.support.configs import HEAD_DIM_80
 
 
@@ -24,8 +24,8 @@ def rewrite(directory: Path, change: Callable[[ir.Model], None]) -> None:
     ir.save(model, directory / "model.onnx", external_data="model.onnx.data")
     manifest = Manifest.read(directory)
     save_cpu_graph(directory, manifest.config)  # the weights lie elsewhere in their file now
-    save_openvino_graph(directory)
-    for name in ("model.onnx", "model.cpu.onnx", "model.openvino.onnx", "model.onnx.data"):
+    save_uniform_graph(directory)
+    for name in ("model.onnx", "model.cpu.onnx", "model.uniform.onnx", "model.onnx.data"):
         manifest.files[name] = file_record(directory / name)
     manifest.write(directory)
 

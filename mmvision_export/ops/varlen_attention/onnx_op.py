@@ -1,9 +1,10 @@
 """`VarlenAttention` in ONNX: bidirectional attention inside each segment of a packed sequence.
 
-It has two portable bodies, equal in meaning: `attention`, on ONNX's own `Attention` (opset 23),
-which TensorRT 10.14 and later fuses, and `matmul`, MatMul-Softmax-MatMul for what came before. Both
-keep the softmax in float32 whatever the dtype of q, k and v. A third, `packed`, is for TensorRT 11
-alone, whose own op takes the segments as they are.
+It has two portable bodies for any segments, equal in meaning: `attention`, on ONNX's own
+`Attention` (opset 23), which TensorRT 10.14 and later fuses, and `matmul`, MatMul-Softmax-MatMul for
+what came before. Both keep the softmax in float32 whatever the dtype of q, k and v. `packed` is for
+TensorRT 11 alone, whose own op takes the segments as they are. Bodies for segments that lie in slots
+of equal length are in `slot_bodies`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,19 @@ from onnx.defs import OpSchema
 
 from mmvision_export.ops.definition import FunctionBody, OpDefinition
 from mmvision_export.ops.domain import DOMAIN
+from mmvision_export.ops.varlen_attention.slot_bodies import slot_bodies
 
 __all__ = ["ATTENTION_OPSET", "VARLEN_ATTENTION", "AttentionBody", "attention_body_of"]
 
-AttentionBody = Literal["attention", "matmul", "packed"]
+AttentionBody = Literal[
+    "attention",
+    "matmul",
+    "packed",
+    "uniform_attention",
+    "uniform_matmul",
+    "equal_attention",
+    "equal_matmul",
+]
 """Which ops define `VarlenAttention`."""
 
 ATTENTION_OPSET = 23
@@ -109,6 +119,7 @@ VARLEN_ATTENTION = OpDefinition(
         "attention": FunctionBody(_SEGMENT_MASK + _ATTENTION, lowest_opset=ATTENTION_OPSET),
         "matmul": FunctionBody(_SEGMENT_MASK + _MATMUL),
         "packed": FunctionBody(_PACKED, domains={"trt": 1}),
+        **slot_bodies(attention_opset=ATTENTION_OPSET),
     },
 )
 
@@ -118,4 +129,12 @@ def attention_body_of(model: ir.Model) -> AttentionBody | None:
     function = model.functions.get((DOMAIN, VARLEN_ATTENTION.name, ""))
     if function is None:
         return None
-    return "attention" if any(node.op_type == "Attention" for node in function) else "matmul"
+    operators = {node.op_type for node in function}
+    has_attention = "Attention" in operators
+    # The length of a slot is a quotient. What lies in a slot is masked by an order, and what shares
+    # a segment by equality.
+    if "Div" not in operators:
+        return "attention" if has_attention else "matmul"
+    if "GreaterOrEqual" in operators:
+        return "uniform_attention" if has_attention else "uniform_matmul"
+    return "equal_attention" if has_attention else "equal_matmul"
