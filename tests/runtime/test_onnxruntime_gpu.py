@@ -138,7 +138,7 @@ def test_no_launch_is_outside_the_profile(exported: Path, monkeypatch: pytest.Mo
     np.testing.assert_allclose(embeds, whole.run(batch), rtol=0, atol=1e-5)
     # The control: the stand-in does refuse what is outside.
     with pytest.raises(BackendError, match="outside the profile"):
-        backend._launch(batch)  # type: ignore[attr-defined]
+        backend._launch(batch.pixel_values, batch.grid.rows)  # type: ignore[attr-defined]
     with pytest.raises(InputError) as caught:
         backend.run(batch_of([(1, 18, 16)], backend))
     assert "max_patches" in str(caught.value.hint)

@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from PIL import Image
 
 from mmvision_export import VisionEncoder
+from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import BackendError, InputError, ManifestError, NotFiniteError
+from mmvision_export.core.files import file_record
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, PackedGrid
@@ -228,8 +230,12 @@ def test_malformed_preprocessor_config(exported: Path, tmp_path: Path) -> None:
     from mmvision_export.core.errors import ConfigError
 
     directory = copy_of(exported, tmp_path / "m")
-    (directory / "preprocessor_config.json").write_text('{"resample": 0}')
-    with refused(ConfigError, directory / "preprocessor_config.json", "resample", 0):
+    file = directory / "preprocessor_config.json"
+    file.write_text('{"resample": 0}')
+    manifest = Manifest.read(directory)
+    manifest.files[file.name] = file_record(file)
+    manifest.write(directory)
+    with refused(ConfigError, file, "resample", 0):
         VisionEncoder.open(directory, backend="onnxruntime-cpu")
 
 
