@@ -2,10 +2,10 @@
 
 `python scripts/uniform_engines.py [CC ...]`, by default for 8.6, 8.9 and 12.0. No GPU is needed.
 
-The encoder is a narrow one of two layers with the released head_dim: which kernel attention gets
-does not depend on the width. Each engine is built as `build-engine` does first, without permission to
-split attention into several kernels: what is built so is fused, and what is refused is not. Where it
-is refused, it is built with that permission.
+The encoder has the released width and two of its layers. Each engine is built as `build-engine` does
+first, without permission to split attention into several kernels: what is built so is fused, and what
+is refused is not. Where it is refused, it is built with that permission. The last engine for each
+GPU is the control: float32, which has no fused kernel.
 """
 
 from __future__ import annotations
@@ -38,14 +38,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 SLOTS = ((1, 1024), (8, 1024), (1, 13824), (16, 256))
-CONFIG = EncoderConfig(
-    hidden_size=160,
-    num_attention_heads=2,
-    num_hidden_layers=2,
-    intermediate_size=320,
-    text_hidden_size=96,
-    projector_hidden_size=112,
-)
+CONFIG = EncoderConfig(num_hidden_layers=2, text_hidden_size=512, projector_hidden_size=512)
 
 MaskForm = Literal["none", "[S, 1, 1, L]", "[S, 1, L, L]", "[1, 1, N, N]"]
 Shapes = Literal["dynamic", "static"]

@@ -163,9 +163,10 @@ def accepts(runner: BaseRunner, patches_per_image: Sequence[int]) -> bool:
 
     In one launch if it has profiles, or in as many as there need be if those are slots.
     """
-    if not isinstance(runner, EngineRunner):
+    profiles: Sequence[Profile] | None = getattr(runner, "profiles", None)
+    if profiles is None:
         return True
-    profiles, rows = runner.profiles, runner.rows_per_slot
+    rows: int | None = getattr(runner, "rows_per_slot", None)
     if rows is None:
         total, count = sum(patches_per_image), len(patches_per_image)
         return any(profile.takes(total, count) for profile in profiles)

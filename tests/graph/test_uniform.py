@@ -85,7 +85,7 @@ def float64_state(encoder: VisionEncoderModule) -> dict[str, Any]:
     return arrays({name: tensor.double() for name, tensor in encoder.state_dict().items()})
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(body=st.sampled_from([*UNIFORM, FLAVOUR]), grid=grids(max_images=4), spare=st.integers(0, 3))
 def test_uniform_is_the_packed_graph_and_the_reference(
     sessions: dict[str, onnxruntime.InferenceSession],
@@ -106,7 +106,7 @@ def test_uniform_is_the_packed_graph_and_the_reference(
     assert relative_l2(out, packed) <= 1e-5
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     body=st.sampled_from(EQUAL),
     sides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
