@@ -283,8 +283,8 @@ def test_one_engine_is_judged_as_the_graph_it_was_built_from(
     """One that is right passes, and one that is wrong fails; either is opened once, and closed."""
     stands: list[Opened] = []
 
-    def opened(path: Path, *, backend: str, refuse_non_finite: bool) -> Opened:
-        assert (path, backend) == (engine, "tensorrt-rtx")
+    def opened(path: Path, *, backend: str, trust: bool, refuse_non_finite: bool) -> Opened:
+        assert (path, backend, trust) == (engine, "tensorrt-rtx", True)  # it was named
         assert not refuse_non_finite  # a gate judges what is not finite
         stands.append(Opened(factor))
         return stands[-1]
@@ -353,5 +353,7 @@ def test_each_file_is_hashed_each_graph_loaded_and_the_manifest_read_once(
         **{f"load {name}": 1 for name in graphs},
         **{f"sha256_of {name}": 1 for name in [*graphs, *weights]},
         "sha256_of model.uniform.onnx": 2,  # OpenVINO opens the directory as it is deployed
-        "read_json manifest.json": 3,  # so it does the manifest; and once more to write the result
+        "sha256_of preprocessor_config.json": 1,  # and its preprocessing with it
+        # OpenVINO's backend and the encoder read the manifest too; and once more to write the result.
+        "read_json manifest.json": 4,
     }
