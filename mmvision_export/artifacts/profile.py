@@ -75,13 +75,24 @@ class Profile:
         return None if self.slots is None else self.max_images // self.slots
 
     def __str__(self) -> str:
-        """As `4 to 4096 patches in 1 to 64 images`, or `256 patches, 65 rows` of a bucket."""
+        """As `4 to 4096 patches in 1 to 64 images`, or `256 patches, 65 rows` of a bucket.
+
+        Of slots `4 slots of at most 1024 patches`, or `exactly` where an image fills its slot.
+        """
+        if self.slots is not None:
+            bound = "exactly" if self.rows_per_slot == 1 else "at most"
+            return f"{self.slots} slots of {bound} {self.image_patches} patches"
         if self.is_bucket:
             return f"{self.max_patches} patches, {self.max_images} rows"
         return (
             f"{self.min_patches} to {self.max_patches} patches in {self.min_images} to "
             f"{self.max_images} images"
         )
+
+    @property
+    def image_patches(self) -> int:
+        """Most patches of one image: of a slot, or of the whole launch."""
+        return self.max_patches // (self.slots or 1)
 
     @functools.cached_property
     def is_bucket(self) -> bool:

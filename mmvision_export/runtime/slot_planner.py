@@ -246,8 +246,7 @@ class SlotPlanner(Planner[SlotLaunch]):
 
     def size_text(self, profile: int) -> str:
         """See `Planner.size_text`."""
-        slots, size = self._slots[profile].slots, self._slots[profile].patches
-        return f"{slots} slots of {'exactly' if self._way == 'equal' else 'at most'} {size} patches"
+        return str(self._profiles[profile])
 
     def _rows(self, launch: SlotLaunch, images: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The launch's `grid_thw`: `[2 * slots, 3]`, or `[slots, 3]` of the way `equal`."""

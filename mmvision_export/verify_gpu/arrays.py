@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mmvision_export.artifacts.profile import Profile
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
@@ -51,7 +52,7 @@ def check_arrays(
     for engine in engines:
         if not budget.allows(_PART, engine.name, findings):
             continue
-        size = max(profile.max_patches for profile in engine.record.profiles)
+        size = engine.largest
         with (
             findings.failure_is_a_finding(_PART, engine.name),
             contextlib.closing(opener(engine.path, options)) as backend,
@@ -80,8 +81,8 @@ def _differences(given: np.ndarray, host: np.ndarray) -> list[str]:
     return ["the embeddings are not those of host arrays, bit for bit"]
 
 
-def _through_the_device(backend: TensorRTBackend, cuda: Cuda, num_patches: int) -> np.ndarray:
-    with arrays_on_device(backend, cuda, num_patches) as (source, target, stream):
+def _through_the_device(backend: TensorRTBackend, cuda: Cuda, profile: Profile) -> np.ndarray:
+    with arrays_on_device(backend, cuda, profile) as (source, target, stream):
         backend.run_into(target, source, stream=stream)
         result = np.empty(target.shape, target.dtype)
         cuda.to_host(result, target.address, stream)
@@ -89,9 +90,9 @@ def _through_the_device(backend: TensorRTBackend, cuda: Cuda, num_patches: int) 
     return result
 
 
-def _through_torch(torch: Any, backend: TensorRTBackend, num_patches: int) -> list[np.ndarray]:
+def _through_torch(torch: Any, backend: TensorRTBackend, profile: Profile) -> list[np.ndarray]:
     """In the current stream, and in one that is not the default one."""
-    pixels, batch = filling_batch(backend, num_patches, seed=0)
+    pixels, batch = filling_batch(backend, profile, seed=0)
     encoder = encoder_from_backend(backend)  # not closed: the backend is the caller's
     device = f"cuda:{backend.device}"
     results = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +29,7 @@ __all__ = [
     "encoder_from_backend",
     "filling_batch",
     "open_engine",
+    "random_batch",
     "same_bits",
 ]
 
@@ -55,6 +56,11 @@ class BuiltEngine:
         """Its profiles of one size."""
         return [profile for profile in self.record.profiles if profile.is_bucket]
 
+    @property
+    def largest(self) -> Profile:
+        """Its profile for the largest image."""
+        return max(self.record.profiles, key=lambda profile: profile.image_patches)
+
 
 def open_engine(path: Path, options: BackendOptions) -> TensorRTBackend:
     """Open an engine with the TensorRT that built it.
@@ -77,20 +83,27 @@ def encoder_from_backend(
 
 
 def filling_batch(
-    backend: TensorRTBackend, num_patches: int, *, seed: int
+    backend: TensorRTBackend, profile: Profile, *, seed: int
 ) -> tuple[npt.NDArray[np.float32], PackedBatch]:
-    """One image of random patches that fills a launch.
+    """Random patches that fill a launch: one image, or one in each slot. See `random_batch`."""
+    return random_batch(backend, [profile.image_patches] * (profile.slots or 1), seed=seed)
+
+
+def random_batch(
+    backend: TensorRTBackend, patches_per_image: Sequence[int], *, seed: int
+) -> tuple[npt.NDArray[np.float32], PackedBatch]:
+    """Images of random patches.
 
     Args:
         backend: Gives the dimensions.
-        num_patches: Of the image, whole merge blocks.
+        patches_per_image: Whole merge blocks each.
         seed: Of the patches.
 
     Returns:
         pixel_values `[num_patches, patch_dim]` float32, and the batch in the engine's type.
     """
     merge = backend.config.spatial_merge_size
-    grid = [(1, merge, num_patches // merge)]
+    grid = [(1, merge, patches // merge) for patches in patches_per_image]
     pixels, rows = batch_of_grid(grid, patch_dim=backend.config.patch_dim, seed=seed)
     packed = PackedGrid(rows, backend.config.patches_per_token)
     return pixels, PackedBatch(pixels, packed).of_type(backend.dtype)
@@ -98,19 +111,19 @@ def filling_batch(
 
 @contextlib.contextmanager
 def arrays_on_device(
-    backend: TensorRTBackend, cuda: Cuda, num_patches: int
+    backend: TensorRTBackend, cuda: Cuda, profile: Profile
 ) -> Iterator[tuple[PackedBatch, DeviceArray, int]]:
     """Patches and room for the embeddings on the device, and a stream, freed at the end.
 
     Yields:
-        The batch of one image with its patches on the device; room for image_embeds
+        The batch that fills the profile, its patches on the device; room for image_embeds
         `[num_image_tokens, text_hidden_size]`; the stream's handle.
     """
     cuda.use()
     with contextlib.ExitStack() as freed:
         stream = cuda.new_stream()
         freed.callback(cuda.free_stream, stream)
-        _, batch = filling_batch(backend, num_patches, seed=0)
+        _, batch = filling_batch(backend, profile, seed=0)
         host = np.ascontiguousarray(batch.pixel_values)
         shapes = (host.shape, (batch.grid.num_tokens, backend.config.text_hidden_size))
         arrays = []

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmvision_export.artifacts.profile import Profile
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
 from mmvision_export.verify_gpu.budget import Budget
@@ -48,7 +49,7 @@ def check_captures(
             for bucket in engine.buckets:
                 case = f"{engine.name}, {bucket}"
                 with findings.failure_is_a_finding(_PART, case):
-                    failures = _replayed(backend, bucket.max_patches)
+                    failures = _replayed(backend, bucket)
                     refused = backend.info.captures_refused or {}
                     reason = refused.get(str(bucket))
                     if reason is not None:
@@ -56,14 +57,14 @@ def check_captures(
                     findings.judge(_PART, case, failures, {})
 
 
-def _replayed(backend: TensorRTBackend, num_patches: int) -> list[str]:
+def _replayed(backend: TensorRTBackend, bucket: Profile) -> list[str]:
     """What was wrong with replays of a bucket's graph.
 
     Other patches go through the same graph in between: a replay that runs nothing leaves the first
     result where it is.
     """
-    _, batch = filling_batch(backend, num_patches, seed=0)
-    _, other = filling_batch(backend, num_patches, seed=1)
+    _, batch = filling_batch(backend, bucket, seed=0)
+    _, other = filling_batch(backend, bucket, seed=1)
     first, again = backend.run(batch), backend.run(batch)
     of_other, back = backend.run(other), backend.run(batch)
     failures = []

@@ -14,8 +14,10 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import (
     DEFAULT_PROFILE,
+    DEFAULT_SLOTS,
     Profile,
     profiles_from_buckets,
+    profiles_from_slots,
 )
 from mmvision_export.core.errors import BackendError, EngineError, ManifestError
 from mmvision_export.core.metrics import metrics
@@ -23,7 +25,7 @@ from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.attention import choose_lowering
 from mmvision_export.engine.build import build_engine
-from mmvision_export.engine.choices import AttentionWay
+from mmvision_export.engine.choices import SLOT_WAYS, AttentionWay
 from mmvision_export.engine.target import resolve_target
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.runtime.backends import BackendOptions
@@ -41,7 +43,13 @@ from mmvision_export.verify_gpu.reference import Reference
 __all__ = ["EngineCase", "build_engines", "build_in", "check_engine", "engine_sizes"]
 
 _PART = "engines"
-_WAYS: tuple[AttentionWay, ...] = ("plugin", "packed", "native")
+# Which sizes each way is built for, by the names of `engine_sizes`.
+_WAYS: dict[AttentionWay, tuple[str, ...]] = {
+    "plugin": ("buckets", "dynamic"),
+    "packed": ("buckets", "dynamic"),
+    "uniform": ("slots",),
+    "native": ("buckets", "dynamic"),
+}
 _BUCKETS = (256, 1024, 2304, 4096)  # a still image of the released preprocessing has at most 2304
 
 
@@ -63,9 +71,10 @@ Build = Callable[[EngineCase, Sequence[Profile]], tuple[Path, EngineRecord]]
 
 
 def engine_sizes(config: EncoderConfig) -> dict[str, list[Profile]]:
-    """Name -> profiles: what `build-engine` does by default, and with buckets."""
+    """Name -> profiles: what `build-engine` does by default, with slots, and with buckets."""
     return {
         "dynamic": [DEFAULT_PROFILE],
+        "slots": profiles_from_slots(DEFAULT_SLOTS, SLOT_WAYS["uniform"], config),
         "buckets": profiles_from_buckets(_BUCKETS, [DEFAULT_PROFILE.max_images], config),
     }
 
@@ -162,6 +171,8 @@ def build_engines(
         # Buckets of every way come before the other sizes of any: should time run out, more ways
         # were seen.
         for name, way in itertools.product(reversed(list(sizes)), _WAYS):
+            if name not in _WAYS[way]:
+                continue
             case = EngineCase(backend, way, name)
             if not budget.allows(_PART, case.name, findings):
                 continue

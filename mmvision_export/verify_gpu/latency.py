@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mmvision_export.artifacts.profile import Profile
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.tensorrt import TensorRTBackend
@@ -36,15 +37,15 @@ def check_latency(
     options: BackendOptions,
     opener: Opener = open_engine,
 ) -> None:
-    """Time launches of one image that fills the bucket, from and to device memory."""
+    """Time launches that fill a bucket, from and to device memory."""
     for engine in engines:
         for bucket in engine.buckets:
-            case = f"{engine.name}, {bucket.max_patches} patches"
+            case = f"{engine.name}, {bucket}"
             if not budget.allows(_PART, case, findings):
                 continue
             with findings.failure_is_a_finding(_PART, case):
                 with contextlib.closing(opener(engine.path, options)) as backend:
-                    times, clocks = _times_ms(backend, cuda, bucket.max_patches)
+                    times, clocks = _times_ms(backend, cuda, bucket)
                 values = np.percentile(times, _PERCENTILES)
                 numbers = {f"p{p}_ms": float(v) for p, v in zip(_PERCENTILES, values, strict=True)}
                 numbers["runs"] = float(len(times))
@@ -56,10 +57,10 @@ def check_latency(
     cuda.close()
 
 
-def _times_ms(backend: TensorRTBackend, cuda: Cuda, num_patches: int) -> tuple[list[float], str]:
+def _times_ms(backend: TensorRTBackend, cuda: Cuda, bucket: Profile) -> tuple[list[float], str]:
     """Milliseconds of each run, with the copies into and out of the engine's buffers, and clocks."""
     with (
-        arrays_on_device(backend, cuda, num_patches) as (source, target, stream),
+        arrays_on_device(backend, cuda, bucket) as (source, target, stream),
         contextlib.ExitStack() as freed,
     ):
         first, last = (cuda.new_event(timing=True) for _ in range(2))

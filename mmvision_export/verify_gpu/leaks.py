@@ -102,7 +102,7 @@ def check_leaks(
 
 def _cycle(engine: BuiltEngine, calls: int, options: BackendOptions, opener: Opener) -> None:
     with contextlib.closing(opener(engine.path, options)) as backend:
-        sizes = [profile.max_patches for profile in engine.record.profiles]
+        sizes = engine.record.profiles
         for call in range(calls):
             _, batch = filling_batch(backend, sizes[call % len(sizes)], seed=0)
             backend.run(batch)

@@ -12,7 +12,7 @@ from mmvision_export.artifacts.engine_record import sidecar_path
 from mmvision_export.core.errors import InputError, ManifestError, MmvisionError
 from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.verify_gpu.budget import Budget
-from mmvision_export.verify_gpu.built_engine import BuiltEngine, Opener, filling_batch, open_engine
+from mmvision_export.verify_gpu.built_engine import BuiltEngine, Opener, open_engine, random_batch
 from mmvision_export.verify_gpu.findings import Findings
 
 __all__ = ["check_refusals"]
@@ -47,9 +47,8 @@ def check_refusals(
             findings.failure_is_a_finding(_PART, case),
             contextlib.closing(opener(engine.path, options)) as backend,
         ):
-            beyond = max(profile.max_patches for profile in engine.record.profiles)
-            beyond += backend.config.patches_per_token
-            _, batch = filling_batch(backend, beyond, seed=0)
+            beyond = engine.largest.image_patches + backend.config.patches_per_token
+            _, batch = random_batch(backend, [beyond], seed=0)
             _expect(findings, case, InputError, backend.run, batch)
         case = f"{engine.name}, one byte more"
         with findings.failure_is_a_finding(_PART, case):

@@ -42,7 +42,7 @@ def check_runtime_cache(
                 with contextlib.closing(opener(engine.path, options)) as backend:
                     numbers[f"{which}_open_seconds"] = time.monotonic() - began
                     said.append(str(backend.info.runtime_cache).rpartition(": ")[2])
-                    _, batch = filling_batch(backend, backend.profiles[0].max_patches, seed=0)
+                    _, batch = filling_batch(backend, backend.profiles[0], seed=0)
                     backend.run(batch)
             failures = [] if said == ["new", "read"] else [f"the cache was {', then '.join(said)}"]
             findings.judge(_PART, engine.name, failures, numbers)

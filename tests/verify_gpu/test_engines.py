@@ -31,7 +31,7 @@ from tests.support.configs import HEAD_DIM_80
 from tests.support.engines import write_engine
 
 PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
-SIZES = {"dynamic": [PROFILE], "buckets": [PROFILE]}
+SIZES = {"dynamic": [PROFILE], "slots": [PROFILE], "buckets": [PROFILE]}
 
 
 @pytest.fixture
@@ -61,9 +61,10 @@ def test_a_build_that_fails_does_not_cost_the_next(findings: Findings, tmp_path:
     )
     assert [engine.name for engine in built] == [
         "tensorrt, native, buckets",
+        "tensorrt, uniform, slots",
         "tensorrt, native, dynamic",
     ]
-    assert len(asked) == 6
+    assert len(asked) == 7
     statuses = {f.case: (f.status, f.detail) for f in findings.findings}
     assert statuses["tensorrt-rtx"] == ("not run", "tensorrt-rtx is not installed")
     assert statuses["tensorrt, plugin, buckets"] == ("not run", "there is no library")
@@ -88,6 +89,7 @@ def test_the_sizes_are_those_that_the_documentation_names() -> None:
     assert [p.max_patches for p in sizes["buckets"]] == [256, 1024, 2304, 4096]
     assert all(profile.is_bucket for profile in sizes["buckets"])
     assert [p.max_patches for p in sizes["dynamic"]] == [4096]
+    assert all(profile.rows_per_slot == 2 for profile in sizes["slots"])
 
 
 def test_the_reference_leaves_the_model_directory_as_it_is(exported: Path, tmp_path: Path) -> None:

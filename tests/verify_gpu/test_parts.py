@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
-from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
+from mmvision_export.artifacts.engine_record import EngineAttention, EngineRecord
+from mmvision_export.artifacts.profile import Profile, profiles_from_buckets, profiles_from_slots
 from mmvision_export.core.errors import BackendError, EngineError, InputError
 from mmvision_export.core.metrics import Metrics
 from mmvision_export.core.progress import Progress
@@ -57,7 +57,12 @@ class Bench:
     """An engine on the stand-ins, and what the parts need beside it."""
 
     def __init__(
-        self, driver: FakeDriver, folder: Path, kind: str, profiles: Sequence[Profile]
+        self,
+        driver: FakeDriver,
+        folder: Path,
+        kind: str,
+        profiles: Sequence[Profile],
+        **changes: Any,
     ) -> None:
         limits = [
             {
@@ -68,7 +73,9 @@ class Bench:
         ]
         self.driver, self.cuda = driver, driver.cuda()
         self.trt = TensorRT(driver, HEAD_DIM_80.text_hidden_size, limits)
-        path = write_engine(folder, config=HEAD_DIM_80, backend=kind, profiles=tuple(profiles))
+        path = write_engine(
+            folder, config=HEAD_DIM_80, backend=kind, profiles=tuple(profiles), **changes
+        )
         self.engine = BuiltEngine(kind, path, EngineRecord.read(path))
         self.findings = Findings({}, is_stand_in=False, tell=lambda _: None)
         self.budget = Budget(60)
@@ -181,6 +188,27 @@ def test_buckets_are_captured_and_replayed(bench: Bench) -> None:
         ("tensorrt, 2048 patches, 41 rows", "pass"),
     ]
     assert bench.driver.count("cuGraphLaunch") == 6
+    assert bench.driver.holds_nothing()
+
+
+def test_slots_are_filled_captured_and_replayed(
+    fake_driver: FakeDriver,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """An image in each slot goes through the slots' own graph; one image more is refused."""
+    slots = profiles_from_slots([(1, 64), (4, 64)], 2, HEAD_DIM_80)
+    attention = EngineAttention(way="uniform", body="attention", fused=True)
+    bench = Bench(fake_driver, tmp_path / "s", "tensorrt", slots, attention=attention)
+    bench.trt.rows_per_slot = 2
+    bench.run(check_captures)
+    assert [(f.case, f.status) for f in bench.findings.findings] == [
+        ("tensorrt, 1 slots of at most 64 patches", "pass"),
+        ("tensorrt, 4 slots of at most 64 patches", "pass"),
+    ]
+    assert bench.driver.count("cuGraphLaunch") == 6
+    bench.run(check_arrays, bench.cuda)
+    bench.run(check_refusals, folder=tmp_path)
+    assert "FAIL" not in bench.statuses()
     assert bench.driver.holds_nothing()
 
 
@@ -343,7 +371,7 @@ def test_tensors_of_torch(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None
     width = HEAD_DIM_80.text_hidden_size
 
     def through(wrong: bool) -> Any:
-        def tensors(_: Any, backend: TensorRTBackend, size: int) -> list[np.ndarray]:
+        def tensors(_: Any, backend: TensorRTBackend, size: Profile) -> list[np.ndarray]:
             _, batch = filling_batch(backend, size, seed=0)
             right = expected_embeds(batch.pixel_values, width)
             return [right, right + 1 if wrong else right]
