@@ -129,9 +129,9 @@ class Profile:
 DEFAULT_PROFILE = Profile(min_patches=4, opt_patches=1024, max_patches=4096, max_images=64)
 """Where nobody says otherwise. A still image is at most 2304 patches with the released preprocessing."""
 
-
 BUCKET_IMAGES = (8, DEFAULT_PROFILE.max_images)
 """Images of the profiles of a bucket, where nobody says otherwise: few, and as many as elsewhere."""
+
 DEFAULT_SLOTS = ((1, 256), (1, 1024), (1, 4096), (4, 1024), (16, 256))
 """Slots and their length, where nobody says otherwise. No launch has more patches than `DEFAULT_PROFILE`
 takes, hence no more activations: one image of up to 4,096 patches, or several smaller ones at once, since

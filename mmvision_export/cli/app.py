@@ -157,7 +157,7 @@ def parity(
     directory = directory_from_path(path)
     manifest = Manifest.read(directory)
     samples = samples_from_options(
-        directory, manifest.config, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
+        directory, manifest, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
     )
     source = WeightSource(checkpoint=checkpoint) if checkpoint else None
     with progress_display() as progress:

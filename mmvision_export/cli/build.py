@@ -205,7 +205,10 @@ def build_engine(
     ] = None,
     max_patches: Annotated[
         Optional[int],
-        typer.Option(help="Most patches of a batch, all images together. Default: 4096."),
+        typer.Option(
+            help="Most patches of a batch, all images together. Default: 4096, or what the model "
+            "directory's preprocessing makes of the largest image."
+        ),
     ] = None,
     max_images: Annotated[
         Optional[str],
@@ -234,6 +237,7 @@ def build_engine(
     image is at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
+    from mmvision_export.artifacts.preprocessing import preprocessor_of
     from mmvision_export.engine.build import build_engine as build
 
     sizes = EngineSizes(
@@ -246,7 +250,8 @@ def build_engine(
     precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
     directory = the_model(model)
     manifest = Manifest.read(directory)
-    profiles = sizes.profiles(attention, manifest.config)
+    preprocessor = preprocessor_of(directory, manifest)
+    profiles = sizes.profiles(attention, manifest.config, largest_image=preprocessor.most_patches)
     with progress_display() as progress:
         engine, record = build(
             directory,

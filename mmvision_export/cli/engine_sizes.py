@@ -53,15 +53,18 @@ class EngineSizes:
         if len(self._images) > 1 and self.buckets is None:
             raise typer.BadParameter("--max-images takes several numbers only with --buckets")
 
-    def profiles(self, attention: AttentionWay, config: EncoderConfig) -> list[Profile]:
+    def profiles(
+        self, attention: AttentionWay, config: EncoderConfig, *, largest_image: int
+    ) -> list[Profile]:
         """The profiles that were asked for.
 
         Without any size, ways whose launches are slots get `DEFAULT_SLOTS`, and the others
-        `DEFAULT_PROFILE`.
+        `DEFAULT_PROFILE`, each with room for the largest image.
 
         Args:
             attention: How the engine shall do attention.
             config: The encoder's dimensions.
+            largest_image: Most patches of an image by the model directory's preprocessing.
 
         Raises:
             EngineError: The sizes cannot be those of an engine.
@@ -84,10 +87,14 @@ class EngineSizes:
             self.buckets is None and self.max_images is None and not self._range_is_given
         )
         if attention in SLOT_WAYS and nothing_is_given:
-            return profiles_from_slots(DEFAULT_SLOTS, rows_per_slot, config)
+            beyond = largest_image > max(length for _, length in DEFAULT_SLOTS)
+            slots = [*DEFAULT_SLOTS, (1, largest_image)] if beyond else DEFAULT_SLOTS
+            return profiles_from_slots(slots, rows_per_slot, config)
         if self._patches:
             return profiles_from_buckets(self._patches, self._images or BUCKET_IMAGES, config)
-        most = default.max_patches if self.max_patches is None else self.max_patches
+        most = self.max_patches
+        if most is None:
+            most = max(default.max_patches, largest_image)
         return [
             Profile(
                 min_patches=default.min_patches if self.min_patches is None else self.min_patches,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.preprocessing import preprocessor_of
 from mmvision_export.cli.console import console
 from mmvision_export.core.precision import PRECISIONS
-from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
-from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR, PreprocessorConfig
 from mmvision_export.parity.result import ParityResult
 from mmvision_export.parity.samples import Sample, sample_from_files, sample_from_images
 
@@ -19,7 +19,7 @@ __all__ = ["print_parity", "samples_from_options"]
 
 def samples_from_options(
     directory: Path,
-    config: EncoderConfig,
+    manifest: Manifest,
     *,
     images: Sequence[Path],
     pixel_values: Path | None,
@@ -32,11 +32,9 @@ def samples_from_options(
         InputError: A file is missing, or is not what the encoder takes.
     """
     if images:
-        return [
-            sample_from_images(images, PreprocessorConfig.read(directory / PREPROCESSOR, config))
-        ]
+        return [sample_from_images(images, preprocessor_of(directory, manifest))]
     if pixel_values is not None and grid_thw is not None:
-        return [sample_from_files(pixel_values, grid_thw, config)]
+        return [sample_from_files(pixel_values, grid_thw, manifest.config)]
     return []
 
 

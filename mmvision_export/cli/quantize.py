@@ -12,8 +12,6 @@ from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.precision import PRECISIONS
-from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
-from mmvision_export.models.minimax_m3_vl.preprocess import PREPROCESSOR
 from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
 
 if TYPE_CHECKING:
@@ -77,7 +75,7 @@ def quantize(
                 f"{calibration} holds no images ({', '.join(sorted(_SUFFIXES))})"
             )
     manifest = Manifest.read(directory)
-    measured, held_out = _batches(directory, manifest.config, image)
+    measured, held_out = _batches(directory, manifest, image)
     with progress_display() as progress:
         report = make(
             directory,
@@ -93,16 +91,17 @@ def quantize(
 
 
 def _batches(
-    directory: Path, config: EncoderConfig, images: list[Path] | None
+    directory: Path, manifest: Manifest, images: list[Path] | None
 ) -> tuple[list[Batch], list[Batch]]:
+    from mmvision_export.artifacts.preprocessing import preprocessor_of
     from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
-    from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
 
     if not images:
         messages.print(
             "note: calibrating on random images; name your own with --image or --calibration"
         )
+        config = manifest.config
         grids = list(PARITY_GRIDS.values())
         return (
             [sample_batch(grid, config, seed=seed) for seed, grid in enumerate(grids)],
@@ -115,8 +114,7 @@ def _batches(
         raise QuantizationError(
             "at least 2 images are needed, to calibrate on and to check with, got 1"
         )
-    preprocessor = PreprocessorConfig.read(directory / PREPROCESSOR, config)
-    decoder = ImageDecoder(preprocessor, draft=False)
+    decoder = ImageDecoder(preprocessor_of(directory, manifest), draft=False)
     packed = [decoder.batch([path]) for path in images]
     batches = [(batch.pixel_values, batch.grid.rows) for batch in packed]
     held_out = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}

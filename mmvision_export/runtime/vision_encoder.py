@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mmvision_export.artifacts.manifest import Manifest, model_directory_of
+from mmvision_export.artifacts.preprocessing import preprocessor_of
 from mmvision_export.core.errors import BackendError, InputError, NotFiniteError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
@@ -25,7 +26,6 @@ from mmvision_export.models.minimax_m3_vl.packed_batch import (
     checked_grid,
 )
 from mmvision_export.models.minimax_m3_vl.preprocess import (
-    PREPROCESSOR,
     PreprocessorConfig,
     batch_from_images,
 )
@@ -103,7 +103,10 @@ class VisionEncoder:
         opened = open_backend(path, options)
         try:
             directory = model_directory_of(path)
-            preprocessor = _preprocessor_of(directory, opened.config)
+            if directory is None:
+                preprocessor = PreprocessorConfig.for_encoder(opened.config)
+            else:
+                preprocessor = preprocessor_of(directory, Manifest.read(directory))
             preprocessor = preprocessor.by(resize, max_long_side=max_long_side)
         except BaseException:
             opened.close()
@@ -380,15 +383,3 @@ class VisionEncoder:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _preprocessor_of(directory: Path | None, config: EncoderConfig) -> PreprocessorConfig:
-    """The preprocessing of a model directory, verified; the encoder's own for an engine alone."""
-    if directory is None:
-        return PreprocessorConfig.for_encoder(config)
-    manifest = Manifest.read(directory)
-    if PREPROCESSOR in manifest.files:
-        manifest.verify(directory, [PREPROCESSOR])
-    elif not (directory / PREPROCESSOR).is_file():
-        return PreprocessorConfig.for_encoder(config)
-    return PreprocessorConfig.read(directory / PREPROCESSOR, config)

@@ -301,3 +301,26 @@ def test_written_config_reads_back_and_is_the_processors(tmp_path: Path) -> None
         "shortest_edge": 4 * 28 * 28,
         "longest_edge": 451584,
     }
+
+
+@given(
+    height=st.integers(28, 6000),
+    width=st.integers(28, 6000),
+    rule=st.sampled_from(["area", "long-side", "box"]),
+)
+def test_no_image_has_more_patches_than_the_preprocessing_says(
+    height: int, width: int, rule: Any
+) -> None:
+    config = PreprocessorConfig().by(rule)
+    if max(height, width) > 200 * min(height, width):
+        return
+    new_height, new_width = resized(height, width, config)
+    assert new_height * new_width // config.patch_size**2 <= config.most_patches
+
+
+def test_the_largest_image_is_reached() -> None:
+    """The bound is no looser than it must be: the side of a square of that area is a whole block."""
+    for rule, expected in (("area", 2304), ("long-side", 20736), ("box", 2304)):
+        config = PreprocessorConfig().by(rule)  # type: ignore[arg-type]
+        height, width = resized(5000, 5000, config)
+        assert height * width // config.patch_size**2 == config.most_patches == expected
