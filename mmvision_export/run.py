@@ -91,6 +91,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="for onnxruntime-amx: what mmvision build-plugins --cpu built (default: the one in "
         "the model directory's plugins/)",
     )
+    for name, what in (("patches", "4096"), ("images", "64")):
+        model.add_argument(f"--max-{name}", type=int, metavar="N", help=f"for onnxruntime-tensorrt: most {name} of a "
+                           f"launch (default: {what})")  # fmt: skip
     model.add_argument("--trust", action="store_true", default=None, help="open engines and libraries of the model "
                        "directory that you have not built here: they are executable content")  # fmt: skip
     model.add_argument("--verify", choices=VERIFY, default="once", help="when the weights are hashed: the first time "
@@ -204,6 +207,8 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         flavour=arguments.flavour,
         kernel_library=arguments.kernel_library,
         precision=arguments.precision,
+        max_patches=arguments.max_patches,
+        max_images=arguments.max_images,
         trust=arguments.trust,
         verify=arguments.verify,
         progress=ProgressLine(),

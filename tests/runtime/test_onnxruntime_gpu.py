@@ -255,6 +255,10 @@ def test_options_out_of_range() -> None:
         BackendOptions(streams=0)
     with refused(BackendError, "threads", 1, 0):
         BackendOptions(threads=0)
+    with refused(BackendError, "threads", 10**6):
+        BackendOptions(threads=10**6)
+    with refused(BackendError, "verify", "'sometimes'"):
+        BackendOptions(verify="sometimes")  # type: ignore[arg-type]
 
 
 def test_the_cpu_is_the_last_resort() -> None:

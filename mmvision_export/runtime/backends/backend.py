@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -86,8 +87,15 @@ class BackendOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BackendError(f"{name} must be at least 1, got {value}")
+        if self.threads is not None and self.threads > (most := _most_threads()):
+            raise BackendError(f"threads must be at most {most}, got {self.threads}")
         if self.verify not in VERIFY:
             raise BackendError(f"verify must be one of {', '.join(VERIFY)}, got {self.verify!r}")
+
+
+def _most_threads() -> int:
+    """More threads than these only wait for each other, and thousands never begin to work."""
+    return max(4 * (os.cpu_count() or 1), 16)
 
 
 @dataclasses.dataclass(kw_only=True)
