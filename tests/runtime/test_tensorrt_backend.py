@@ -319,7 +319,7 @@ def test_a_second_failure_while_freeing_does_not_hide_the_first(machine: Machine
 
 def test_a_sidecar_of_other_profiles(bucketed: Machine) -> None:
     bucketed.trt.profiles = bucketed.trt.profiles[:1]
-    with refused(BackendError, "optimization profiles", 1, 2):
+    with refused(ManifestError, "optimization profiles", 1, 2):
         bucketed.open()
     assert bucketed.holds_nothing()
 
@@ -341,6 +341,29 @@ def test_a_foreign_engine_is_never_deserialised(machine: Machine) -> None:
     with refused(ManifestError, machine.engine, "sha256"):
         machine.open()
     assert machine.trt.deserialised == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"config": dataclasses.replace(HEAD_DIM_80, text_hidden_size=4)}, ["image_embeds", 4]),
+        ({"precision": "fp32"}, ["pixel_values", 2, 4]),
+        ({"profiles": tuple(profiles_from_buckets([64, 1024], [8], HEAD_DIM_80))}, [(256, 1176)]),
+    ],
+    ids=["width", "type", "sizes"],
+)
+def test_an_engine_that_is_not_its_sidecars_runs_nothing(
+    machine: Machine, changes: dict[str, Any], facts: list[object]
+) -> None:
+    """Its buffers would be of the sidecar's sizes, and it would write past them."""
+    record = EngineRecord.read(machine.engine)
+    if "profiles" in changes and record.profiles != tuple(BUCKETS):
+        pytest.skip("of buckets")
+    machine.encoder().close()  # the control
+    dataclasses.replace(record, **changes).write(machine.engine.with_suffix(".json"))
+    with refused(ManifestError, machine.engine, *facts):
+        machine.open()
+    assert machine.holds_nothing()
 
 
 def foreign_engine(machine: Machine) -> Path:

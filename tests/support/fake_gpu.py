@@ -9,6 +9,7 @@ thread without a device. What CUDA leaves undefined fails in the driver's stand-
 from __future__ import annotations
 
 from mmap import mmap
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -163,6 +164,16 @@ class Engine:
         self.trt = trt
         self.num_optimization_profiles = len(trt.profiles)
 
+    def get_tensor_shape(self, name: str) -> tuple[int, int]:
+        return (-1, self.trt.widths[name])
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return SimpleNamespace(itemsize=self.trt.itemsizes[name])
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[tuple[int, int]]:
+        least, most = self.trt.profiles[index][name]
+        return [(rows, self.trt.widths[name]) for rows in (least, most, most)]
+
     def get_device_memory_size_for_profile_v2(self, index: int) -> int:
         return self.trt.memory_bytes(index)
 
@@ -210,6 +221,9 @@ class TensorRT:
         self.driver = driver
         self.text_hidden = text_hidden
         self.profiles = profiles
+        # A float16 engine of the released patch size.
+        self.widths = {"pixel_values": 1176, "grid_thw": 3, "image_embeds": text_hidden}
+        self.itemsizes = {"pixel_values": 2, "grid_thw": 8, "image_embeds": 2}
         self.fail: str | None = None
         self.rows_per_slot: int | None = None
         self.deserialised: list[bytes] = []

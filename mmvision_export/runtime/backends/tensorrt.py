@@ -31,6 +31,7 @@ from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
+from mmvision_export.runtime.backends.engine_tensors import refuse_other_tensors
 from mmvision_export.runtime.backends.engines import open_fitting
 from mmvision_export.runtime.backends.launch_lane import Lane
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
@@ -179,11 +180,9 @@ class TensorRTBackend:
             self._engine = self._checked(
                 runtime.deserialize_cuda_engine(plan), f"deserialise {path}"
             )
-        built = self._engine.num_optimization_profiles
-        if built != len(self.profiles):
-            raise BackendError(
-                f"{path} has {built} optimization profiles, its sidecar says {len(self.profiles)}"
-            )
+        refuse_other_tensors(
+            path, self._engine, config=self.config, dtype=self.dtype, profiles=self.profiles
+        )
         for _ in range(options.streams):
             lane = Lane(
                 self._cuda,
