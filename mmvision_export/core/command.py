@@ -6,6 +6,7 @@ It needs neither typer nor rich, so that `python -m mmvision_export.run` works w
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ __all__ = ["INTERRUPTED", "ProgressLine", "exit_code_of", "print_failure"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 and SIGINT's number."""
+
+_NOBODY_READS = 141  # 128 and SIGPIPE's number
 
 
 def print_failure(error: Exception) -> int:
@@ -43,7 +46,8 @@ def exit_code_of(
         on_error: Prints an error and gives its exit code.
 
     Returns:
-        What `work` or `on_error` gave; 130 if it was interrupted, whatever they gave.
+        What `work` or `on_error` gave; 130 if it was interrupted by Ctrl-C and 143 by SIGTERM,
+        whatever they gave; 141 if whoever read standard output is gone.
     """
     received: list[int] = []
 
@@ -56,6 +60,10 @@ def exit_code_of(
             code = work()
         except KeyboardInterrupt:
             code = INTERRUPTED
+        except BrokenPipeError:
+            # As `| head` does it. What is still to be flushed would fail once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = _NOBODY_READS
         except BaseException as error:
             # An interrupt may arrive as the error of a library that was in the middle of something.
             if not received:
@@ -64,7 +72,7 @@ def exit_code_of(
                 return on_error(error)
     if received or code == INTERRUPTED:
         print_error("interrupted; what was not finished is not kept")
-        return INTERRUPTED
+        return 128 + received[0] if received else INTERRUPTED
     return code
 
 

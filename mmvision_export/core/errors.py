@@ -129,10 +129,14 @@ class OutputError(MmvisionError):
 def message_and_hint(error: Exception) -> tuple[str, str | None]:
     """What to tell a user about an error.
 
-    Its own words, or the first line of one that was not foreseen.
+    Its own words, the system's, or the first line of one that was not foreseen.
     """
     if isinstance(error, MmvisionError):
         return str(error), error.hint
+    if isinstance(error, OSError) and error.strerror:
+        # A file without permission, a full disk: the system's own words say what it is.
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}", None
     reason = next(iter(str(error).splitlines()), "")
     return (
         f"{type(error).__name__}: {reason}",

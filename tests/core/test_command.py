@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -72,7 +75,7 @@ def test_signals_interrupt_whatever_a_library_makes_of_them(
             cleaned.append(number)
         return 0
 
-    assert exit_code_of(work, verbose=False) == INTERRUPTED
+    assert exit_code_of(work, verbose=False) == 128 + number
     assert cleaned == [number]
     assert len(capsys.readouterr().err.splitlines()) == 1
     # The caller's handlers are back.
@@ -92,3 +95,45 @@ def test_the_line_counts_on_a_terminal_only(
     line.advance()
     drawn = capsys.readouterr().err.split("\r")[1:]
     assert [text.rpartition("] ")[2] for text in drawn] == ["0/2", "1/2", "2/2\n"]
+
+
+PRINTS = """
+import sys
+from pathlib import Path
+from mmvision_export.core.command import exit_code_of
+def work():
+    for _ in range(100000):
+        print("a line", flush=True)
+    return 0
+sys.exit(exit_code_of(work, verbose=False))
+"""
+
+
+def test_nobody_reads_what_it_prints() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PRINTS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_what_it_prints_has_no_room() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_the_systems_own_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert exit_code_of(lambda: len((tmp_path / "x").read_bytes()), verbose=False) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path / 'x'}: No such file or directory\n"
