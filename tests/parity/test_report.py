@@ -64,7 +64,7 @@ def console_errors(result: subprocess.CompletedProcess[str]) -> list[str]:
 def test_a_passing_report_of_real_images(mmvision: Command, exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
     derive_fp16(directory, Manifest.read(directory))
-    images = [photo(tmp_path / "wide.png", 300, 120), photo(tmp_path / "tall.png", 90, 200)]
+    images = [photo(tmp_path / "wi$d$e<b>.png", 300, 120), photo(tmp_path / "tall.png", 90, 200)]
     page = tmp_path / "report.html"
     options = [option for image in images for option in ("--image", str(image))]
     result = mmvision("parity", "--model", str(directory), "--report", str(page), *options)
@@ -80,7 +80,7 @@ def test_a_passing_report_of_real_images(mmvision: Command, exported: Path, tmp_
     assert "PASS." in dom.stdout
     assert "FAIL" not in dom.stdout
     assert dom.stdout.count("<svg") == 8  # errors, magnitudes, and a map each for six runners
-    assert "wide.png: as encoded" in dom.stdout
+    assert "wi$d$e&lt;b&gt;.png: as encoded" in dom.stdout
 
     browse(page, f"--screenshot={tmp_path / 'page.png'}")
     with Image.open(tmp_path / "page.png") as screenshot:
@@ -92,7 +92,7 @@ def test_a_passing_report_of_real_images(mmvision: Command, exported: Path, tmp_
 
     numbers = json.loads(page.with_suffix(".json").read_text())
     assert numbers["passed"] is True
-    assert numbers["samples"]["images"]["files"] == ["wide.png", "tall.png"]
+    assert numbers["samples"]["images"]["files"] == ["wi$d$e<b>.png", "tall.png"]
     assert (
         len(numbers["layers"]["graphs"]["model.fp16.onnx"]["stages"])
         == HEAD_DIM_80.num_hidden_layers + 4

@@ -24,6 +24,7 @@ _SHOWN_IMAGES = 6
 _NOT_FINITE = "#d000d0"
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and it can be searched
+    "text.parse_math": False,  # a file's name may have two $
     "svg.hashsalt": "mmvision",  # the same figure is the same file
     "font.family": "sans-serif",
     "font.size": 10,
