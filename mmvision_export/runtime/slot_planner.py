@@ -50,9 +50,9 @@ SlotWay = Literal["uniform", "equal"]
 
 _ROWS_PER_SLOT: dict[SlotWay, int] = {"uniform": 2, "equal": 1}
 
-FREE_LAUNCH_PATCHES = 4096
-"""Most patches of a launch of several slots, of a graph that takes any: beyond some thousand patches
-a larger launch is not faster, and its activations need more memory."""
+FREE_LAUNCH_PATCHES = 1024
+"""Most patches of a launch of several slots, of a graph that takes any: a larger launch is not faster,
+and its activations need more memory. docs/attention.md has what was measured."""
 
 _TIE = 1 + 1e-12
 """float64 holds counts up to 9e15 exactly; of larger ones, equal sums may differ by their rounding."""
