@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
-from mmvision_export.core.atomic import new_files
+from mmvision_export.core.atomic import new_files, sweep
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.metrics import metrics
@@ -124,6 +124,8 @@ def quantize(
             f"quantisation needs a graph of opset {LOWEST_OPSET} or later, this one has {manifest.opset}",
             hint=f"export it again with --opset {LOWEST_OPSET} or higher",
         )
+    # A killed run leaves a second name of the weights, and onnx-ir reads no file that has two.
+    sweep(directory)
     progress.step("verifying the graph's files")
     manifest.verify(directory, (GRAPH, DATA))
     source = directory / GRAPH

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.manifest import DATA, Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError, ManifestError, QuantizationError
@@ -159,6 +159,20 @@ def test_a_corrupted_scale_is_caught(
 
     monkeypatch.setattr(quantize_module, "magnitudes", wrong)
     with refused(QuantizationError, "int8", 0.99):
+        make(directory, "int8", min_cosine=0.99)
+
+
+def test_what_a_killed_run_left_does_not_stop_the_next(exported: Path, tmp_path: Path) -> None:
+    """It left a second name of the weights, and onnx-ir reads no file that has two."""
+    directory = copy_of(exported, tmp_path / "m")
+    left = directory / ".new.999999999.abc.partial"  # no process has such a number
+    left.mkdir()
+    (left / DATA).hardlink_to(directory / DATA)
+    assert not make(directory, "int8", min_cosine=0.99).kept
+    assert not left.exists()
+    # The control: with a second name that no such run left, it stops.
+    (tmp_path / "other").hardlink_to(directory / DATA)
+    with pytest.raises(ValueError, match="hard link"):
         make(directory, "int8", min_cosine=0.99)
 
 
