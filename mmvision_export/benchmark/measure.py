@@ -36,6 +36,9 @@ EMULATED_MAX_PATCHES = 1024
 """Most patches for a side whose bfloat16 is emulated, several times slower than float32."""
 EMULATED_ROUNDS = 2
 """Rounds that such a side is in: one to warm up, and one that counts."""
+FRESH_PATCHES = 32768
+"""From so many patches on each run has a process of its own: runtimes keep the memory of a run,
+and what all sides keep would not fit together."""
 _PAUSE_S = 0.2  # the thread pool of the side before spins on for a while
 _MAX_RELATIVE_L2 = 1e-5  # as test_independent.py holds float32 implementations to each other
 # The gates of parity compare with PyTorch beside it; here a side only has to be the same function.
@@ -46,7 +49,7 @@ class _Side:
     """A worker process."""
 
     def __init__(self, name: str, directory: Path, threads: int) -> None:
-        self.name = name
+        self.name, self._directory, self._threads = name, directory, threads
         # One thread count for every library, set before it is loaded.
         environment = {
             **os.environ,
@@ -92,6 +95,15 @@ class _Side:
             raise BenchmarkError(f"{self.name}: {reply['error']}", hint=reply.get("hint"))
         return reply
 
+    def ask_fresh(self, **request: Any) -> dict[str, Any]:
+        """The answer of a process that has done nothing else than to open the side."""
+        side = _Side(self.name, self._directory, self._threads)
+        try:
+            opened = side.ask(do="open")
+            return {**side.ask(**request), "opened": opened}
+        finally:
+            side.close()
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -128,6 +140,7 @@ def measure(
     sides: Sequence[str],
     workloads: Sequence[Workload],
     *,
+    workload_set: str = "standard",
     threads: int,
     repeats: int,
     seconds_per_workload: float,
@@ -145,6 +158,7 @@ def measure(
         directory: The model directory.
         sides: Backends and peers; the others are compared with the first.
         workloads: What to run.
+        workload_set: Its name.
         threads: Of each side.
         repeats: Most rounds.
         seconds_per_workload: Time for a workload, all sides together.
@@ -196,6 +210,7 @@ def measure(
             workloads=[],
             measurements=[],
             skipped=[],
+            workload_set=workload_set,
         )
         for workload in workloads:
             emulated = result.emulated()
@@ -203,8 +218,12 @@ def measure(
             running = [name for name in sides if workload.patches <= most.get(name, math.inf)]
             result.skipped += [f"{name}: {workload.name}" for name in sides if name not in running]
             progress.step(workload.name, total=repeats)
-            replies = _rounds(
-                {name: workers[name] for name in running},
+            fresh = workload.patches >= FRESH_PATCHES
+            if fresh:
+                for side in workers.values():
+                    side.close()
+            replies, refusals = _rounds(
+                {name: workers[name].ask_fresh if fresh else workers[name].ask for name in running},
                 {"do": "run", "grid": workload.grid, "patch_dim": config.patch_dim},
                 repeats=repeats,
                 rounds_of=dict.fromkeys(emulated, EMULATED_ROUNDS),
@@ -213,6 +232,7 @@ def measure(
                 progress=progress,
             )
             result.workloads.append(workload)
+            result.refused |= {f"{name}: {workload.name}": said for name, said in refusals.items()}
             result.measurements += _measurements(
                 replies, workload, facts, Path(folder), precision=manifest.precision
             )
@@ -235,7 +255,7 @@ def _runtimes(sides: Sequence[str]) -> list[str]:
 
 
 def _rounds(
-    workers: dict[str, _Side],
+    asks: dict[str, Callable[..., dict[str, Any]]],
     request: dict[str, Any],
     *,
     repeats: int,
@@ -243,22 +263,33 @@ def _rounds(
     budget_s: float,
     folder: Path,
     progress: Progress,
-) -> dict[str, list[dict[str, Any]]]:
-    """Replies of each side by round; sides in `rounds_of` are in so many, outside the budget."""
-    replies: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Replies of each side by round, and what those said that have no memory for it.
+
+    Sides in `rounds_of` are in so many rounds, outside the budget.
+    """
+    replies: dict[str, list[dict[str, Any]]] = {name: [] for name in asks}
+    refused: dict[str, str] = {}
     start = time.perf_counter()
     for round_ in range(repeats + 1):
-        if round_ and time.perf_counter() - start > budget_s and len(next(iter(replies.values()))):
+        if not replies or (
+            round_ and time.perf_counter() - start > budget_s and next(iter(replies.values()))
+        ):
             break
         # Each side is first as often as last.
-        names = [name for name in workers if round_ < rounds_of.get(name, repeats + 1)]
+        names = [name for name in replies if round_ < rounds_of.get(name, repeats + 1)]
         order = names if round_ % 2 else names[::-1]
         found = {}
         for name in order:
             time.sleep(_PAUSE_S)
             before = time.perf_counter()
             save = {"save": str(folder / f"{name.replace(':', '_')}.npy")} if round_ == 0 else {}
-            found[name] = workers[name].ask(**request, **save)
+            reply = asks[name](**request, **save)
+            if "refused" in reply:
+                refused[name] = reply["refused"]
+                del replies[name]
+                continue
+            found[name] = reply
             if name in rounds_of:
                 start += time.perf_counter() - before
         first_round_is_all = time.perf_counter() - start > budget_s and round_ == 0
@@ -266,7 +297,7 @@ def _rounds(
             for name, reply in found.items():
                 replies[name].append({**reply, "warm": not first_round_is_all})
             progress.advance()
-    return replies
+    return replies, refused
 
 
 def _measurements(
@@ -278,6 +309,8 @@ def _measurements(
     precision: str,
 ) -> list[Measurement]:
     """Each side's figures, its output held to that of the first in the model's precision."""
+    if not replies:
+        return []
     reduced = set(_MIN_COSINE) - {precision}
     outputs = {name: np.load(folder / f"{name.replace(':', '_')}.npy") for name in replies}
     exact = next((name for name in replies if facts[name]["precision"] not in reduced), None)
@@ -306,8 +339,7 @@ def _measurements(
                 warm=all(run["warm"] for run in runs),
                 cpu_s=statistics.median(run["cpu_s"] for run in runs),
                 foreign_cpus=statistics.median(run["foreign_cpus"] for run in runs),
-                above_bytes=max(run["peak_bytes"] - run["file_bytes"] for run in runs)
-                - (facts[name]["rss_bytes"] - facts[name]["file_bytes"]),
+                above_bytes=max(_above_bytes(run, facts[name]) for run in runs),
                 peak_bytes=max(run["peak_bytes"] for run in runs),
                 relative_l2=distance.relative_l2,
                 min_cosine=distance.min_cosine,
@@ -315,6 +347,13 @@ def _measurements(
             )
         )
     return found
+
+
+def _above_bytes(run: dict[str, Any], facts: dict[str, Any]) -> int:
+    """Peak of a run beyond what its process had once open, without mapped files."""
+    opened = run.get("opened", facts)
+    peak, once_open = (run["peak_bytes"], opened["rss_bytes"])
+    return int(peak - run["file_bytes"] - (once_open - opened["file_bytes"]))
 
 
 def _machine() -> dict[str, Any]:

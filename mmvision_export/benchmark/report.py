@@ -9,6 +9,7 @@ from typing import Any
 from mmvision_export.benchmark.gpu_roofline import gpu_markdown
 from mmvision_export.benchmark.measure import EMULATED_MAX_PATCHES, MAX_PATCHES
 from mmvision_export.benchmark.result import Measurement, Result
+from mmvision_export.benchmark.scaling import scaling_markdown
 from mmvision_export.benchmark.sides import label_of
 from mmvision_export.benchmark.workloads import Workload
 
@@ -129,6 +130,12 @@ def write_plots(result: Result, folder: Path) -> None:
     draw("roofline.png", None, intensity, gflops, "FLOP per byte of least traffic", "GFLOP/s")
 
 
+_TITLES = {
+    "standard": "Benchmarks on a CPU",
+    "photographs": "Photographs at full size on a CPU",
+}
+
+
 def page_from_result(result: Result, *, plots: str) -> str:
     """The page as Markdown; `plots` is the plots' folder as seen from it."""
     first, *others = result.sides
@@ -136,9 +143,9 @@ def page_from_result(result: Result, *, plots: str) -> str:
     machine = result.machine
     config = result.model["config"]
     lines = [
-        "# Benchmarks on a CPU",
+        f"# {_TITLES.get(result.workload_set, _TITLES['standard'])}",
         "",
-        f"Written by `mmvision benchmark` (`make bench`) on {machine['date']}: {machine['cpus']} CPUs ({machine['cpu']}), "
+        f"Written by `mmvision benchmark` on {machine['date']}: {machine['cpus']} CPUs ({machine['cpu']}), "
         f"{machine['memory_bytes'] / 1e9:.0f} GB, {machine['system']}, Python {machine['python']}, mmvision-export "
         f"{machine['mmvision-export']}. Every side ran the same weights and inputs with {result.threads} threads, in a process "
         "of its own; the sides took turns, a run of each in every round, and their outputs were compared.",
@@ -211,7 +218,10 @@ def page_from_result(result: Result, *, plots: str) -> str:
         lines.append(f"| {workload.name} | {' | '.join(cells)} |")
     lines += ["", "## Plots", ""]
     lines += [f"![{title}]({plots}/{name})\n" for name, title in PLOTS.items()]
-    return "\n".join(lines) + "\n" + gpu_markdown()
+    page = "\n".join(lines) + "\n"
+    if result.workload_set == "photographs":
+        return page + scaling_markdown(result)
+    return page + gpu_markdown()
 
 
 def _notes(result: Result) -> list[str]:
@@ -225,6 +235,9 @@ def _notes(result: Result) -> list[str]:
             f"several times as long as float32. {'; '.join(emulated)}: run once a workload, "
             f"and up to {EMULATED_MAX_PATCHES} patches."
         )
+    for entry, said in result.refused.items():
+        side, _, workload = entry.rpartition(": ")
+        notes.append(f"{label_of(side)} refused {workload} before it began: {said}.")
     return ["", *notes]
 
 

@@ -66,6 +66,9 @@ class Result:
     workloads: list[Workload]
     measurements: list[Measurement]
     skipped: list[str]
+    # By side and workload: what a side said that has no memory for it.
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    workload_set: str = "standard"
 
     @property
     def gemm_peak_gflops(self) -> float:

@@ -101,6 +101,7 @@ def run_benchmark(
         directory,
         sides,
         workloads_for(workloads),
+        workload_set=workloads,
         threads=threads or os.cpu_count() or 1,
         repeats=repeats,
         seconds_per_workload=seconds_per_workload,

@@ -21,10 +21,15 @@ import numpy as np
 
 from mmvision_export.artifacts.manifest import GRAPH, Manifest
 from mmvision_export.benchmark.sides import cpu_has_bf16, without_precision
-from mmvision_export.core.errors import BackendError, message_and_hint
+from mmvision_export.core.errors import BackendError, InputError, message_and_hint
+from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
+from mmvision_export.models.minimax_m3_vl.packed_batch import PackedGrid
 from mmvision_export.models.sample_batches import batch_of_grid
 from mmvision_export.ops.domain import DOMAIN
+from mmvision_export.runtime.available_memory import host_available_bytes
 from mmvision_export.runtime.backends.onnxruntime_amx import library_in, verified_library
+from mmvision_export.runtime.memory_guard import MemoryGuard
+from mmvision_export.runtime.planner import whole_layout
 
 __all__ = ["main"]
 
@@ -126,8 +131,13 @@ def _open_backend(
         session = create_session(directory / graph, provider=PROVIDERS[backend], threads=threads)
         import onnxruntime
 
+        config = Manifest.read(directory).config
+        guard = MemoryGuard(LaunchMemory(config=config, way="dense"), host_available_bytes)
+
         def run_graph(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
-            (out,) = session.run(None, {"pixel_values": pixel_values, "grid_thw": grid_thw})
+            grid = PackedGrid(grid_thw, config.patches_per_token)
+            with guard.watched(grid, [whole_layout(grid)]):
+                (out,) = session.run(None, {"pixel_values": pixel_values, "grid_thw": grid_thw})
             return np.asarray(out)
 
         return run_graph, {"version": onnxruntime.__version__, "precision": "fp32"}
@@ -178,7 +188,10 @@ def _timed(run: Run, request: dict[str, Any]) -> dict[str, Any]:
     _reset_peak()
     before = _memory("VmRSS")
     busy, cpu, start = _busy_s(), time.process_time(), time.perf_counter()
-    out = run(pixel_values, grid_thw)
+    try:
+        out = run(pixel_values, grid_thw)
+    except InputError as error:  # a batch of ours is valid: it needs too much memory
+        return {"refused": message_and_hint(error)[0]}
     seconds = time.perf_counter() - start
     own, every = time.process_time() - cpu, _busy_s() - busy
     if request.get("save"):

@@ -10,7 +10,7 @@ from mmvision_export.core.errors import InputError
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.costs import Costs, products_of
 
-__all__ = ["QUICK", "STANDARD", "Work", "Workload", "work_of", "workloads_for"]
+__all__ = ["PHOTOGRAPHS", "QUICK", "STANDARD", "Work", "Workload", "work_of", "workloads_for"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +73,25 @@ STANDARD = (
 """What `docs/benchmarks.md` shows."""
 
 
+PHOTOGRAPHS = (
+    _one(64),
+    _mixed(16, 44),
+    _equal(4, 64),
+    # 2016 x 1344 pixels, and 2016 x 2016: what a server makes of 3:2 and of a square.
+    Workload("1 image of 13824 patches", ("patches",), ((1, 96, 144),)),
+    _one(144),
+    _one(256),
+)
+"""What `docs/photographs.md` shows: full-size photographs, to the largest image a server takes."""
+
+
 def workloads_for(names: str) -> tuple[Workload, ...]:
-    """The workloads of a set, `quick` or `standard`.
+    """The workloads of a set, `quick`, `standard` or `photographs`.
 
     Raises:
         InputError: There is no such set.
     """
-    sets = {"quick": QUICK, "standard": STANDARD}
+    sets = {"quick": QUICK, "standard": STANDARD, "photographs": PHOTOGRAPHS}
     if names not in sets:
         raise InputError(
             f"no such set of workloads: {names}", hint=f"choose one of: {', '.join(sets)}"

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mmvision_export.cli.console import console, progress_display
 from mmvision_export.cli.options import ModelOption, Verbose, the_model
+from mmvision_export.core.errors import BenchmarkError
 
 __all__ = ["benchmark"]
 
@@ -39,6 +40,10 @@ def benchmark(
         ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Small batches, for CI.")] = False,
+    photographs: Annotated[
+        bool,
+        typer.Option("--photographs", help="Images of 4,096 to 65,536 patches; takes an hour."),
+    ] = False,
     threads: Annotated[
         Optional[int], typer.Option(help="Of each side. Default: all CPUs.", min=1)
     ] = None,
@@ -67,6 +72,8 @@ def benchmark(
     Every side has the same weights, inputs and threads, and a process of its own; they take turns.
     What is measured is kept after each workload, so that an interrupt loses only the last.
     """
+    if quick and photographs:
+        raise BenchmarkError("--quick and --photographs are two sets", hint="give one of them")
     from mmvision_export.benchmark.run import run_benchmark
     from mmvision_export.benchmark.sides import label_of
 
@@ -76,7 +83,7 @@ def benchmark(
             backends=backend or ["onnxruntime-cpu"],
             precisions=[name.strip() for name in precision.split(",") if name.strip()],
             peers=[name.strip() for name in against.split(",") if name.strip()],
-            workloads="quick" if quick else "standard",
+            workloads="quick" if quick else "photographs" if photographs else "standard",
             threads=threads,
             repeats=repeats,
             seconds_per_workload=seconds,

@@ -216,6 +216,35 @@ def test_a_dense_side_is_left_out_where_it_would_not_fit(
     assert result.skipped == ["torch-eager: two"]
 
 
+def test_a_large_batch_has_a_process_of_its_own(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "FRESH_PATCHES", 28)
+    result = run(exported, ["onnxruntime-cpu", "torch-eager"], [])
+    assert [len(m.seconds) for m in result.measurements] == [2, 2]
+    assert result.measurements[0].above_bytes > 0
+    assert all(m.relative_l2 <= 1e-5 for m in result.measurements)
+
+
+def test_what_has_no_memory_is_left_out_with_what_it_said(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = measuring._Side.ask
+
+    def ask(side: Any, **request: Any) -> dict[str, Any]:
+        if request["do"] == "run" and side.name == "onnxruntime-cpu:model.onnx":
+            return {"refused": "image 0 needs 40 GB"}
+        return asked(side, **request)
+
+    monkeypatch.setattr(measuring._Side, "ask", ask)
+    result = run(exported, ["onnxruntime-cpu", "onnxruntime-cpu:model.onnx"], [])
+    assert [m.side for m in result.measurements] == ["onnxruntime-cpu"]
+    assert result.refused == {"onnxruntime-cpu:model.onnx: two": "image 0 needs 40 GB"}
+    assert "portable graph refused two before it began: image 0" in page_from_result(
+        result, plots="x"
+    )
+
+
 def test_a_side_that_fails_is_named(exported: Path) -> None:
     with refused(BenchmarkError, "onnxruntime-cuda", "CUDAExecutionProvider"):
         run(exported, ["onnxruntime-cuda"], [])
