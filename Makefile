@@ -51,7 +51,7 @@ bench: setup
 	$(BIN)/mmvision benchmark --model engines/bench --backend onnxruntime-cpu \
 		--backend openvino `grep -qwE "avx512_bf16|amx_bf16|bf16" /proc/cpuinfo && echo --backend openvino-bf16` --precision fp32,int8 \
 		--against transformers-eager,transformers-sdpa,transformers-sdpa-bf16,nemo,torch-eager,torch-eager-bf16,torch-compile,torch-compile-bf16 \
-		--output .bench --page docs/benchmarks.md
+		--output .bench --page docs/benchmarks.md --force
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.artifacts.external_data import external_locations
 from mmvision_export.core.atomic import locked_folder, new_files
 from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.files import FileRecord
@@ -190,17 +191,41 @@ class Manifest:
     def verify(self, directory: Path, names: Iterable[str]) -> None:
         """Check that files are present and are those the manifest describes.
 
+        A graph must read its weights from the portable graph's file or from its own `<name>.data`.
+
         Raises:
-            ManifestError: A file is missing, not in the manifest, or has another content.
+            ManifestError: A file is missing, not in the manifest, or has another content; or a
+                graph reads another file.
         """
         for name in names:
-            self.record_of(name).verify(self.path_of(directory, name), said_by="the manifest")
+            path = self.path_of(directory, name)
+            self.record_of(name).verify(path, said_by="the manifest")
+            if name.endswith(".onnx"):
+                self._refuse_other_weights(directory, name)
+
+    def _refuse_other_weights(self, directory: Path, graph: str) -> None:
+        path = directory / graph
+        try:
+            locations = external_locations(path.read_bytes())
+        except ManifestError as error:
+            raise ManifestError(
+                f"{path}: {error}", hint="export the model again", reason=error.reason
+            ) from error
+        for location in sorted(locations):
+            if location not in (DATA, f"{graph}.data"):
+                raise ManifestError(
+                    f"{path} reads its weights from {location!r}, which is not the weight file of "
+                    "a model directory",
+                    hint="export the model again",
+                    reason="unsafe",
+                )
+            self.path_of(directory, location)
 
     def path_of(self, directory: Path, name: str) -> Path:
         """A file of the directory: one that lies in it, and is not a link to one elsewhere.
 
         Raises:
-            ManifestError: The manifest does not list it, or it is a link.
+            ManifestError: The manifest does not list it, or it is a link, a folder or a device.
         """
         self.record_of(name)
         path = directory / name
@@ -210,6 +235,9 @@ class Manifest:
                 hint="put a copy of the file in its place",
                 reason="unsafe",
             )
+        # A FIFO would block whoever opens it; a file that is missing is refused by its record.
+        if path.exists() and not path.is_file():
+            raise ManifestError(f"{path}: not a regular file", reason="unsafe")
         return path
 
 

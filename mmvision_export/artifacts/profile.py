@@ -17,6 +17,7 @@ __all__ = [
     "checked_profile",
     "profiles_from_buckets",
     "profiles_from_slots",
+    "slots_for",
 ]
 
 _OPT_IMAGES = 4
@@ -136,6 +137,23 @@ DEFAULT_SLOTS = ((1, 256), (1, 1024), (1, 4096), (4, 1024), (16, 256))
 """Slots and their length, where nobody says otherwise. No launch has more patches than `DEFAULT_PROFILE`
 takes, hence no more activations: one image of up to 4,096 patches, or several smaller ones at once, since
 a launch of less than some thousand patches does not fill a GPU."""
+
+
+def slots_for(largest_image: int) -> list[tuple[int, int]]:
+    """Slots and their length, where nobody says otherwise, with room for one image of so many patches.
+
+    `DEFAULT_SLOTS`; beyond them one slot of the largest image, and one of two thirds of it, which is
+    the area of a photograph of 3:2 in a square: 13,824 of 20,736 patches.
+    """
+    slots = list(DEFAULT_SLOTS)
+    longest = max(length for _, length in slots)
+    if largest_image > longest:
+        # A slot is whole merge blocks of 4 patches, and a multiple of 64 suits the kernels' tiles.
+        photograph = -(-(largest_image * 2 // 3) // 64) * 64
+        if longest < photograph < largest_image:
+            slots.append((1, photograph))
+        slots.append((1, largest_image))
+    return slots
 
 
 def checked_profile(profile: Profile, config: EncoderConfig) -> Profile:

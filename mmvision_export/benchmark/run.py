@@ -13,12 +13,14 @@ from mmvision_export.benchmark.report import page_from_result, write_plots
 from mmvision_export.benchmark.result import Result
 from mmvision_export.benchmark.sides import PEERS, without_precision
 from mmvision_export.benchmark.workloads import workloads_for
-from mmvision_export.core.atomic import new_files
-from mmvision_export.core.errors import BenchmarkError
+from mmvision_export.core.atomic import new_files, refuse_unwritable
+from mmvision_export.core.errors import BenchmarkError, OutputError
 from mmvision_export.core.progress import Progress
 from mmvision_export.runtime.backends import BACKENDS
 
 __all__ = ["run_benchmark", "sides_from"]
+
+RESULTS = "results.json"
 
 INT8_GRAPH = flavour_graph("cpu-int8")
 """The graph that precision `int8` stands for."""
@@ -65,6 +67,17 @@ def sides_from(
     return [*sides, *peers]
 
 
+def _refuse_existing(results: Path, page: Path | None, *, force: bool) -> None:
+    """Refuse before the work what would be refused, or lost, after it."""
+    if page is not None and page.suffix != ".md":
+        raise OutputError(f"the page is Markdown: its name must end in .md, got {page}")
+    for path in (results, page):
+        if path is not None and path.exists() and not force:
+            raise OutputError(
+                f"{path} already exists", hint="replace it with --force, or name another place"
+            )
+
+
 def run_benchmark(
     directory: Path,
     *,
@@ -77,6 +90,7 @@ def run_benchmark(
     seconds_per_workload: float,
     output: Path,
     page: Path | None,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Result, Path]:
     """Measure, writing `results.json` and the plots after every workload, and the page at last.
@@ -84,30 +98,41 @@ def run_benchmark(
     Raises:
         BenchmarkError: See `sides_from` and `measure`.
         ManifestError: The model directory is not one.
-        OutputError: The files cannot be written.
+        OutputError: The files are there already, or cannot be written.
     """
     import matplotlib  # noqa: F401 - missing, it is an error now and not after the work
 
+    progress = progress or Progress()
+    _refuse_existing(output / RESULTS, page, force=force)
+    for folder in (output, *([] if page is None else [page.parent])):
+        refuse_unwritable(folder)
     manifest = Manifest.read(directory)
     sides = sides_from(manifest, backends=backends, precisions=precisions, peers=peers)
 
     def keep(result: Result) -> None:
-        with new_files(output, name="results.json") as new:
+        with new_files(output, name=RESULTS) as new:
             content = json.dumps(result.to_dict(), indent=1, allow_nan=False)
-            (new / "results.json").write_text(content + "\n", encoding="utf-8")
+            (new / RESULTS).write_text(content + "\n", encoding="utf-8")
             write_plots(result, new)
+        kept.append(result)
 
-    result = measure(
-        directory,
-        sides,
-        workloads_for(workloads),
-        workload_set=workloads,
-        threads=threads or os.cpu_count() or 1,
-        repeats=repeats,
-        seconds_per_workload=seconds_per_workload,
-        keep=keep,
-        progress=progress,
-    )
+    kept: list[Result] = []
+    try:
+        result = measure(
+            directory,
+            sides,
+            workloads_for(workloads),
+            workload_set=workloads,
+            threads=threads or os.cpu_count() or 1,
+            repeats=repeats,
+            seconds_per_workload=seconds_per_workload,
+            keep=keep,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        if kept:
+            progress.note(f"{len(kept)} workload(s) were finished and are kept: {output / RESULTS}")
+        raise
     if page is not None:
         with new_files(page.parent / page.stem, name="plots") as new:
             write_plots(result, new)

@@ -12,18 +12,26 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from mmvision_export.cli.benchmark import benchmark
 from mmvision_export.cli.build import build_engine, build_plugins
-from mmvision_export.cli.console import console, messages, progress_display
-from mmvision_export.cli.export import ExportCommand, export
-from mmvision_export.cli.options import Verbose, the_model
+from mmvision_export.cli.command import (
+    MmvisionCommand,
+    OptionalValueCommand,
+    add_command,
+    examples,
+)
+from mmvision_export.cli.console import messages, progress_display
+from mmvision_export.cli.doctor import doctor
+from mmvision_export.cli.export import export
+from mmvision_export.cli.inspect import inspect
+from mmvision_export.cli.options import Quiet, Verbose, the_model
 from mmvision_export.cli.quantize import quantize
 from mmvision_export.cli.verify_gpu import verify_gpu
+from mmvision_export.core.atomic import refuse_unwritable
 from mmvision_export.core.command import exit_code_of, print_failure
 from mmvision_export.core.errors import print_error
+from mmvision_export.core.install import install_command
 from mmvision_export.version import __version__
 
 __all__ = ["app", "main"]
@@ -65,10 +73,14 @@ def _root(
         print(context.get_help())
 
 
-app.command(cls=ExportCommand)(export)
+add_command(app, "export", export, cls=OptionalValueCommand)
 
 
-@app.command()
+@app.command(cls=MmvisionCommand)
+@examples(
+    "mmvision parity --model engines/tiny",
+    "mmvision parity --image a.jpg b.jpg --report accuracy.html",
+)
 def parity(
     model: Annotated[
         Optional[Path],
@@ -111,7 +123,7 @@ def parity(
         bool,
         typer.Option(
             "--trust",
-            help="Open engines of the directory that you have not built here too: they are "
+            help="Open engines of the directory also if you have not built them here: they are "
             "executable content.",
         ),
     ] = False,
@@ -126,14 +138,15 @@ def parity(
         bool, typer.Option("--force", help="Replace the report if it exists.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure how far graphs and engines are from PyTorch in float64.
+    """Compare graphs and engines with PyTorch in float64.
 
-    Every graph of the model directory, and the engines that fit this machine, on the images or
-    patches given, or on grids of every kind; and layer by layer on the worst of them. A summary is
-    written into manifest.json. Exits with 1 if a difference is beyond its gate, or a value is not
-    finite.
+    The command compares every graph of the model directory, and every engine that fits this machine.
+    It uses the images or patches that you give, or random pixels in grids of every kind. On the worst
+    of them it compares layer by layer. It writes a summary into manifest.json. It exits with 1 if a
+    difference is beyond its gate, or if a value is not finite.
     """
     if (pixel_values is None) != (grid_thw is None):
         raise typer.BadParameter("--pixel-values and --grid-thw go together")
@@ -156,6 +169,7 @@ def parity(
         checked_report_path(report, force=force)
     directory = directory_from_path(path)
     manifest = Manifest.read(directory)
+    refuse_unwritable(directory)  # it takes the verdict
     samples = samples_from_options(
         directory, manifest, images=image or (), pixel_values=pixel_values, grid_thw=grid_thw
     )
@@ -185,11 +199,11 @@ def parity(
         raise typer.Exit(1)
 
 
-app.command()(quantize)
-app.command("build-plugins")(build_plugins)
-app.command("build-engine")(build_engine)
-app.command()(benchmark)
-app.command("verify-gpu")(verify_gpu)
+add_command(app, "quantize", quantize)
+add_command(app, "build-plugins", build_plugins)
+add_command(app, "build-engine", build_engine)
+add_command(app, "benchmark", benchmark)
+add_command(app, "verify-gpu", verify_gpu)
 
 
 @app.command(
@@ -197,61 +211,15 @@ app.command("verify-gpu")(verify_gpu)
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
 def run(context: typer.Context) -> None:
-    """Encode images or a video, and print a summary as JSON."""
+    """Encode images, a folder of images, or a video."""
     from mmvision_export.run import main as run_main
 
     # It has printed its own errors; SystemExit passes typer and `main` below.
     sys.exit(run_main(context.args, prog="mmvision run"))
 
 
-@app.command()
-def inspect(
-    path: Annotated[
-        Path, typer.Argument(metavar="DIR|FILE", help="Model directory, .onnx graph or .engine.")
-    ],
-    verbose: Verbose = False,
-) -> None:
-    """Describe a model directory, graph or engine.
-
-    Inputs, operators, sizes, precision, versions and what was checked, as JSON. Of a model
-    directory every file is hashed and compared with the manifest.
-    """
-    from mmvision_export.graph.inspection import inspect as describe
-
-    print(json.dumps(describe(path), indent=2))
-
-
-@app.command()
-def doctor(
-    model: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--model", metavar="DIR", help="Model directory to choose a backend for, by opening it."
-        ),
-    ] = None,
-    verbose: Verbose = False,
-) -> None:
-    """Show which backends work here, and why others do not, fastest first.
-
-    With --model, also which of them --backend auto takes for a model directory, and why it passes
-    over others.
-    """
-    from mmvision_export.cli.examination import choice_for, examine
-
-    report = examine()
-    table = Table(box=None, show_header=False)
-    for name, version in report.packages.items():
-        table.add_row(name, version or "-", style=None if version else "dim")
-    console.print(table)
-    console.print(f"\n[bold]CUDA driver[/]\n  {escape(report.driver)}")
-    for row in report.backends:
-        console.print(
-            f"\n[bold]{row.name}[/]\n  build engines: {escape(row.builds)}\n  run: {escape(row.runs)}"
-        )
-    if model is not None:
-        console.print(f"\n[bold]auto, for {escape(str(model))}[/]")
-        for name, reason in choice_for(model).items():
-            console.print(f"  {name}: {escape(reason)}")
+add_command(app, "inspect", inspect)
+add_command(app, "doctor", doctor)
 
 
 def main() -> None:
@@ -275,7 +243,7 @@ def _answer(error: Exception) -> int:
     if isinstance(error, ImportError) and error.name is not None:
         package = error.name.partition(".")[0]
         print_error(
-            f"{package} is not installed", f"pip install '.[{_EXTRA_OF.get(package, 'parity')}]'"
+            f"{package} is not installed", install_command(_EXTRA_OF.get(package, "parity"))
         )
         return 1
     return print_failure(error)

@@ -9,13 +9,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import console, progress_display
-from mmvision_export.cli.options import ModelOption, Verbose, the_model
+from mmvision_export.cli.options import AsJson, ModelOption, Quiet, Verbose, print_json, the_model
 from mmvision_export.core.errors import BenchmarkError
 
 __all__ = ["benchmark"]
 
 
+@examples(
+    "mmvision benchmark --backend onnxruntime-cpu openvino --against transformers-sdpa",
+    "mmvision benchmark --precision fp32,int8 --page speed.md",
+)
 def benchmark(
     model: ModelOption = None,
     backend: Annotated[
@@ -29,7 +34,10 @@ def benchmark(
     ] = None,
     precision: Annotated[
         str,
-        typer.Option(help="Graphs of onnxruntime-cpu: fp32, int8, or both with a comma between."),
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="Graphs of onnxruntime-cpu: fp32, int8, or both with a comma between.",
+        ),
     ] = "fp32",
     against: Annotated[
         str,
@@ -45,11 +53,14 @@ def benchmark(
         typer.Option("--photographs", help="Images of 4,096 to 65,536 patches; takes an hour."),
     ] = False,
     threads: Annotated[
-        Optional[int], typer.Option(help="Of each side. Default: all CPUs.", min=1)
+        Optional[int], typer.Option(metavar="N", help="Of each side. Default: all CPUs.", min=1)
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Most runs of each side on a workload.", min=1)] = 5,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", help="Most runs of each side on a workload.", min=1)
+    ] = 5,
     seconds: Annotated[
-        float, typer.Option(help="Time for one workload, all sides together.", min=0)
+        float,
+        typer.Option(metavar="SECONDS", help="Time for one workload, all sides together.", min=0),
     ] = 60,
     output: Annotated[
         Optional[Path],
@@ -65,12 +76,17 @@ def benchmark(
             help="Write a page about it too, with its plots in a folder of the same stem.",
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace results and a page that are there.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure backends, and PyTorch implementations of others, side by side.
+    """Measure backends and PyTorch implementations side by side.
 
-    Every side has the same weights, inputs and threads, and a process of its own; they take turns.
-    What is measured is kept after each workload, so that an interrupt loses only the last.
+    Every side has the same weights, inputs and threads, and a process of its own. The sides take
+    turns. Results are kept after each workload, so that an interrupt loses only the last one.
     """
     if quick and photographs:
         raise BenchmarkError("--quick and --photographs are two sets", hint="give one of them")
@@ -89,10 +105,17 @@ def benchmark(
             seconds_per_workload=seconds,
             output=output or Path("benchmark"),
             page=page,
+            force=force,
             progress=progress,
         )
+    if as_json:
+        print_json({"kind": "benchmark", "path": folder, **result.to_dict()})
+        return
     first, *others = result.sides
-    table = Table(box=None, header_style="bold")
+    title = f"{label_of(first)}: median milliseconds of one run, their range, share of the peak"
+    if others:
+        title += "; the others: how many times as long they take (above 1: slower)"
+    table = Table(box=None, header_style="bold", title=title, title_justify="left")
     for title in (
         "workload",
         f"{label_of(first)}, ms",

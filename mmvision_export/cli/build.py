@@ -8,28 +8,38 @@ from typing import Annotated, Optional
 import typer
 
 from mmvision_export.artifacts.library_record import Machine
-from mmvision_export.cli.console import console, progress_display
+from mmvision_export.cli.command import examples
+from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.engine_sizes import EngineSizes
 from mmvision_export.cli.options import (
+    AsJson,
     ModelOption,
+    Quiet,
     Verbose,
     compute_capability,
     one_precision,
+    print_json,
     the_model,
 )
 from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.core.records import json_from_record
 from mmvision_export.engine.choices import AttentionWay, TensorRTChoice
 
 __all__ = ["build_engine", "build_plugins"]
 
 
+@examples(
+    "mmvision build-plugins --sm 8.7 --machine aarch64",
+    "mmvision build-plugins --sm 8.0 9.0 --head-dim 80",
+    "mmvision build-plugins --cpu",
+)
 def build_plugins(
     sm: Annotated[
         Optional[list[ComputeCapability]],
         typer.Option(
             metavar="CC",
             parser=compute_capability,
-            help="GPU to compile for, as 8.7 or 87 for Orin; may be repeated. Default: all from "
+            help="GPUs to compile for, as 8.7 or 87 for Orin. Default: all from "
             "8.0 (Ampere) to 12.0.",
         ),
     ] = None,
@@ -37,7 +47,7 @@ def build_plugins(
         Optional[list[int]],
         typer.Option(
             metavar="D",
-            help="Head size of the attention kernel; may be repeated. Default: all, 16 to 128.",
+            help="Head sizes of the attention kernel. Default: all, 16 to 128.",
         ),
     ] = None,
     machine: Annotated[
@@ -73,23 +83,25 @@ def build_plugins(
         bool,
         typer.Option(
             "--cpu",
-            help="Build libmmvision_amx.so, for ONNX Runtime on x86-64 CPUs with AMX, instead.",
+            help="Build libmmvision_amx.so instead, for ONNX Runtime on x86-64 CPUs with AMX.",
         ),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the library if it exists.")
     ] = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Build libmmvision_plugins.so, with which attention costs what the images cost one by one.
+    """Compile the plugin library for TensorRT or AMX.
 
-    It serves the major version of TensorRT whose headers it is compiled with, 10 or 11, and every
-    GPU it has kernels for. No GPU and no CUDA toolkit is needed: CMake, g++, TensorRT's headers,
-    and Triton for the kernels. All kernels take two minutes on two cores.
+    With libmmvision_plugins.so, TensorRT computes attention image by image. The library serves the
+    major version of TensorRT whose headers compiled it, 10 or 11, and every GPU that it has kernels
+    for. The build needs CMake, g++, TensorRT's headers and Triton, but no GPU and no CUDA toolkit.
+    All kernels take two minutes on two cores.
 
-    With --cpu, build libmmvision_amx.so instead, for --backend onnxruntime-amx: ONNX Runtime
-    then multiplies float32 matrices on AMX, which Intel Xeons have from Sapphire Rapids on. CMake
-    and g++ do that in seconds.
+    With --cpu, the command builds libmmvision_amx.so instead, for --backend onnxruntime-amx. ONNX
+    Runtime then multiplies float32 matrices on AMX, which Intel Xeons have from Sapphire Rapids on.
+    That build needs CMake and g++, and takes seconds.
     """
     if cpu:
         if sm or head_dim or machine is not None or tensorrt_include is not None:
@@ -135,20 +147,26 @@ def _build_amx_library(output: Path | None, onnxruntime_include: Path | None, fo
     console.print(f"{use}{here}", markup=False)
 
 
+@examples(
+    "mmvision build-engine --fp16 --compute-capability 8.9",
+    "mmvision build-engine --fp16 --attention uniform --buckets 1x1024,8x1024,1x13824",
+    "mmvision build-engine --int8 --model engines/MiniMax-M3",
+)
 def build_engine(
     model: ModelOption = None,
     fp16: Annotated[
-        bool, typer.Option("--fp16", help="float16 engine; derived first if the graph is float32.")
+        bool, typer.Option("--fp16", help="float16 engine; a float32 graph is converted first.")
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="INT8 engine, from what mmvision quantize made.")
+        bool,
+        typer.Option("--int8", help="INT8 engine, from the graph that mmvision quantize made."),
     ] = False,
     fp8: Annotated[
-        bool, typer.Option("--fp8", help="FP8 engine, from what mmvision quantize made.")
+        bool, typer.Option("--fp8", help="FP8 engine, from the graph that mmvision quantize made.")
     ] = False,
     backend: Annotated[
         TensorRTChoice,
-        typer.Option(help="TensorRT to build with; auto takes the one installed."),
+        typer.Option(help="TensorRT to build with; auto takes the one that is installed."),
     ] = "auto",
     compute_capabilities: Annotated[
         Optional[list[ComputeCapability]],
@@ -156,7 +174,7 @@ def build_engine(
             "--compute-capability",
             metavar="CC",
             parser=compute_capability,
-            help="GPU to build for with TensorRT-RTX, as 8.9 or 89; may be repeated. Default: "
+            help="GPUs to build for with TensorRT-RTX, as 8.9 or 89. Default: "
             "this machine's GPU, or without one all that TensorRT-RTX supports.",
         ),
     ] = None,
@@ -175,8 +193,8 @@ def build_engine(
             help="plugin: our kernels, for TensorRT. packed: TensorRT 11.1's own. uniform: images in "
             "slots of equal length, which cost slots times the square of their length. equal: images "
             "that fill their slots. native: one masked product, which costs the square of the whole "
-            "batch. auto: plugin where it can be, else packed, else uniform where --buckets are "
-            "slots, else native."
+            "batch. auto: plugin where it can be, else packed, else uniform unless the sizes are of "
+            "another form, else native."
         ),
     ] = "auto",
     plugin_library: Annotated[
@@ -189,25 +207,27 @@ def build_engine(
         Optional[str],
         typer.Option(
             metavar="N,N,...",
-            help="Sizes in patches, each with a profile of its own that batches are padded to, as "
-            "256,1024,2304,4096. For uniform and equal attention: slots and their length in patches, "
-            "as 1x1024,8x1024,16x256. Instead of --min-, --opt- and --max-patches.",
+            help="Sizes in patches, as 256,1024,2304,4096. A batch is padded to the smallest size that has "
+            "room. For uniform and equal attention: slots and their length in patches, as "
+            "1x1024,8x1024,16x256. Excludes --min-, --opt- and --max-patches.",
         ),
     ] = None,
     min_patches: Annotated[
-        Optional[int], typer.Option(help="Fewest patches of a batch. Default: 4.")
+        Optional[int], typer.Option(metavar="N", help="Fewest patches of a batch. Default: 4.")
     ] = None,
     opt_patches: Annotated[
         Optional[int],
         typer.Option(
-            help="Patches the kernels are chosen for. Default: 1024, or the maximum if less."
+            metavar="N",
+            help="Patches the kernels are chosen for. Default: 1024, or the maximum if less.",
         ),
     ] = None,
     max_patches: Annotated[
         Optional[int],
         typer.Option(
+            metavar="N",
             help="Most patches of a batch, all images together. Default: 4096, or what the model "
-            "directory's preprocessing makes of the largest image."
+            "directory's preprocessing makes of the largest image.",
         ),
     ] = None,
     max_images: Annotated[
@@ -222,19 +242,21 @@ def build_engine(
         bool,
         typer.Option(
             "--check/--no-check",
-            help="Compare a derived fp16 graph first, and refuse one that failed parity.",
+            help="Compare a converted float16 graph first, and refuse a graph that failed parity.",
         ),
     ] = True,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine of the same name.")
     ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Build a TensorRT or TensorRT-RTX engine.
 
-    It goes into the model directory's plans/, with a sidecar that says what it is valid for. The
-    precision is the graph's own unless --fp16 is given. With the released preprocessing a still
-    image is at most 2304 patches; 4 patches make one image token.
+    The engine goes into the model directory's plans/. A sidecar beside it says what the engine is
+    valid for. The engine has the graph's precision unless you give --fp16, --int8 or --fp8. With the
+    released preprocessing a still image has at most 2304 patches; 4 patches make one image token.
     """
     from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.artifacts.preprocessing import preprocessor_of
@@ -251,12 +273,15 @@ def build_engine(
     directory = the_model(model)
     manifest = Manifest.read(directory)
     preprocessor = preprocessor_of(directory, manifest)
-    profiles = sizes.profiles(attention, manifest.config, largest_image=preprocessor.most_patches)
+    most = preprocessor.most_patches
+    profiles = sizes.profiles(attention, manifest.config, largest_image=most)
+    slots = sizes.slots(attention, manifest.config, largest_image=most)
     with progress_display() as progress:
         engine, record = build(
             directory,
             manifest,
             profiles=profiles,
+            slots=slots,
             precision=precision,
             backend=backend,
             compute_capabilities=compute_capabilities or (),
@@ -267,9 +292,21 @@ def build_engine(
             force=force,
             progress=progress,
         )
+    if as_json:
+        print_json({"kind": "engine", "path": engine, **json_from_record(record)})
+        return
     console.print(
         f"{engine}: {record.precision}, {record.engine.size_bytes / 1e6:.1f} MB, "
         f"compute capability {', '.join(map(str, record.compute_capabilities))}, "
         f"attention: {record.attention}",
         markup=False,
     )
+    for profile in record.profiles:
+        console.print(f"  {profile}", markup=False)
+    room = max(profile.image_patches for profile in record.profiles)
+    fits = "fits one launch" if most <= room else f"does not fit: {room} patches do"
+    console.print(
+        f"  the largest image of the preprocessing ({preprocessor}) has {most} patches and {fits}",
+        markup=False,
+    )
+    messages.print(f"next: mmvision run --model {directory} --image photo.jpg", markup=False)

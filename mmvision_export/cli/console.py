@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
 
+from mmvision_export.core.errors import printable
 from mmvision_export.core.progress import Progress
 
 __all__ = ["ConsoleProgress", "console", "messages", "progress_display"]
 
-console = Console(highlight=False, soft_wrap=True)
+
+class PrintableConsole(Console):
+    """Writes out the control characters of a text, which a file's name may hold: see `printable`."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """See `Console.print`."""
+        super().print(
+            *(printable(each) if isinstance(each, str) else each for each in objects), **options
+        )
+
+
+console = PrintableConsole(highlight=False, soft_wrap=True)
 """Results, on standard output."""
 
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+messages = PrintableConsole(stderr=True, highlight=False, soft_wrap=True)
 """Progress, notes and errors."""
 
 

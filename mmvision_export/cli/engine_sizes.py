@@ -58,8 +58,8 @@ class EngineSizes:
     ) -> list[Profile]:
         """The profiles that were asked for.
 
-        Without any size, ways whose launches are slots get `DEFAULT_SLOTS`, and the others
-        `DEFAULT_PROFILE`, each with room for the largest image.
+        Without any size, ways whose launches are slots get `slots_for` the largest image, and the
+        others `DEFAULT_PROFILE`, with room for it.
 
         Args:
             attention: How the engine shall do attention.
@@ -72,10 +72,10 @@ class EngineSizes:
         from mmvision_export.artifacts.profile import (
             BUCKET_IMAGES,
             DEFAULT_PROFILE,
-            DEFAULT_SLOTS,
             Profile,
             profiles_from_buckets,
             profiles_from_slots,
+            slots_for,
         )
 
         default = DEFAULT_PROFILE
@@ -83,13 +83,8 @@ class EngineSizes:
         rows_per_slot = SLOT_WAYS.get(attention, 2)
         if self._pairs:
             return profiles_from_slots(self._pairs, rows_per_slot, config)
-        nothing_is_given = (
-            self.buckets is None and self.max_images is None and not self._range_is_given
-        )
-        if attention in SLOT_WAYS and nothing_is_given:
-            beyond = largest_image > max(length for _, length in DEFAULT_SLOTS)
-            slots = [*DEFAULT_SLOTS, (1, largest_image)] if beyond else DEFAULT_SLOTS
-            return profiles_from_slots(slots, rows_per_slot, config)
+        if attention in SLOT_WAYS and self._nothing_is_given:
+            return profiles_from_slots(slots_for(largest_image), rows_per_slot, config)
         if self._patches:
             return profiles_from_buckets(self._patches, self._images or BUCKET_IMAGES, config)
         most = self.max_patches
@@ -105,6 +100,28 @@ class EngineSizes:
                 max_images=self._images[0] if self._images else default.max_images,
             )
         ]
+
+    def slots(
+        self, attention: AttentionWay, config: EncoderConfig, *, largest_image: int
+    ) -> list[Profile]:
+        """The profiles to take instead, where `auto` finds that images must take slots.
+
+        None where a size or a way was given, which stands.
+
+        Args:
+            attention: How the engine shall do attention.
+            config: The encoder's dimensions.
+            largest_image: Most patches of an image by the model directory's preprocessing.
+        """
+        from mmvision_export.artifacts.profile import profiles_from_slots, slots_for
+
+        if attention != "auto" or not self._nothing_is_given:
+            return []
+        return profiles_from_slots(slots_for(largest_image), SLOT_WAYS["uniform"], config)
+
+    @property
+    def _nothing_is_given(self) -> bool:
+        return self.buckets is None and self.max_images is None and not self._range_is_given
 
     @property
     def _range_is_given(self) -> bool:

@@ -21,8 +21,7 @@ def main() -> None:
             file=sys.stderr,
         )
         print(
-            "hint: pip install '.[export]' (or [engine], [rtx], [tensorrt], [parity]); "
-            "python -m mmvision_export.run works without it",
+            "hint: pip install typer rich; python -m mmvision_export.run works without them",
             file=sys.stderr,
         )
         sys.exit(1)

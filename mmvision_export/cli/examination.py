@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.cli.machine import describe_machine
 from mmvision_export.core.errors import MmvisionError
+from mmvision_export.core.install import install_command
 from mmvision_export.engine.target import supported_by_rtx
 from mmvision_export.runtime.backends import AUTO_BACKENDS, BackendOptions, open_backend
 from mmvision_export.runtime.backends.cuda import Cuda, current_compute_capability
@@ -42,6 +44,28 @@ _PACKAGES = (
     "polygraphy",
     "safetensors",
     "huggingface_hub",
+    "triton",
+)
+
+
+# What an extra brings, the extra, and the packages any of which means that it is here.
+_BRINGS = (
+    ("run graphs on a CPU", "cpu", ("onnxruntime", "onnxruntime-gpu")),
+    ("bfloat16 on a CPU that has it", "openvino", ("openvino",)),
+    ("export checkpoints to ONNX", "export", ("torch",)),
+    ("compare with PyTorch", "parity", ("polygraphy",)),
+    (
+        "build engines for RTX GPUs, with no GPU here",
+        "rtx",
+        ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    ),
+    (
+        "build engines on a data-centre GPU",
+        "tensorrt",
+        ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    ),
+    ("read videos", "video", ("av",)),
+    ("compile the plugins' kernels", "plugins", ("triton",)),
 )
 
 
@@ -62,11 +86,27 @@ class BackendReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Packages by name (None: not installed), the driver, and what `auto` may take."""
+    """What this machine has.
 
+    Attributes:
+        machine: Cores, memory, processor, what it multiplies fast, compiler; in words.
+        packages: Version by name; None for one that is not installed.
+        driver: The CUDA driver and GPU, or why there is none.
+        backends: What `auto` may take.
+    """
+
+    machine: dict[str, str]
     packages: dict[str, str | None]
     driver: str
     backends: list[BackendReport]
+
+    def missing(self) -> dict[str, str]:
+        """What each package that is not here would bring, and the command that installs it."""
+        return {
+            what: install_command(extra)
+            for what, extra, names in _BRINGS
+            if all(self.packages.get(name) is None for name in names)
+        }
 
 
 def examine() -> Report:
@@ -78,6 +118,7 @@ def examine() -> Report:
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
     return Report(
+        describe_machine(),
         packages,
         _reason(lambda _: describe_driver(Cuda(0)), ""),
         [

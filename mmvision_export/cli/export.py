@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
-from typer.core import TyperCommand
 
+from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import console, messages, progress_display
-from mmvision_export.cli.options import Verbose, one_precision
+from mmvision_export.cli.options import Quiet, Verbose, one_precision, refuse_undecodable
 from mmvision_export.core.errors import ConfigError
 from mmvision_export.models.minimax_m3_vl.config import Preset
 from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
 from mmvision_export.models.random_kind import RandomKind
 
-__all__ = ["ExportCommand", "export"]
+__all__ = ["export"]
 
 HUB_CHECKPOINT = "MiniMaxAI/MiniMax-M3"
 
 
-class ExportCommand(TyperCommand):
-    """Reads `--random-weights` with no value as `--random-weights=plain`.
-
-    Typer has no options with optional values.
-    """
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        flag = "--random-weights"
-        given = [
-            f"{flag}=plain"
-            if argument == flag and (following is None or following.startswith("-"))
-            else argument
-            for argument, following in itertools.zip_longest(args, args[1:])
-        ]
-        return super().parse_args(ctx, given)
-
-
+@examples(
+    "mmvision export --onnx --checkpoint ./MiniMax-M3",
+    "mmvision export --onnx --fp16 --checkpoint MiniMaxAI/MiniMax-M3 --resize long-side",
+    "mmvision export --onnx --preset tiny --random-weights --output engines/tiny",
+)
 def export(
     onnx: Annotated[
         bool, typer.Option("--onnx", help="Write ONNX, the only format so far.", show_default=False)
@@ -49,12 +36,14 @@ def export(
         ),
     ] = None,
     revision: Annotated[
-        Optional[str], typer.Option(help="Branch, tag or commit of the hub repository.")
+        Optional[str],
+        typer.Option(metavar="REVISION", help="Branch, tag or commit of the hub repository."),
     ] = None,
     preset: Annotated[
         Optional[Preset],
         typer.Option(
-            help="Dimensions for --random-weights: tiny (7 M parameters) or full (865 M)."
+            help="Dimensions for --random-weights: tiny (7 M parameters), shallow (the released "
+            "widths and 4 layers, 315 M) or full (865 M)."
         ),
     ] = None,
     random_weights: Annotated[
@@ -66,7 +55,8 @@ def export(
         ),
     ] = None,
     seed: Annotated[
-        Optional[int], typer.Option(help="Seed of the random weights. Default: 0.", min=0)
+        Optional[int],
+        typer.Option(metavar="N", help="Seed of the random weights. Default: 0.", min=0),
     ] = None,
     output: Annotated[
         Optional[Path],
@@ -81,13 +71,16 @@ def export(
         bool, typer.Option("--bf16", help="bfloat16 graph, with float32 input and output.")
     ] = False,
     opset: Annotated[
-        int, typer.Option(help="ONNX opset, 18 to 23. Below 23, attention is MatMul and Softmax.")
+        int,
+        typer.Option(
+            metavar="N", help="ONNX opset, 18 to 23. Below 23, attention is MatMul and Softmax."
+        ),
     ] = 23,
     resize: Annotated[
         Optional[ResizeRule],
         typer.Option(
-            help="How images get their size: area as in transformers, long-side as in SGLang and "
-            "MiniMax's format check, box as of M3.1. Default: the checkpoint's, or area."
+            help="How large an image becomes: area as in transformers, long-side as in SGLang and "
+            "MiniMax's format check, box as in M3.1. Default: the checkpoint's, or area."
         ),
     ] = None,
     max_long_side: Annotated[
@@ -100,14 +93,18 @@ def export(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model directory if it exists.")
     ] = False,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Export the encoder to ONNX, into a new model directory."""
+    """Export the encoder to ONNX, into a new model directory.
+
+    A float32 directory, the default, is the one that build-engine --fp16 and quantize start from.
+    """
     precision = one_precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
     if random_weights and (checkpoint or revision):
         raise typer.BadParameter("--random-weights takes no --checkpoint or --revision")
     if random_weights and preset is None:
-        raise typer.BadParameter("--random-weights needs --preset tiny or --preset full")
+        raise typer.BadParameter("--random-weights needs --preset tiny, shallow or full")
     if (preset or seed is not None) and not random_weights:
         raise typer.BadParameter("--preset and --seed go with --random-weights")
     if checkpoint == "":
@@ -132,6 +129,7 @@ def export(
     else:
         source = WeightSource(checkpoint=checkpoint or HUB_CHECKPOINT, revision=revision)
         output = output or Path("engines") / Path(checkpoint or HUB_CHECKPOINT).resolve().name
+    refuse_undecodable(output)
     with progress_display() as progress:
         manifest = export_model_directory(
             source,

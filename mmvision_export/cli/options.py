@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from mmvision_export.artifacts.manifest import find_model_directory
 from mmvision_export.cli.console import messages
 from mmvision_export.core.compute_capability import ComputeCapability
-from mmvision_export.core.errors import EngineError
+from mmvision_export.core.errors import EngineError, InputError
 
-__all__ = ["ModelOption", "Verbose", "compute_capability", "one_precision", "the_model"]
+__all__ = [
+    "AsJson",
+    "ModelOption",
+    "Quiet",
+    "Verbose",
+    "compute_capability",
+    "one_precision",
+    "print_json",
+    "the_model",
+]
 
 ModelOption = Annotated[
     Optional[Path],
@@ -20,7 +31,27 @@ ModelOption = Annotated[
         "--model", metavar="DIR", help="Model directory. Default: the only one in engines/."
     ),
 ]
+
+
+def _be_quiet(value: bool) -> None:
+    messages.quiet = value
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", callback=_be_quiet, help="Print results and errors only: no progress, no notes."
+    ),
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of words (docs/cli.md).")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the traceback of an error.")]
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print a command's result as one JSON object, paths as strings."""
+    print(json.dumps(content, indent=2, default=str), flush=True)
 
 
 def compute_capability(text: str) -> ComputeCapability:
@@ -54,6 +85,22 @@ def the_model(given: Path | None) -> Path:
         ManifestError: There is none, or more than one to choose from.
     """
     model = find_model_directory(given)
+    refuse_undecodable(model)
     if given is None:
         messages.print(f"model: {model}", markup=False)
     return model
+
+
+def refuse_undecodable(path: Path) -> None:
+    """Refuse a path that is no UTF-8: ONNX Runtime and onnx open none.
+
+    Raises:
+        InputError: Says so.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{path}: the name is not UTF-8, and ONNX Runtime opens no such file",
+            hint="rename the file or folder",
+        ) from None

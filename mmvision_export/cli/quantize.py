@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import console, messages, progress_display
-from mmvision_export.cli.options import ModelOption, Verbose, the_model
+from mmvision_export.cli.options import ModelOption, Quiet, Verbose, the_model
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
@@ -24,6 +25,11 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _HELD_OUT = 4  # every fourth image is
 
 
+@examples(
+    "mmvision quantize --int8 --calibration photos/",
+    "mmvision quantize --cpu-int8 --model engines/MiniMax-M3",
+    "mmvision quantize --fp8 --image a.jpg b.jpg c.jpg --min-cosine 0.998",
+)
 def quantize(
     int8: Annotated[
         bool, typer.Option("--int8", help="INT8 for TensorRT (Q/DQ, float16 between).")
@@ -48,8 +54,12 @@ def quantize(
     ] = "minmax",
     min_cosine: Annotated[
         float,
-        typer.Option(help="Gate: smallest cosine of a held-out token with the float32 graph's."),
+        typer.Option(
+            metavar="COSINE",
+            help="Gate: smallest cosine of a held-out token with the float32 graph's.",
+        ),
     ] = PRECISIONS["int8"].gate.min_cosine,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a quantised flavour of a float32 model directory.

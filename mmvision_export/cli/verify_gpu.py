@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import console, messages
-from mmvision_export.cli.options import ModelOption, Verbose, the_model
+from mmvision_export.cli.options import ModelOption, Quiet, Verbose, the_model
 from mmvision_export.core.errors import OutputError
 from mmvision_export.core.progress import Progress
 
@@ -39,30 +40,35 @@ class _Steps(Progress):
         messages.print(f"note: {message}", markup=False)
 
 
+@examples("mmvision verify-gpu --model engines/MiniMax-M3 --output report")
 def verify_gpu(
     model: ModelOption = None,
-    device: Annotated[int, typer.Option(help="CUDA device.", min=0)] = 0,
+    device: Annotated[int, typer.Option(metavar="N", help="CUDA device.", min=0)] = 0,
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for verify-gpu.json and verify-gpu.md.")
     ] = Path("verify-gpu"),
     budget_minutes: Annotated[
-        float, typer.Option(help="Begin nothing more when its part of this time is over.")
+        float,
+        typer.Option(
+            metavar="MINUTES", help="Begin nothing more when its part of this time is over."
+        ),
     ] = 45,
+    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run on a GPU what has never run on one, and write one JSON and one page to send back.
+    """Check on a GPU everything that has never run on one.
 
-    In order: the attention and rotary kernels by the CUDA driver alone, against float64; an engine
-    for each TensorRT here and each way of attention, with one dynamic profile and with buckets,
-    against ONNX Runtime on the CPU; captures of every bucket; leaks; latency, clocks and power;
-    arrays on the device; what must be refused. What fails is a finding, and the next part goes on.
-    Ctrl-C keeps what was found so far.
+    The command writes one JSON and one page to send back. In order, it checks the attention and
+    rotary kernels by the CUDA driver alone, against float64; an engine for each TensorRT here and
+    each way of attention, with one dynamic profile and with buckets, against ONNX Runtime on the CPU;
+    captures of every bucket; leaks; latency, clocks and power; arrays on the device; what must be
+    refused. A failure is a finding, and the next part goes on. Ctrl-C keeps the findings so far.
 
     Without a GPU the kernels run against a stand-in for the driver, which checks launches and
-    computes nothing; the rest is not run. Every line says so.
+    computes nothing. The other parts do not run then. Every line says so.
 
-    For a machine that has NumPy alone: python -m mmvision_export.verify_gpu pack --output DIR,
-    carry, python3 DIR.
+    For a machine with NumPy alone: run python -m mmvision_export.verify_gpu pack --output DIR here,
+    copy DIR there, and run python3 DIR.
     """
     from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.verify_gpu.budget import Budget

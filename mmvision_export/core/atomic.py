@@ -26,7 +26,14 @@ try:
 except ImportError:  # Windows, where nothing is swept
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["locked_folder", "new_directory", "new_files", "refuse_existing", "sweep"]
+__all__ = [
+    "locked_folder",
+    "new_directory",
+    "new_files",
+    "refuse_existing",
+    "refuse_unwritable",
+    "sweep",
+]
 
 _PREFIX = ".new."
 # A temporary directory is made first and locked then: until it is this old, only a process that is
@@ -56,7 +63,7 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
     Raises:
         OutputError: `path` exists and may not be replaced, or it cannot be written.
     """
-    if path.is_symlink():
+    if path.is_symlink() or path.name in ("", ".."):
         path = path.resolve()
     _recover(path)
     refuse_existing(path, marker=marker, force=force)
@@ -81,7 +88,7 @@ def new_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[P
 
 
 @contextlib.contextmanager
-def new_files(folder: Path, *, name: str) -> Iterator[Path]:
+def new_files(folder: Path, *, name: str, last: str | None = None) -> Iterator[Path]:
     """A temporary directory whose files move into `folder` when the block ends well.
 
     They replace their namesakes.
@@ -89,6 +96,9 @@ def new_files(folder: Path, *, name: str) -> Iterator[Path]:
     Args:
         folder: Where the files go. Missing folders are made.
         name: What is being written, for an error's message.
+        last: The file that vouches for the others, such as a record. Its old namesake goes first and
+            the new one comes last. A process that is killed between two moves then leaves files that
+            nothing vouches for, and never an old record beside new files.
 
     Raises:
         OutputError: The files cannot be written.
@@ -97,13 +107,23 @@ def new_files(folder: Path, *, name: str) -> Iterator[Path]:
         yield temporary
         _flush(temporary)
         # The largest first: a weight file before the graph that points into it.
-        for file in sorted(temporary.iterdir(), key=lambda f: -f.stat().st_size):
+        files = sorted(temporary.iterdir(), key=lambda f: (f.name == last, -f.stat().st_size))
+        if last is not None and any((folder / file.name).exists() for file in files[:-1]):
+            (folder / last).unlink(missing_ok=True)
+            _flush_entry(folder)
+        for file in files:
             file.replace(folder / file.name)
         _flush_entry(folder)
 
 
 def refuse_existing(path: Path, *, marker: str, force: bool) -> None:
     """Raise `OutputError` if `path` exists and `new_directory` would not replace it."""
+    if path.exists() and path.resolve() == Path.cwd():
+        # Another directory takes its place, and whoever works in the old one is nowhere.
+        raise OutputError(
+            f"{path} is the folder that this command runs in",
+            hint="name a folder to be made in it, as --output model",
+        )
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if not force:
@@ -117,6 +137,27 @@ def refuse_existing(path: Path, *, marker: str, force: bool) -> None:
             f"{path} has no {marker}: --force replaces model directories only",
             hint="choose another --output",
         )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Refuse, before the work, a folder in which nothing could be written after it.
+
+    Args:
+        folder: It may be missing: then it would be made in the nearest of its parents that is there.
+
+    Raises:
+        OutputError: Says why.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        Path(
+            tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}.", suffix=".partial", dir=there)
+        ).rmdir()
+    except OSError as error:
+        raise OutputError(
+            f"{there}: cannot be written to: {error.strerror}",
+            hint="copy it, or choose a folder, where you may write",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -150,6 +191,9 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+        if temporary is not None and temporary.exists():
+            # Where no handle was left, the lock's is free now.
+            shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
             # Empty only if the block failed.
             with contextlib.suppress(OSError):

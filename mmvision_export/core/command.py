@@ -9,13 +9,15 @@ import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 from mmvision_export.core.errors import message_and_hint, print_error
 from mmvision_export.core.progress import Progress
 
-__all__ = ["INTERRUPTED", "ProgressLine", "exit_code_of", "print_failure"]
+__all__ = ["INTERRUPTED", "ProgressLine", "elapsed_line", "exit_code_of", "print_failure"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it: 128 and SIGINT's number."""
@@ -49,6 +51,7 @@ def exit_code_of(
         What `work` or `on_error` gave; 130 if it was interrupted by Ctrl-C and 143 by SIGTERM,
         whatever they gave; 141 if whoever read standard output is gone.
     """
+    _open_closed_streams()
     received: list[int] = []
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -74,6 +77,18 @@ def exit_code_of(
         print_error("interrupted; what was not finished is not kept")
         return 128 + received[0] if received else INTERRUPTED
     return code
+
+
+def _open_closed_streams() -> None:
+    """Give standard streams that are closed (`>&-`) to the null device.
+
+    Otherwise the next file that is opened takes their number, and what a library prints goes into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
 
 
 @contextlib.contextmanager
@@ -115,3 +130,30 @@ class ProgressLine(Progress):
             file=sys.stderr,
             flush=True,
         )
+
+
+@contextlib.contextmanager
+def elapsed_line(description: str, *, quiet: bool = False) -> Iterator[None]:
+    """Count the seconds on standard error while the block does one thing that tells nothing.
+
+    On a terminal from the second second on, in one line that is wiped at the end; elsewhere nothing.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+
+    def count() -> None:
+        start = time.monotonic()
+        while not done.wait(1.0):
+            seconds = time.monotonic() - start
+            print(f"\r{description} ... {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)

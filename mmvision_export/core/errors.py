@@ -7,6 +7,7 @@ The command line turns any `MmvisionError` into one `error:` line and, where the
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ __all__ = [
     "Reason",
     "message_and_hint",
     "print_error",
+    "printable",
 ]
 
 
@@ -144,8 +146,22 @@ def message_and_hint(error: Exception) -> tuple[str, str | None]:
     )
 
 
+def printable(text: str) -> str:
+    """A text with each control character written out, but for line ends and tabs.
+
+    Names of files and strings of a manifest come from anybody. A terminal obeys some of their
+    characters, and a stream refuses bytes of a name that are no UTF-8.
+    """
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")
+        else ascii(character)[1:-1]
+        for character in text
+    )
+
+
 def print_error(message: str, hint: str | None = None) -> None:
     """One `error:` line and, where there is a next step, one `hint:` line, on standard error."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"hint: {printable(hint)}", file=sys.stderr)

@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.core.errors import InputError, ManifestError
+from mmvision_export.core.regular_file import opened_regular_file
 
 __all__ = [
     "FileRecord",
     "array_from_file",
     "file_record",
+    "json_from_file",
     "read_json",
     "sha256_of",
 ]
@@ -102,6 +104,21 @@ class FileRecord:
         return cls(hashlib.sha256(content).hexdigest(), len(content))
 
 
+def json_from_file(path: Path) -> Any:
+    """The JSON value of a regular file.
+
+    Raises:
+        InputError: The file is missing, cannot be opened, is a folder, FIFO or device, or is no JSON.
+    """
+    with opened_regular_file(path) as file:
+        try:
+            return json.loads(file.read().decode("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}: not readable as JSON: {error}", reason="unreadable"
+            ) from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
@@ -109,15 +126,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ManifestError: The file is missing, or not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ManifestError(
-            f"{path} is missing", hint="is this a model directory?", reason="missing"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ManifestError(
-            f"{path}: not readable as JSON: {error}", reason="unreadable"
-        ) from error
+        content = json_from_file(path)
+    except InputError as error:
+        if error.reason == "missing":
+            raise ManifestError(
+                f"{path} is missing", hint="is this a model directory?", reason="missing"
+            ) from None
+        raise ManifestError(str(error), reason=error.reason) from error
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -143,15 +158,13 @@ def array_from_file(path: Path) -> npt.NDArray[Any]:
     Raises:
         InputError: There is no such file, or it is no .npy file.
     """
-    try:
-        with path.open("rb") as file:
+    with opened_regular_file(path) as file:
+        try:
             array = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file", reason="missing") from None
-    except (
-        Exception
-    ) as error:  # NumPy's header parser raises whatever Python's tokenizer and zipfile do
-        raise InputError(f"{path}: not a readable .npy file: {error}") from error
+        except (
+            Exception
+        ) as error:  # NumPy's header parser raises whatever Python's tokenizer and zipfile do
+            raise InputError(f"{path}: not a readable .npy file: {error}") from error
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path}: expected one array in a .npy file, got an archive")
     return array

@@ -9,6 +9,7 @@ what is no field is refused.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import types
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from mmvision_export.core.files import read_json
 __all__ = ["json_from_record", "json_text", "read_record", "record_from_json"]
 
 _Record = TypeVar("_Record")
+
+_CHECKSUM = "content_sha256"
 
 
 def read_record(
@@ -46,6 +49,7 @@ def read_record(
         ManifestError: The file is missing, no JSON, of another format, or a field is wrong.
     """
     content = read_json(path)
+    _refuse_damage(path, content.pop(_CHECKSUM, None), content, hint)
     form = content.pop("format", None)
     # True is 1 to Python.
     if isinstance(form, bool) or form not in formats:
@@ -102,9 +106,29 @@ def json_from_record(value: Any) -> Any:
 
 
 def json_text(record: Any, *, form: int) -> str:
-    """A record's file."""
+    """A record's file, with a checksum of its content, which `read_record` compares.
+
+    The checksum finds damage. It proves nothing about the maker of the file.
+    """
     content = {"format": form, **json_from_record(record)}
+    content[_CHECKSUM] = _checksum(content)
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    # Not of the text: whoever formats the file anew changes nothing.
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _refuse_damage(path: Path, checksum: Any, content: dict[str, Any], hint: str) -> None:
+    """Records of earlier versions have no checksum."""
+    if checksum is not None and checksum != _checksum(content):
+        raise ManifestError(
+            f"{path} was changed or damaged: its content has another sha256 than it says",
+            hint=f"copy it again, or {hint}",
+            reason="malformed",
+        )
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -26,6 +27,7 @@ __all__ = ["UntrustedError", "is_built_here", "record_built", "refuse_untrusted"
 
 _ROOT = 0
 _RECORDS = "built"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class UntrustedError(ManifestError):
@@ -57,7 +59,8 @@ def record_built(sha256: str, path: Path) -> str | None:
 def is_built_here(sha256: str) -> bool:
     """Whether this user's settings have a record of a file with this hash."""
     folder = config_folder()
-    if folder is None:
+    # The hash is from a file that anybody may have written: a path in its place would find a file.
+    if folder is None or not _SHA256.fullmatch(sha256):
         return False
     record = folder / _RECORDS / sha256
     try:

@@ -28,6 +28,7 @@ from mmvision_export.engine.choices import ATTENTION_WAYS, SLOT_WAYS, AttentionW
 from mmvision_export.engine.layer_norm import LayerNormForm
 from mmvision_export.engine.parser_lowering import write_for_parser
 from mmvision_export.engine.parser_support import ParserVersion
+from mmvision_export.graph.load import load_graph
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.ops.domain import DOMAIN
 from mmvision_export.ops.registry import attach_functions
@@ -56,6 +57,7 @@ _ATTENTION_OF: Mapping[AttentionBody, EngineAttention] = {
 
 # 11.0 documents the lengths at other inputs than its own source reads: see `parser_support`.
 _FIRST_PACKED = (11, 1)
+_LAST_RTX_WITHOUT = (1, 7)  # the last one that was tried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Lowering:
     body: AttentionBody | None
     library: tuple[Path, PluginLibraryRecord] | None = None
     fallback: Lowering | None = None
+
+    @property
+    def in_slots(self) -> bool:
+        """Whether launches are images in slots."""
+        return self.body is not None and _ATTENTION_OF[self.body].way in SLOT_WAYS
 
     def attention(self, *, fused: bool) -> EngineAttention:
         """For the sidecar."""
@@ -151,6 +158,8 @@ def choose_lowering(
             raise
         if without_plugins is native:
             progress.note(f"attention costs the square of the whole batch without plugins: {error}")
+        elif without_plugins.in_slots:
+            progress.note(f"images take slots of equal length without plugins: {error}")
         return without_plugins
 
 
@@ -167,10 +176,13 @@ def _slot_body(way: AttentionWay, form: NativeBody) -> AttentionBody:
 def _refuse_packed(target: BuildTarget) -> None:
     obstacle = _obstacle_to_packed(target)
     if obstacle is not None:
-        raise EngineError(f"no packed attention: {obstacle}", hint="--attention native, or auto")
+        raise EngineError(f"no packed attention: {obstacle}", hint="--attention uniform, or auto")
 
 
 def _obstacle_to_packed(target: BuildTarget) -> str | None:
+    if target.backend == "tensorrt-rtx" and target.tensorrt_version.release <= _LAST_RTX_WITHOUT:
+        # A later one may have a kernel, so its builder is asked.
+        return f"TensorRT-RTX {target.tensorrt_version} parses it and has no kernel for it"
     if target.backend == "tensorrt" and target.tensorrt_version.release < _FIRST_PACKED:
         first = ".".join(map(str, _FIRST_PACKED))
         return f"TensorRT has it from {first} on, this is {target.tensorrt_version}"
@@ -233,7 +245,7 @@ def lowered_model(
     Raises:
         EngineError: The graph holds something that cannot be written for this parser.
     """
-    model = ir.load(graph)
+    model = load_graph(graph)
     if lowering.body is None:
         model.functions.clear()
         model.opset_imports.setdefault(DOMAIN, 1)

@@ -8,6 +8,7 @@ parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import shutil
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from mmvision_export.artifacts.engine_record import (
 from mmvision_export.artifacts.manifest import DATA, GRAPH, PLANS, Manifest, flavour_graph
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import Profile, checked_profile
-from mmvision_export.core.atomic import new_files
+from mmvision_export.core.atomic import new_files, sweep
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, OutputError
 from mmvision_export.core.files import FileRecord
@@ -59,6 +60,7 @@ def build_engine(
     manifest: Manifest,
     *,
     profiles: Sequence[Profile],
+    slots: Sequence[Profile] = (),
     precision: str | None = None,
     backend: TensorRTChoice = "auto",
     compute_capabilities: Sequence[ComputeCapability] = (),
@@ -76,6 +78,8 @@ def build_engine(
         manifest: Its manifest; it then lists a newly derived graph, in memory and on disk.
         profiles: Accepted sizes, one optimization profile for each entry. They must be slots for
             the ways `uniform` and `equal`, may be for `auto`, and not for the others.
+        slots: Sizes of slots, with two rows each, to take instead of `profiles` where `auto` can
+            have neither the plugin nor packed attention.
         precision: Of the engine, the graph's own if None. fp16 from an fp32 graph derives the
             float16-typed graph first; int8 and fp8 come from the graphs that `mmvision quantize`
             makes.
@@ -104,7 +108,6 @@ def build_engine(
     """
     progress = progress or Progress()
     _refuse_other_sizes(attention, profiles)
-    profiles = [checked_profile(profile, manifest.config) for profile in profiles]
     target = resolve_target(
         directory,
         manifest,
@@ -114,22 +117,34 @@ def build_engine(
         device=device,
         progress=progress,
     )
+    sweep(directory)
     engine = directory / PLANS / target.engine_name
     # An engine without a sidecar is what a killed build left, and opens nowhere.
     if engine.exists() and sidecar_path(engine).exists() and not force:
         raise OutputError(f"{engine} already exists", hint="replace it with --force")
     graph = _graph_for(target, directory, manifest, check=check, progress=progress)
     _refuse_failed_parity(graph, directory, manifest, check=check, progress=progress)
-    lowering = choose_lowering(
+    choose = functools.partial(
+        choose_lowering,
         attention,
         target,
         config=manifest.config,
         library=plugin_library or default_library(),
         is_named=plugin_library is not None,
-        in_slots=all(profile.slots is not None for profile in profiles),
         progress=progress,
     )
-    with new_files(engine.parent, name=engine.name) as new, timing_on(target, device):
+    lowering = choose(in_slots=bool(slots) or all(each.slots is not None for each in profiles))
+    if slots and lowering.in_slots:
+        profiles = slots
+    elif slots:
+        # The fallbacks too are of the sizes of images that follow one another.
+        lowering = choose(in_slots=False)
+    profiles = [checked_profile(profile, manifest.config) for profile in profiles]
+    record_name = sidecar_path(engine).name
+    with (
+        new_files(engine.parent, name=engine.name, last=record_name) as new,
+        timing_on(target, device),
+    ):
         built = first_that_builds(
             attempts_from_lowering(
                 lowering, precision=target.precision, parser=parser_version(target)

@@ -13,7 +13,7 @@ AttentionWay = Literal["auto", "plugin", "packed", "uniform", "equal", "native"]
 """How an engine shall do attention.
 
 `auto` is the plugin where it can be, otherwise packed where TensorRT has it, otherwise uniform where the
-sizes are slots, and otherwise native.
+sizes are slots or none were given, and otherwise native.
 """
 
 ATTENTION_WAYS: tuple[AttentionWay, ...] = get_args(AttentionWay)

@@ -18,6 +18,7 @@ from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.files import save_graph
+from mmvision_export.graph.load import load_graph
 from mmvision_export.graph.passes import retype
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.sample_batches import CHECK_GRIDS, sample_batch
@@ -59,7 +60,7 @@ def derive_fp16(
     if check:
         _require_onnxruntime()
     manifest.verify(directory, (GRAPH, DATA))
-    model = ir.load(directory / GRAPH)
+    model = load_graph(directory / GRAPH)
     retype(model, ir.DataType.FLOAT16)
     with new_files(directory, name=FP16_GRAPH) as new:
         save_graph(model, new, FP16_GRAPH, progress)

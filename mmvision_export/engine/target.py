@@ -17,6 +17,7 @@ from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.artifacts.manifest import Manifest, flavour_graph
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError
+from mmvision_export.core.install import install_command
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.choices import TensorRTChoice
@@ -46,7 +47,7 @@ def choose_tensorrt(choice: TensorRTChoice) -> TensorRTName:
         return candidate
     raise BackendError(
         "neither tensorrt nor tensorrt_rtx is installed",
-        hint="pip install '.[rtx]', or [tensorrt] for a data-centre GPU; JetPack brings its own",
+        hint=f"{install_command('rtx')}, or [tensorrt] for a data-centre GPU; JetPack brings its own",
     )
 
 

@@ -29,6 +29,7 @@ from mmvision_export.core.errors import ExportError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
 from mmvision_export.core.verified_files import remember_verified
+from mmvision_export.export.own_weights import optimize_with_own_weights
 from mmvision_export.graph.files import save_cpu_graph, save_graph, save_uniform_graph
 from mmvision_export.graph.passes import name_after_modules, name_dimensions
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
@@ -92,8 +93,10 @@ def onnx_from_encoder(encoder: VisionEncoderModule, *, opset: int = ATTENTION_OP
                 torch.ops.aten.floor_divide.default: _floor_divide,
             },
             verbose=False,
+            optimize=False,
         )
-    assert program is not None  # it is only when writing a file
+        assert program is not None  # it is only when writing a file
+        optimize_with_own_weights(program)
     model = program.model
     name_after_modules(model)
     name_dimensions(model)
@@ -163,8 +166,8 @@ def export_model_directory(
         loaded = source.load(DTYPES[precision], progress)
         statistics = weight_statistics(loaded.encoder)
         config = loaded.encoder.config
-        preprocessor = loaded.family.preprocessor(config, loaded.preprocessor).by(
-            resize, max_long_side=max_long_side
+        preprocessor = loaded.family.preprocessor(
+            config, loaded.preprocessor, resize=resize, max_long_side=max_long_side
         )
         progress.step("tracing the encoder")
         model = onnx_from_encoder(loaded.encoder, opset=opset)

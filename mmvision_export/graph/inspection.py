@@ -12,6 +12,7 @@ from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.files import sha256_of
 from mmvision_export.core.records import json_from_record
 from mmvision_export.core.trust import is_built_here
+from mmvision_export.graph.load import load_graph
 
 __all__ = ["inspect"]
 
@@ -84,10 +85,9 @@ def _engine(path: Path) -> dict[str, Any]:
 
 
 def _graph(path: Path) -> dict[str, Any]:
-    import onnx_ir as ir
 
     try:
-        model = ir.load(path)
+        model = load_graph(path)
     except Exception as error:  # the protobuf parser's exception has no public type
         raise ManifestError(f"{path}: not a readable ONNX file: {error}") from error
     graph = model.graph

@@ -59,7 +59,8 @@ def build_amx_library(
             f"the AMX kernels are for {_MACHINE}, this machine is {platform.machine()}"
         )
     library = (output or default_folder(_MACHINE)) / AMX_LIBRARY
-    if library.exists() and not force:
+    # Without its record, it is what a killed build left.
+    if library.exists() and library_record_path(library).exists() and not force:
         raise OutputError(
             f"{library} already exists", hint="choose another --output, or replace it with --force"
         )
@@ -71,7 +72,7 @@ def build_amx_library(
         versions["onnxruntime header"] = onnxruntime_api_version(headers)
     progress.step("compiling the AMX kernels")
     with (
-        new_files(library.parent, name=AMX_LIBRARY) as new,
+        new_files(library.parent, name=AMX_LIBRARY, last=library_record_path(library).name) as new,
         tempfile.TemporaryDirectory(prefix="mmvision-amx-") as temporary,
     ):
         build = Path(temporary)

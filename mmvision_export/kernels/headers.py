@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from mmvision_export.core.errors import PluginError
+from mmvision_export.core.install import install_command
 
 __all__ = [
     "cuda_headers",
@@ -103,7 +104,7 @@ def cuda_headers() -> Path:
         if (folder / "cuda.h").is_file() and (folder / "cuda_runtime_api.h").is_file():
             return folder
     raise PluginError(
-        f"cuda.h is in none of {', '.join(map(str, places))}", hint="pip install '.[plugins]'"
+        f"cuda.h is in none of {', '.join(map(str, places))}", hint=install_command("plugins")
     )
 
 

@@ -64,7 +64,8 @@ def build_plugins(
     if machine not in MACHINES:
         raise PluginError(f"plugins can be built for {' and '.join(MACHINES)}, not for {machine}")
     library = default_library(machine) if output is None else output / LIBRARY
-    if library.exists() and not force:
+    # Without its record, it is what a killed build left.
+    if library.exists() and library_record_path(library).exists() and not force:
         raise OutputError(
             f"{library} already exists", hint="choose another --output, or replace it with --force"
         )
@@ -84,7 +85,7 @@ def build_plugins(
         kernels.append(kernel)
         progress.advance()
     with (
-        new_files(library.parent, name=LIBRARY) as new,
+        new_files(library.parent, name=LIBRARY, last=library_record_path(library).name) as new,
         tempfile.TemporaryDirectory(prefix="mmvision-plugins-") as temporary,
     ):
         sources, build = Path(temporary) / "kernels", Path(temporary) / "build"

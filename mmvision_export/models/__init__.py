@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
     from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
     from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
+    from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
     from mmvision_export.models.sample_batches import Grid
 
 __all__ = ["FAMILIES", "Family", "family", "family_from_file"]
@@ -56,7 +57,14 @@ class Family(Protocol):
     def vision_shards(self, names_by_tensor: Mapping[str, str]) -> list[str]:
         """Which of an index's files hold them."""
 
-    def preprocessor(self, config: EncoderConfig, path: Path | None) -> PreprocessorConfig:
+    def preprocessor(
+        self,
+        config: EncoderConfig,
+        path: Path | None,
+        *,
+        resize: ResizeRule | None = None,
+        max_long_side: int | None = None,
+    ) -> PreprocessorConfig:
         """How images become patches: as a checkpoint's file says, or as released without one."""
 
     def sample_grids(self) -> Mapping[str, Grid]:
@@ -89,11 +97,15 @@ def family_from_file(path: Path) -> Family:
     Raises:
         ConfigError: The file cannot be read or parsed, or is of no supported family.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file", hint="a checkpoint folder holds config.json")
     try:
         return family(read_json(path))
     except ManifestError as error:
-        raise ConfigError(str(error)) from error
+        if error.reason == "missing":
+            raise ConfigError(
+                f"{path}: no such file",
+                hint="a checkpoint folder holds config.json",
+                reason="missing",
+            ) from None
+        raise ConfigError(str(error), reason=error.reason) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}", hint=error.hint) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ class WeightSource:
         return LoadedEncoder(
             family.encoder_from_state_dict(checkpoint.config, checkpoint.state_dict),
             source,
-            preprocessor if preprocessor.is_file() else None,
+            # What is there and no regular file is refused where it is read, not passed over.
+            preprocessor if os.path.lexists(preprocessor) else None,
             family,
         )

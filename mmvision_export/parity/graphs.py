@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.graph.load import load_graph
 from mmvision_export.parity.rounded import rounded_model
 from mmvision_export.parity.stages import GraphFacts, facts_of_graph
 
@@ -39,7 +40,7 @@ def graph_from_file(path: Path) -> LoadedGraph:
     Raises:
         ParityError: See `rounded_model`.
     """
-    model = ir.load(path)
+    model = load_graph(path)
     facts = facts_of_graph(model)
     return LoadedGraph(path, facts, rounded_model(model, facts.float_type))
 

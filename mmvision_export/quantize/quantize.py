@@ -23,12 +23,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
-from mmvision_export.core.atomic import new_files, sweep
+from mmvision_export.core.atomic import new_files, refuse_unwritable, sweep
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
+from mmvision_export.graph.load import load_graph
 from mmvision_export.quantize.balancing import divisor_of, static_rounding, token_rounding
 from mmvision_export.quantize.choices import CalibrationMethod, Flavour
 from mmvision_export.quantize.dynamic import quantize_dynamically
@@ -126,6 +127,7 @@ def quantize(
         )
     # A killed run leaves a second name of the weights, and onnx-ir reads no file that has two.
     sweep(directory)
+    refuse_unwritable(directory)
     progress.step("verifying the graph's files")
     manifest.verify(directory, (GRAPH, DATA))
     source = directory / GRAPH
@@ -135,7 +137,7 @@ def quantize(
         basis = directory / CPU_GRAPH
     calibration = grouped(calibration, manifest.config)
     held_out = grouped(held_out, manifest.config)
-    units = units_of(ir.load(source))
+    units = units_of(load_graph(source))
     plan = _plan(source, basis, units, flavour, calibration, method, progress)
     reference = np.concatenate(run(source, held_out, weights_in=directory, dtype=np.float32))
     order = sorted(units, key=lambda unit: plan.cosines[unit.name])
@@ -254,7 +256,7 @@ def _plan(
     is_dynamic = flavour == "cpu-int8"
     rounding_for = token_rounding if is_dynamic else static_rounding
     found = samples(source, [unit.input for unit in units], batches, progress)
-    initializers = ir.load(source).graph.initializers
+    initializers = load_graph(source).graph.initializers
 
     def weights(unit: Unit) -> dict[str, Array]:
         tensors = {
@@ -309,7 +311,7 @@ def _quantized(
     keep: set[str],
     dtype: ir.DataType,
 ) -> ir.Model:
-    model = ir.load(basis)
+    model = load_graph(basis)
     # A CPU flavour's operators are products by other names, but for the one that is a product and
     # an activation.
     InlinePass(lambda function: function.name == "LinearGelu")(model)

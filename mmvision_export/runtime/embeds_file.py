@@ -4,8 +4,8 @@
 
 | file | holds |
 | --- | --- |
-| `.npy` | `[tokens, text_hidden_size]`, all images in order |
-| `.safetensors` | the same as `image_embeds`, `grid_thw` `[num_images, 3]`, and the inputs' names as metadata |
+| `.npy` | `[tokens, text_hidden_size]`, all images in order; of a video with `NAME.npy.json` beside it |
+| `.safetensors` | `image_embeds` as in `.npy`, `grid_thw` `[num_images, 3]`; metadata: inputs, a video's timestamps |
 | `.jsonl` | one line for each image or segment: its input, grid row, timestamps and embeddings |
 """
 
@@ -23,11 +23,20 @@ import numpy as np
 import numpy.typing as npt
 
 from mmvision_export.core.atomic import new_files
-from mmvision_export.core.errors import OutputError
+from mmvision_export.core.errors import InputError, OutputError
+from mmvision_export.core.files import json_from_file
 
-__all__ = ["FORMATS", "EmbedsFile", "embeds_file", "refuse_unknown_format"]
+__all__ = [
+    "FORMATS",
+    "EmbedsFile",
+    "companion_of",
+    "embeds_file",
+    "refuse_existing_file",
+    "refuse_unknown_format",
+]
 
 FORMATS = ("npy", "safetensors", "jsonl")
+_COMPANION = {"inputs", "grid_thw", "timestamps"}
 _SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 
 
@@ -38,11 +47,12 @@ class EmbedsFile:
         self._target = folder / name
         self._rows: list[tuple[int, int, int]] = []
         self._inputs: list[str] = []
+        self._timestamps: list[list[float]] = []
         self._dtype = np.dtype(np.float32)
         self._width = 0
         # What a header says is known only at the end: the values are collected in a file of their
-        # own until then.
-        self._data = (folder / f".{name}.data").open("w+b")
+        # own until then. Its name is short: theirs may be as long as names can be.
+        self._data = (folder / ".data").open("w+b")
 
     def add(
         self,
@@ -61,6 +71,8 @@ class EmbedsFile:
         """
         self._rows.append(grid_thw)
         self._inputs.append(source)
+        if timestamps is not None:
+            self._timestamps.append(list(timestamps))
         self._dtype, self._width = image_embeds.dtype, image_embeds.shape[1]
         if self._target.suffix != ".jsonl":
             image_embeds.tofile(self._data)
@@ -90,13 +102,24 @@ class EmbedsFile:
             shutil.copyfileobj(self._data, file)
             if self._target.suffix == ".safetensors":
                 file.write(grid.tobytes())
+        if self._timestamps and self._target.suffix == ".npy":
+            companion = {
+                "inputs": self._inputs,
+                "grid_thw": [list(row) for row in self._rows],
+                "timestamps": self._timestamps,
+            }
+            text = json.dumps(companion) + "\n"
+            companion_of(self._target).write_text(text, encoding="utf-8")
 
     def _safetensors_header(
         self, shape: tuple[int, int], size: int, grid: npt.NDArray[np.int64]
     ) -> bytes:
         """See https://huggingface.co/docs/safetensors/index#format."""
         header = {
-            "__metadata__": {"inputs": json.dumps(self._inputs)},
+            "__metadata__": {
+                "inputs": json.dumps(self._inputs),
+                **({"timestamps": json.dumps(self._timestamps)} if self._timestamps else {}),
+            },
             "image_embeds": {
                 "dtype": _SAFETENSORS_TYPES[self._dtype.name],
                 "shape": list(shape),
@@ -119,6 +142,38 @@ class EmbedsFile:
             Path(self._data.name).unlink()
 
 
+def companion_of(path: Path) -> Path:
+    """The file beside a video's `.npy` that has its segments' grid rows and timestamps, as JSON."""
+    return path.with_name(f"{path.name}.json")
+
+
+def refuse_existing_file(path: Path, *, of_a_video: bool) -> None:
+    """Refuse to replace embeddings, or a file of another kind that lies where the companion goes.
+
+    A companion without embeddings is what a killed run left: the embeddings move into place last.
+
+    Raises:
+        OutputError: Names the file that is there.
+    """
+    found = path if path.exists() else None
+    if found is None and of_a_video and path.suffix == ".npy":
+        companion = companion_of(path)
+        if companion.exists() and not _is_companion(companion):
+            found = companion
+    if found is not None:
+        raise OutputError(
+            f"{found} already exists", hint="choose another --output, or replace it with --force"
+        )
+
+
+def _is_companion(path: Path) -> bool:
+    try:
+        content = json_from_file(path)
+    except InputError:
+        return False
+    return isinstance(content, dict) and set(content) == _COMPANION
+
+
 def refuse_unknown_format(path: Path) -> None:
     """Refuse a file whose suffix is none of `FORMATS`.
 
@@ -137,7 +192,7 @@ def embeds_file(path: Path) -> Iterator[EmbedsFile]:
         OutputError: The suffix is unknown, or the file cannot be written.
     """
     refuse_unknown_format(path)
-    with new_files(path.parent, name=path.name) as new:
+    with new_files(path.parent, name=path.name, last=path.name) as new:
         file = EmbedsFile(new, path.name)
         try:
             yield file

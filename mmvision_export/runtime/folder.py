@@ -23,8 +23,8 @@ from mmvision_export.runtime.vision_encoder import VisionEncoder
 
 __all__ = ["STATUSES", "encode_folder", "run_identity"]
 
-STATUSES = ("encoded", "already there", "failed", "passed over")
-"""What becomes of a file; only a link to a folder is passed over."""
+STATUSES = ("encoded", "already_there", "failed", "passed_over")
+"""What becomes of a file; only a link to a folder is `passed_over`."""
 
 
 def run_identity(encoder: VisionEncoder, *, resize_to_fit: bool, draft: bool) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def encode_folder(
         yield {"input": str(folder), "status": "failed", "error": error}
     for link in listed.linked:
         error = f"{link}: a link to a folder is not followed"
-        yield {"input": str(link), "status": "passed over", "error": error}
+        yield {"input": str(link), "status": "passed_over", "error": error}
     with FolderRecords(output) as records:
 
         def prepare(file: FolderFile) -> _Prepared | None:
@@ -105,7 +105,7 @@ def encode_folder(
                 try:
                     prepared = future.result()
                     if prepared is None:
-                        yield {**report, "status": "already there"}
+                        yield {**report, "status": "already_there"}
                         continue
                     grid = prepared.batch.grid
                     image_embeds = encoder.encode(prepared.batch)

@@ -41,6 +41,7 @@ from mmvision_export.runtime.backends.device_array import device_array, device_o
 from mmvision_export.runtime.callers_arrays import as_given, handle_of, host_array
 from mmvision_export.runtime.finite_embeds import refuse_not_finite
 from mmvision_export.runtime.launch_planner import ANY_SIZE
+from mmvision_export.runtime.own_process import OwnProcess
 
 if TYPE_CHECKING:
     from mmvision_export.models.minimax_m3_vl.memory import LaunchBytes
@@ -66,6 +67,7 @@ class VisionEncoder:
         self, backend: Backend, preprocessor: PreprocessorConfig, *, refuse_non_finite: bool = True
     ) -> None:
         self._backend = backend
+        self._process = OwnProcess(backend)
         self._preprocessor = preprocessor
         self._refuse_non_finite = refuse_non_finite
 
@@ -208,6 +210,7 @@ class VisionEncoder:
             BackendError: The runtime failed.
         """
         batch = batch.of_type(self.dtype)
+        self._process.refuse_fork()
         image_embeds = self._backend.run(batch)
         self._checked(image_embeds, batch)
         return image_embeds
@@ -251,6 +254,7 @@ class VisionEncoder:
                 f"{self._backend.name} does not take {what}",
                 hint="give arrays in host memory, or open an engine",
             )
+        self._process.refuse_fork()
         return self._backend
 
     @overload
@@ -370,8 +374,9 @@ class VisionEncoder:
         yield from encoded_segments(self, Path(path), config, progress or Progress())
 
     def close(self) -> None:
-        """Free the runtime's memory. The encoder cannot be used afterwards."""
-        self._backend.close()
+        """Free the runtime's memory. The encoder cannot be used afterwards. In a fork, nothing."""
+        if self._process.is_this:
+            self._backend.close()
 
     def __enter__(self) -> VisionEncoder:
         return self

@@ -39,6 +39,7 @@ from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from tests.support.configs import copy_of
 from tests.support.engines import ENGINE, write_engine
 from tests.support.errors import refused
+from tests.support.records import content_of
 
 HERE = Installation(
     backend="tensorrt-rtx",
@@ -75,7 +76,7 @@ def test_sidecar_round_trips(tmp_path: Path) -> None:
 def test_sidecars_of_one_profile_are_still_read(tmp_path: Path) -> None:
     """Format 1 had one profile, without a least number of images."""
     engine = write_engine(tmp_path)
-    content = json.loads(sidecar_path(engine).read_text())
+    content = content_of(sidecar_path(engine))
     (profile,) = content.pop("profiles")
     del profile["min_images"]
     sidecar_path(engine).write_text(json.dumps({**content, "format": 1, "profile": profile}))
@@ -107,7 +108,7 @@ def test_attention_of_sidecars_that_only_describe_it(
 ) -> None:
     profiles = SLOTS[attention.way] if attention.rows_per_slot else (PROFILE,)
     engine = write_engine(tmp_path, attention=attention, profiles=profiles)
-    content = json.loads(sidecar_path(engine).read_text())
+    content = content_of(sidecar_path(engine))
     assert content["attention"] == words
     assert EngineRecord.read(engine).attention == attention
     # What is read is the fields, where there are any; of an early sidecar, the words.
@@ -215,7 +216,7 @@ def test_engine_of_other_weights(exported: Path, tmp_path: Path) -> None:
 )
 def test_sidecars_with_wrong_types(field: str, value: Any, tmp_path: Path) -> None:
     engine = write_engine(tmp_path)
-    content = json.loads(sidecar_path(engine).read_text())
+    content = content_of(sidecar_path(engine))
     sidecar_path(engine).write_text(json.dumps({**content, field: value}))
     with pytest.raises(ManifestError) as caught:
         EngineRecord.read(engine)
@@ -238,7 +239,7 @@ def test_sidecars_with_wrong_types(field: str, value: Any, tmp_path: Path) -> No
 )
 def test_manifests_with_wrong_types(field: str, value: Any, exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
-    content = json.loads((directory / "manifest.json").read_text())
+    content = content_of(directory / "manifest.json")
     (directory / "manifest.json").write_text(json.dumps({**content, field: value}))
     with pytest.raises(ManifestError) as caught:
         Manifest.read(directory)
@@ -250,7 +251,7 @@ def test_manifests_that_name_the_attention_ops_are_still_read(
     exported: Path, tmp_path: Path
 ) -> None:
     directory = copy_of(exported, tmp_path / "m")
-    content = json.loads((directory / "manifest.json").read_text())
+    content = content_of(directory / "manifest.json")
     assert "attention_body" not in content
     (directory / "manifest.json").write_text(json.dumps({**content, "attention_body": "matmul"}))
     assert Manifest.read(directory) == Manifest.read(exported)
@@ -387,7 +388,7 @@ def test_the_only_model_directory_is_found(tmp_path: Path) -> None:
 
 
 def test_manifest_file_is_plain_json(exported: Path) -> None:
-    content = json.loads((exported / "manifest.json").read_text())
+    content = content_of(exported / "manifest.json")
     assert content["format"] == 1
     assert content["files"]["model.onnx"] == dataclasses.asdict(
         file_record(exported / "model.onnx")
@@ -398,7 +399,7 @@ def test_manifest_file_is_plain_json(exported: Path) -> None:
 def test_sidecars_from_before_a_field_was_kept(tmp_path: Path) -> None:
     """They open, and do not know it."""
     engine = write_engine(tmp_path)
-    content = json.loads(sidecar_path(engine).read_text())
+    content = content_of(sidecar_path(engine))
     del content["passed_over"], content["gpu"]
     del content["graph"]["data_bytes"]
     sidecar_path(engine).write_text(json.dumps(content))
@@ -446,7 +447,7 @@ def test_a_result_for_files_that_were_replaced_is_refused(
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "plans/x", "..", "", "a\\b", "a\0b"])
 def test_files_outside_the_directory_are_refused(name: str, exported: Path, tmp_path: Path) -> None:
     directory = copy_of(exported, tmp_path / "m")
-    content = json.loads((directory / MANIFEST).read_text())
+    content = content_of(directory / MANIFEST)
     content["files"][name] = content["files"][GRAPH]
     (directory / MANIFEST).write_text(json.dumps(content))
     with refused(ManifestError, repr(name), reason="malformed"):

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mmvision_export.benchmark.measure import measure
 from mmvision_export.benchmark.peers import peer_from_encoder
 from mmvision_export.benchmark.report import PLOTS, page_from_result, write_plots
 from mmvision_export.benchmark.result import Measurement, Result
-from mmvision_export.benchmark.run import sides_from
+from mmvision_export.benchmark.run import run_benchmark, sides_from
 from mmvision_export.benchmark.sides import BF16, PEERS, cpu_has_bf16, label_of, without_precision
 from mmvision_export.benchmark.workloads import (
     QUICK,
@@ -32,11 +33,12 @@ from mmvision_export.benchmark.workloads import (
     work_of,
     workloads_for,
 )
-from mmvision_export.core.errors import BenchmarkError, InputError
+from mmvision_export.core.errors import BenchmarkError, InputError, OutputError
 from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
 from mmvision_export.runtime.backends import BACKENDS
 from tests.support.configs import GRIDS, HEAD_DIM_80, batch, relative_l2
 from tests.support.errors import refused
+from tests.support.notes import Notes
 
 TINY = Workload("two", ("patches", "images"), ((1, 4, 4), (1, 2, 6)))
 
@@ -315,3 +317,50 @@ def test_the_command_refuses_and_leaves_nothing(exported: Path, tmp_path: Path) 
     assert "error: no such peer: vllm" in done.stderr
     assert "hint: choose from: transformers-eager" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def benchmark(directory: Path, output: Path, **options: Any) -> tuple[Result, Path]:
+    return run_benchmark(
+        directory,
+        backends=["onnxruntime-cpu"],
+        precisions=["fp32"],
+        peers=[],
+        workloads="quick",
+        threads=1,
+        repeats=1,
+        seconds_per_workload=0.0,
+        output=output,
+        **{"page": None, **options},
+    )
+
+
+def test_nothing_is_replaced_unasked(exported: Path, tmp_path: Path) -> None:
+    """Before anything is measured."""
+    (tmp_path / "results.json").write_text("mine")
+    with refused(OutputError, tmp_path / "results.json", "already exists"):
+        benchmark(exported, tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("mine")
+    with refused(OutputError, page, "already exists"):
+        benchmark(exported, tmp_path / "new", page=page)
+    with refused(OutputError, ".md", "bench.txt"):
+        benchmark(exported, tmp_path / "new", page=Path("bench.txt"), force=True)
+    assert (tmp_path / "results.json").read_text() == page.read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupt_says_what_is_kept(
+    exported: Path, tmp_path: Path, result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, keep: Callable[[Result], None], **__: object) -> Result:
+        keep(result)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmvision_export.benchmark.run.measure", interrupted)
+    notes = Notes()
+    with pytest.raises(KeyboardInterrupt):
+        benchmark(exported, tmp_path, progress=notes)
+    (note,) = notes.notes
+    assert "1 workload" in note
+    assert str(tmp_path / "results.json") in note
+    assert (tmp_path / "results.json").exists()

@@ -300,7 +300,7 @@ def test_a_folder_streams_reports_failures_and_resumes(
         ("encoded", "chelsea.png"),
     ]
     assert "notes.txt: not an image" in errors
-    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 1, "passed over": 0}
+    assert lines[-1]["files"] == {"encoded": 2, "already_there": 0, "failed": 1, "passed_over": 0}
     with VisionEncoder.open("engines/small", backend="onnxruntime-cpu") as encoder:
         (alone,) = encoder.encode_images([Image.open(folder / "more" / "chelsea.png")])
     np.testing.assert_array_equal(np.load("embeds/more/chelsea.png.npy"), alone)
@@ -309,15 +309,15 @@ def test_a_folder_streams_reports_failures_and_resumes(
     first = Path("embeds/coffee.jpg.npy").stat()
     code, lines, _ = run_folder(capsys, *arguments)
     assert code == 0
-    assert lines[-1]["files"] == {"encoded": 0, "already there": 2, "failed": 0, "passed over": 0}
+    assert lines[-1]["files"] == {"encoded": 0, "already_there": 2, "failed": 0, "passed_over": 0}
     again = Path("embeds/coffee.jpg.npy").stat()
     assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
     # An image that is not what it was is encoded again, an older one too.
     os.utime(folder / "coffee.jpg", (first.st_mtime - 1000, first.st_mtime - 1000))
     _, lines, _ = run_folder(capsys, *arguments)
-    assert lines[-1]["files"] == {"encoded": 1, "already there": 1, "failed": 0, "passed over": 0}
+    assert lines[-1]["files"] == {"encoded": 1, "already_there": 1, "failed": 0, "passed_over": 0}
     _, lines, _ = run_folder(capsys, *arguments, "--force")
-    assert lines[-1]["files"] == {"encoded": 2, "already there": 0, "failed": 0, "passed over": 0}
+    assert lines[-1]["files"] == {"encoded": 2, "already_there": 0, "failed": 0, "passed_over": 0}
 
 
 def test_embeddings_of_two_models_are_not_mixed(
@@ -440,8 +440,8 @@ def test_a_killed_folder_run_is_resumed(files: Path, capsys: pytest.CaptureFixtu
     code, lines, errors = run_folder(capsys, "--image", "photos", "--output", "e")
     assert code == 0, errors
     counts = lines[-1]["files"]
-    assert counts["already there"] >= 1
-    assert counts["already there"] + counts["encoded"] == 2
+    assert counts["already_there"] >= 1
+    assert counts["already_there"] + counts["encoded"] == 2
 
 
 @pytest.mark.slow
@@ -541,6 +541,6 @@ def test_two_processes_share_a_model_directory(files: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0]
     for output in outputs:
         counts = json.loads(output.splitlines()[-1])["files"]
-        assert counts["encoded"] + counts["already there"] == 2
+        assert counts["encoded"] + counts["already_there"] == 2
     assert len(list(Path("embeds").rglob("*.npy"))) == 2
     assert not list(Path("embeds").rglob("*.partial"))

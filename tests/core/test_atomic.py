@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mmvision_export.core import atomic
-from mmvision_export.core.atomic import new_directory, new_files, sweep
+from mmvision_export.core.atomic import new_directory, new_files, refuse_unwritable, sweep
 from mmvision_export.core.errors import OutputError, Reason
 from tests.support.errors import refused
 
@@ -74,6 +74,36 @@ def test_files_replace_their_namesakes(tmp_path: Path) -> None:
         (new / "a").write_text("new")
         (new / "b").write_text("longer")
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a": "new", "b": "longer"}
+
+
+def test_what_vouches_for_the_others_is_never_old_beside_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(content: str, last: str | None) -> None:
+        with new_files(tmp_path, name="it", last=last) as new:
+            (new / "record").write_text(f"{content} record, longer than the file")
+            (new / "file").write_text(content)
+
+    write("old", "record")
+    moves: list[str] = []
+
+    def fail_at_the_second(self: Path, target: Path) -> Path:
+        moves.append(self.name)
+        if len(moves) == 2:
+            raise OSError(errno.EIO, "as a disk that went away would")
+        self.rename(target)
+        return target
+
+    monkeypatch.setattr(Path, "replace", fail_at_the_second)
+    with pytest.raises(OutputError):
+        write("new", "record")
+    assert moves == ["file", "record"]
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"file": "new"}
+    # The control: without it, the larger file goes first, whatever it is.
+    moves.clear()
+    with pytest.raises(OutputError):
+        write("newer", None)
+    assert moves == ["record", "file"]
 
 
 def test_folders_made_for_a_failure_are_removed(tmp_path: Path) -> None:
@@ -207,3 +237,20 @@ def test_a_directory_cut_off_between_the_renames_comes_back(tmp_path: Path) -> N
     with pytest.raises(OutputError), new_directory(tmp_path / "model", marker="m"):
         pass
     assert (tmp_path / "model" / "m").read_text() == "old"
+
+
+def test_the_folder_that_a_command_runs_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), tmp_path):
+        with refused(OutputError, "runs in"), new_directory(path, marker="m", force=True):
+            pass
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with refused(OutputError, tmp_path / "file"):
+        refuse_unwritable(tmp_path / "file" / "b")

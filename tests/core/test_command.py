@@ -137,3 +137,24 @@ def test_what_it_prints_has_no_room() -> None:
 def test_the_systems_own_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert exit_code_of(lambda: len((tmp_path / "x").read_bytes()), verbose=False) == 1
     assert capsys.readouterr().err == f"error: {tmp_path / 'x'}: No such file or directory\n"
+
+
+def test_a_file_does_not_take_a_closed_streams_number(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from mmvision_export.core.command import exit_code_of\n"
+        "def work():\n"
+        "    file = open('file', 'wb')\n"
+        "    os.write(1, b'a library prints')\n"
+        "    file.write(b'content')\n"
+        "    return 0\n"
+        "{}"
+    )
+    for call, content in (
+        ("sys.exit(exit_code_of(work, verbose=False))", b"content"),
+        # The control: the file is standard output then.
+        ("work()", b"a library printscontent"),
+    ):
+        command = ["sh", "-c", '"$0" -c "$1" >&-', sys.executable, program.format(call)]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        assert (tmp_path / "file").read_bytes() == content

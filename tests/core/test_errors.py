@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import pytest
 
-from mmvision_export.core.errors import ConfigError, InputError, MmvisionError
+from mmvision_export.core.errors import (
+    ConfigError,
+    InputError,
+    MmvisionError,
+    print_error,
+    printable,
+)
 from tests.support.errors import is_named, refused
 
 
@@ -57,3 +63,21 @@ def test_no_error_is_none() -> None:
 def test_a_fact_stands_by_itself(fact: str, text: str) -> None:
     assert not is_named(fact, text)
     assert is_named(fact, f"{text}, and {fact}.")
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("photo \u00e9\u4e2d\U0001f600.jpg", "photo \u00e9\u4e2d\U0001f600.jpg"),
+        ("two\n\tlines", "two\n\tlines"),
+        ("\x1b[2Jcleared", r"\x1b[2Jcleared"),
+        ("\udcff.jpg", r"\udcff.jpg"),  # a byte that is no UTF-8, as Python names it
+        ("gpj\u202e.exe", r"gpj\u202e.exe"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_written_out(
+    text: str, printed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printable(text) == printed
+    print_error(text, text)
+    assert capsys.readouterr().err == f"error: {printed}\nhint: {printed}\n"

@@ -13,6 +13,7 @@ from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.records import json_text, read_record, record_from_json
 from tests.support.errors import refused
+from tests.support.records import content_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ RECORD = Record(
 
 
 def read(path: Path, **changes: Any) -> Record:
-    content = {**json.loads(json_text(RECORD, form=2)), **changes}
+    content = {**content_of(json_text(RECORD, form=2)), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value != "gone"}))
     return read_record(Record, path, what="a test", formats=(1, 2), hint="make it again")
 
@@ -90,6 +91,16 @@ def test_what_is_wrong_is_named(field: str, value: Any, named: str, tmp_path: Pa
     assert str(path) in str(caught.value)
     assert named in str(caught.value)
     assert caught.value.hint == "make it again"
+
+
+def test_damage_that_is_still_a_record_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    text = json_text(RECORD, form=2)
+    path.write_text(json.dumps(json.loads(text)))  # laid out differently, nothing else
+    assert read_record(Record, path, what="a test", formats=(2,), hint="make it again") == RECORD
+    path.write_text(text.replace("0.25", "0.26"))
+    with refused(ManifestError, path, reason="malformed"):
+        read_record(Record, path, what="a test", formats=(2,), hint="make it again")
 
 
 def test_earlier_formats_are_upgraded(tmp_path: Path) -> None:

@@ -448,11 +448,41 @@ def test_an_engine_with_plugins_brings_its_library(
         read.plugin_library.verify(engine)
 
 
-def test_packed_attention_is_refused_by_a_builder_without_a_kernel(directory: Path) -> None:
-    """TensorRT-RTX 1.7 parses the graph and has no packed kernel; another may, so it is asked."""
+def test_packed_attention_is_refused_where_no_builder_has_a_kernel(directory: Path) -> None:
+    """TensorRT-RTX 1.7 parses the graph and has none; a later one may, so that one would be asked."""
+    notes = Notes()
+    with refused(EngineError, "packed", "TensorRT-RTX", "kernel"):
+        build(
+            directory,
+            precision="fp16",
+            compute_capabilities=[ADA],
+            attention="packed",
+            progress=notes,
+        )
+    assert "building engine" not in notes.steps
+
+
+def test_packed_attention_is_refused_by_a_builder_without_a_kernel(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the table says of TensorRT-RTX, asked of its builder."""
+    monkeypatch.setattr("mmvision_export.engine.attention._LAST_RTX_WITHOUT", (1, 0))
     with pytest.raises(EngineError, match="attention|Attention|ATTENTION"):
         build(directory, precision="fp16", compute_capabilities=[ADA], attention="packed")
     assert not list((directory / "plans").glob("*.partial"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_auto_takes_slots_where_there_are_any(directory: Path, precision: str) -> None:
+    """TensorRT-RTX has neither plugins nor packed attention, and another way keeps its own sizes."""
+    slots = profiles_from_slots([(1, 64), (2, 16)], 2, HEAD_DIM_80)
+    sizes = {"precision": precision, "compute_capabilities": [ADA], "slots": slots}
+    _, record = build(directory, **sizes)
+    assert record.attention.way == "uniform"
+    assert [str(profile) for profile in record.profiles] == [str(profile) for profile in slots]
+    _, record = build(directory, **sizes, attention="native", force=True)
+    assert record.attention.way == "native"
+    assert [profile.slots for profile in record.profiles] == [None]
 
 
 def test_packed_attention_that_was_not_asked_for_falls_back_to_native(
@@ -481,6 +511,7 @@ def test_packed_attention_may_not_be_built_from_several_kernels(
         return b"plan"
 
     monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", plan)
+    monkeypatch.setattr("mmvision_export.engine.attention._LAST_RTX_WITHOUT", (1, 0))
     _, record = build(directory, precision="fp16", compute_capabilities=[ADA], attention="packed")
     assert permissions == [False]
     assert record.attention == EngineAttention(way="packed")

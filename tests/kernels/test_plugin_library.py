@@ -25,6 +25,7 @@ from mmvision_export.kernels.tensorrt_library import build_plugins
 from mmvision_export.runtime.backends import plugin_library
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
 from tests.support.errors import refused
+from tests.support.records import content_of
 from tests.support.tools import once, tool
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -275,7 +276,7 @@ def test_damaged_or_foreign_libraries_are_refused(library: Path, tmp_path: Path)
     shutil.copyfile(library, copy)
     with refused(ManifestError, copy.with_suffix(".json")):
         PluginLibraryRecord.read(copy)
-    record = json.loads(library.with_suffix(".json").read_text())
+    record = content_of(library.with_suffix(".json"))
     copy.with_suffix(".json").write_text(json.dumps({**record, "machine": "riscv64"}))
     with refused(ManifestError, copy, "riscv64"):
         PluginLibraryRecord.read(copy)

@@ -90,3 +90,22 @@ def test_finding_a_family_loads_no_torch() -> None:
         "sys.exit(bool({'torch', 'safetensors', 'PIL'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_m31_checkpoint_is_taken_if_its_tower_is_the_same(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, LAYOUTS["released"](STATE))
+    config = json.loads((folder / "config.json").read_text())
+    named = {"model_type": "minimax_m3_vl", "architectures": ["MiniMaxM31ForConditionalGeneration"]}
+    (folder / "config.json").write_text(json.dumps(config | named))
+    sizes = {"size": {"height": 1008, "width": 672}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes))
+    loaded = WeightSource(checkpoint=str(folder)).load(torch.float32)
+    found = family_from_file(folder / "config.json").preprocessor(
+        loaded.encoder.config, loaded.preprocessor, resize="box"
+    )
+    assert (found.resize, found.max_size) == ("box", (1008, 672))
+    # Another tower is refused by what differs.
+    config["vision_config"]["hidden_act"] = "silu"
+    (folder / "config.json").write_text(json.dumps(config | named))
+    with pytest.raises(ConfigError, match="hidden_act"):
+        WeightSource(checkpoint=str(folder)).load(torch.float32)

@@ -26,6 +26,7 @@ from mmvision_export.models.minimax_m3_vl.preprocess import (
     patches_from_image,
     resized,
 )
+from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
 from tests.support.errors import refused
 from tests.support.images import from_transformers, photographs
 
@@ -208,10 +209,10 @@ def test_extreme_aspect_ratio_names_the_image() -> None:
         batch_from_images([], CONFIG)
 
 
-def read(tmp_path: Path, content: Any) -> PreprocessorConfig:
+def read(tmp_path: Path, content: Any, resize: ResizeRule | None = None) -> PreprocessorConfig:
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(content))
-    return PreprocessorConfig.read(path, EncoderConfig())
+    return PreprocessorConfig.read(path, EncoderConfig(), resize=resize)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,15 @@ def test_preprocessor_config(
     [
         ({"do_normalize": False}, ["do_normalize", "true", False]),
         ({"resample": 2}, ["resample", 3, 2]),
-        ({"size": [336, 336]}, ["size", "shortest_edge", "longest_edge", [336, 336]]),
+        ({"size": [336]}, ["size", "shortest_edge", "longest_edge", [336]]),
+        ({"size": [336, 336]}, ["size", "a box", "SGLang", "vLLM", [336, 336]]),
+        ({"size": {"height": 672, "width": 672}}, ["size", "a box", "SGLang", "vLLM"]),
+        ({"img_token_compression_config": {"spatial_merge_size": 3}}, ["merge_size", 2, 3]),
+        ({"img_token_compression_config": 2}, ["img_token_compression_config", 2]),
+        (
+            {"img_token_compression_config": {"temporal_patch_size": 4}, "temporal_patch_size": 2},
+            ["img_token_compression_config.temporal_patch_size", 2, 4],
+        ),
         ({"size": {"height": 1}}, ["shortest_edge", "longest_edge", "height"]),
         ({"patch_size": 16}, ["patch_size", 14, 16]),
         ({"merge_size": 0}, ["merge_size", 0]),
@@ -281,6 +290,33 @@ def test_preprocessor_config_refusals(
 ) -> None:
     with refused(ConfigError, tmp_path, *facts):
         read(tmp_path, content)
+
+
+M31 = {
+    "patch_size": 14,
+    "size": {"height": 1008, "width": 672},
+    "img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2},
+}
+"""The fields that SGLang 0.5.23 reads of a MiniMax-M3.1 checkpoint."""
+
+
+def test_the_box_of_a_m31_checkpoint(tmp_path: Path) -> None:
+    """Its `size` means a box to one server and nothing to another, so somebody has to choose."""
+    box = dataclasses.replace(CONFIG.by("box"), max_size=(1008, 672))
+    assert read(tmp_path, M31, "box") == box
+    assert read(tmp_path, {**M31, "size": [1008, 672]}, "box") == box
+    assert read(tmp_path, {**M31, "resize": "box"}) == box
+    assert read(tmp_path, M31, "area") == CONFIG
+    assert read(tmp_path, M31, "long-side") == CONFIG.by("long-side")
+    # vLLM's processor saves both, and uses the area.
+    vllm = {"size": {"height": 672, "width": 672}, "max_pixels": 451584}
+    assert read(tmp_path, vllm) == CONFIG
+    with refused(ConfigError, "size") as error:
+        read(tmp_path, M31)
+    assert error.value.hint is not None
+    assert "--resize box" in error.value.hint
+    # Another rule's area is not this one's bound.
+    assert read(tmp_path, {"max_pixels": 200704}, "long-side") == CONFIG.by("long-side")
 
 
 def test_a_rule_is_kept_in_the_file(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_no_image_stops_another(tmp_path: Path) -> None:
         "failed",
     )  # as Pillow reads it; here it must not end all
     assert statuses == {
-        "h": "passed over",
+        "h": "passed_over",
         "a": "failed",
         "c": "failed",
         "d": "failed",
@@ -87,7 +87,7 @@ def test_no_image_stops_another(tmp_path: Path) -> None:
         else:
             assert report["input"] in report["error"]
     again = encoded(Counting(), folder, output)
-    assert sum(report["status"] == "already there" for report in again) == sum(
+    assert sum(report["status"] == "already_there" for report in again) == sum(
         report["status"] == "encoded" for report in reports
     )
 
@@ -131,9 +131,9 @@ def test_what_changed_is_encoded_anew(tmp_path: Path) -> None:
     (output / "1.png.npy").write_bytes((output / "1.png.npy").read_bytes()[:100])
     (output / "2.png.npy").unlink()
     statuses = [report["status"] for report in encoded(Counting(), folder, output)]
-    assert statuses == ["encoded", "encoded", "encoded", "already there"]
+    assert statuses == ["encoded", "encoded", "encoded", "already_there"]
     statuses = [report["status"] for report in encoded(Counting(), folder, output)]
-    assert statuses == ["already there"] * 4
+    assert statuses == ["already_there"] * 4
     forced = encoded(Counting(), folder, output, force=True)
     assert [report["status"] for report in forced] == ["encoded"] * 4
 
@@ -147,4 +147,4 @@ def test_an_abandoned_run_goes_on(tmp_path: Path) -> None:
         next(run)
     run.close()  # type: ignore[attr-defined]
     statuses = [report["status"] for report in encoded(Counting(), folder, output)]
-    assert statuses == ["already there"] * 4 + ["encoded"] * 5
+    assert statuses == ["already_there"] * 4 + ["encoded"] * 5

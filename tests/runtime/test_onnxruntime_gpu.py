@@ -5,6 +5,7 @@ What they are opened with, and what they refuse.
 
 from __future__ import annotations
 
+import json
 import os
 import types
 from pathlib import Path
@@ -14,10 +15,16 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.preprocessing import preprocessor_of
 from mmvision_export.core.errors import BackendError, InputError
+from mmvision_export.core.files import FileRecord
+from mmvision_export.core.install import install_command
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch, checked_batch
+from mmvision_export.models.minimax_m3_vl.preprocessor_config import PREPROCESSOR
 from mmvision_export.runtime.backends import AUTO_BACKENDS, Backend, BackendOptions, open_backend
 from mmvision_export.runtime.backends.onnxruntime import create_session
+from tests.support.configs import copy_of
 from tests.support.errors import refused
 
 NAME = "NvTensorRTRTXExecutionProvider"
@@ -37,7 +44,7 @@ def test_a_provider_that_is_not_built_in(exported: Path, backend: str) -> None:
     provider = {"onnxruntime-cuda": "CUDA", "onnxruntime-tensorrt": "Tensorrt"}[backend]
     with refused(BackendError, f"{provider}ExecutionProvider") as caught:
         open_backend(exported, BackendOptions(backend=backend))
-    assert caught.value.hint == "pip install '.[gpu]'"
+    assert caught.value.hint == install_command("gpu")
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cuda", "onnxruntime-tensorrt"])
@@ -124,6 +131,21 @@ def test_the_tensorrt_provider_has_a_profile_of_every_input(
     ).close()
     assert provider.shapes("opt") == {"pixel_values": (256, 1176), "grid_thw": (2, 3)}
     assert provider.shapes("max") == {"pixel_values": (256, 1176), "grid_thw": (2, 3)}
+
+
+def test_the_profile_has_room_for_the_largest_image_of_the_preprocessing(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_of(exported, tmp_path / "m")
+    manifest = Manifest.read(directory)
+    preprocessor = preprocessor_of(directory, manifest).by("long-side")
+    content = json.dumps(preprocessor.to_dict()).encode()
+    (directory / PREPROCESSOR).write_bytes(content)
+    manifest.files[PREPROCESSOR] = FileRecord.of(content)
+    manifest.write(directory)
+    TensorRTProvider(monkeypatch)
+    backend = open_backend(directory, BackendOptions(backend="onnxruntime-tensorrt"))
+    assert backend.profiles[0].max_patches == 20_736
 
 
 def test_no_launch_is_outside_the_profile(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,9 +63,6 @@ class PortableEncoder:
     def parameters(self, module: str) -> Sequence[ir.Value]:
         """A module's weight, and its bias if it has one.
 
-        They are read off the module's node, since the tracer merges equal tensors: an initializer
-        has the name of the first module that uses it.
-
         Args:
             module: Its path, as `layers.0.mlp.fc1`.
 

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmvision_export.core.errors import CheckpointError
+from mmvision_export.core.errors import CheckpointError, InputError
+from mmvision_export.core.files import json_from_file
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.regular_file import opened_regular_file
 from mmvision_export.models.minimax_m3_vl.config import (
     EncoderConfig,
     assumed_fields,
@@ -107,9 +108,11 @@ def read_index(path: Path) -> dict[str, str]:
             safetensors.
     """
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json_from_file(path)["weight_map"]
         well_formed = all(isinstance(file, str) for file in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except InputError as error:
+        raise CheckpointError(str(error), reason=error.reason) from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path}: not a safetensors index: {error!r}", reason="malformed"
         ) from error
@@ -186,6 +189,8 @@ def _vision_tensors(shard: Path) -> Iterator[_StoredTensor]:
     Raises:
         CheckpointError: The shard is missing, or not readable.
     """
+    with _shard_errors(shard):
+        opened_regular_file(shard).close()  # safe_open waits for ever at a FIFO
     with _shard_errors(shard), safe_open(shard, framework="pt") as file:
         for stored in file.keys():  # noqa: SIM118 - safe_open is not a mapping
             name = released_name(stored)
@@ -206,7 +211,9 @@ def _read(shard: Path, file: Any, stored: str) -> Tensor:
 def _shard_errors(shard: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
+    except InputError as error:
+        if error.reason != "missing":
+            raise CheckpointError(str(error), reason=error.reason) from error
         raise CheckpointError(
             f"{shard} is missing", hint="it holds vision tensors: download it", reason="missing"
         ) from None

@@ -9,12 +9,12 @@ never a silent default.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from mmvision_export.core.errors import ConfigError
+from mmvision_export.core.errors import ConfigError, InputError
+from mmvision_export.core.files import json_from_file
 
 __all__ = [
     "PRESETS",
@@ -199,13 +199,10 @@ _IN_NO_SHAPE = ("num_attention_heads", "rope_theta", "layer_norm_eps", "segment_
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file", hint="a checkpoint folder holds config.json", reason="missing"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not readable as JSON: {error}", reason="unreadable") from error
+        content = json_from_file(path)
+    except InputError as error:
+        hint = "a checkpoint folder holds config.json" if error.reason == "missing" else None
+        raise ConfigError(str(error), hint=hint, reason=error.reason) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
     from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
     from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
+    from mmvision_export.models.minimax_m3_vl.resize import ResizeRule
     from mmvision_export.models.sample_batches import Grid
 
 __all__ = ["MiniMaxM3VL"]
@@ -71,12 +72,21 @@ class MiniMaxM3VL:
 
         return vision_shards(names_by_tensor)
 
-    def preprocessor(self, config: EncoderConfig, path: Path | None) -> PreprocessorConfig:
+    def preprocessor(
+        self,
+        config: EncoderConfig,
+        path: Path | None,
+        *,
+        resize: ResizeRule | None = None,
+        max_long_side: int | None = None,
+    ) -> PreprocessorConfig:
         from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 
         if path is None:
-            return PreprocessorConfig.for_encoder(config)
-        return PreprocessorConfig.read(path, config)
+            result = PreprocessorConfig.for_encoder(config)
+        else:
+            result = PreprocessorConfig.read(path, config, resize=resize)
+        return result.by(resize, max_long_side=max_long_side)
 
     def sample_grids(self) -> Mapping[str, Grid]:
         from mmvision_export.models.sample_batches import PARITY_GRIDS

@@ -38,6 +38,7 @@ PREPROCESSOR = "preprocessor_config.json"
 _BICUBIC = 3
 _MAX_AREA = 451584  # 2,304 patches
 _RESIZE, _LONG_SIDE, _MAX_SIZE = "resize", "max_long_side_pixel", "max_size"  # in the file
+_COMPRESSION = "img_token_compression_config"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,21 +198,31 @@ class PreprocessorConfig:
         )
 
     @classmethod
-    def read(cls, path: Path, config: EncoderConfig) -> PreprocessorConfig:
+    def read(
+        cls, path: Path, config: EncoderConfig, *, resize: ResizeRule | None = None
+    ) -> PreprocessorConfig:
         """Read a checkpoint's or a model directory's `preprocessor_config.json`.
 
         What it leaves out takes the default. `size: [672, 672]`, which the released file has, is
         known to be wrong and never used, and means the default.
 
+        Args:
+            path: The file.
+            config: The encoder's dimensions, which the file's must be.
+            resize: The rule that was chosen; None for the file's. By `box`, a `size` of a height
+                and a width is the box, as SGLang reads it of a MiniMax-M3.1 checkpoint.
+
         Raises:
             ManifestError: The file is missing or not JSON.
-            ConfigError: A value is malformed, not implemented, or does not fit the encoder.
+            ConfigError: A value is malformed, not implemented, or does not fit the encoder; or the
+                file does not tell by which rule its `size` is meant, and nobody chose.
         """
         content = read_json(path)
         try:
-            result = cls._from_dict(content, cls.for_encoder(config))
+            result = cls._from_dict(content, cls.for_encoder(config), resize)
         except (ConfigError, TypeError, ValueError) as error:
-            raise ConfigError(f"{path}: {error}") from error
+            hint = error.hint if isinstance(error, ConfigError) else None
+            raise ConfigError(f"{path}: {error}", hint=hint) from error
         fitting = cls.for_encoder(config)
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             if getattr(result, name) != getattr(fitting, name):
@@ -222,7 +233,7 @@ class PreprocessorConfig:
 
     @classmethod
     def _from_dict(
-        cls, content: Mapping[str, Any], default: PreprocessorConfig
+        cls, content: Mapping[str, Any], default: PreprocessorConfig, rule: ResizeRule | None
     ) -> PreprocessorConfig:
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if content.get(name) not in (None, True):
@@ -236,28 +247,22 @@ class PreprocessorConfig:
             for field in dataclasses.fields(cls)
             if content.get(field.name) is not None
         }
+        _merge_compression(found, content.get(_COMPRESSION))
         if content.get(_LONG_SIDE) is not None:
             found["max_long_side"] = content[_LONG_SIDE]
-        if found.get(_RESIZE, "area") != "area":
-            found.setdefault("max_pixels", MAX_PIXELS)
+        if rule is not None:
+            found[_RESIZE] = rule
         if found.get(_RESIZE) != "box":  # transformers' video processors have one, of another sense
             found.pop(_MAX_SIZE, None)
+        _merge_size(found, content.get("size"), default)
+        own = content.get(_RESIZE) or "area"
+        if found.get(_RESIZE, "area") != own:  # another rule's bound is none of this one
+            found["max_pixels"] = _MAX_AREA if rule == "area" else MAX_PIXELS
+        elif own != "area":
+            found.setdefault("max_pixels", MAX_PIXELS)
         for name in ("image_mean", "image_std", _MAX_SIZE):
             if name in found:
                 found[name] = tuple(found[name])
-        size = content.get("size")
-        if isinstance(size, Mapping):
-            if unknown := sorted(set(size) - {"shortest_edge", "longest_edge"}):
-                raise ConfigError(
-                    f"size: only shortest_edge and longest_edge are implemented, got {unknown}"
-                )
-            # In this processor's terms both are areas.
-            found.setdefault("min_pixels", size.get("shortest_edge", default.min_pixels))
-            found.setdefault("max_pixels", size.get("longest_edge", default.max_pixels))
-        elif size not in (None, [672, 672]):
-            raise ConfigError(
-                f"size must be an object with shortest_edge and longest_edge, got {size!r}"
-            )
         return dataclasses.replace(default, **found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -281,6 +286,50 @@ class PreprocessorConfig:
             **content,
             **chosen,
         }
+
+
+def _merge_compression(found: dict[str, Any], section: Any) -> None:
+    """Merge what a MiniMax-M3.1 file says of merging in a section of its own."""
+    if section is None:
+        return
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"{_COMPRESSION} must be an object, got {section!r}")
+    for name, key in (
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        if section.get(key) is not None and found.setdefault(name, section[key]) != section[key]:
+            raise ConfigError(
+                f"{_COMPRESSION}.{key} must be {name}'s {found[name]!r}, got {section[key]!r}"
+            )
+
+
+def _merge_size(found: dict[str, Any], size: Any, default: PreprocessorConfig) -> None:
+    """Merge a file's `size`, which is two areas for transformers and a box for M3.1."""
+    if size is None:
+        return
+    if isinstance(size, Mapping) and set(size) <= {"shortest_edge", "longest_edge"}:
+        found.setdefault("min_pixels", size.get("shortest_edge", default.min_pixels))
+        found.setdefault("max_pixels", size.get("longest_edge", default.max_pixels))
+        return
+    if isinstance(size, Mapping) and set(size) == {"height", "width"}:
+        sides = [size["height"], size["width"]]
+    elif isinstance(size, list) and len(size) == 2:
+        sides = size
+    else:
+        raise ConfigError(
+            "size must be an object with shortest_edge and longest_edge, or with height and width, "
+            f"got {size!r}"
+        )
+    if found.get(_RESIZE) == "box":
+        found.setdefault(_MAX_SIZE, sides)
+    # vLLM's processor writes a height and a width that it never uses, beside the area that it does.
+    elif found.get(_RESIZE) is None and "max_pixels" not in found and size != [672, 672]:
+        raise ConfigError(
+            f"size: {size!r} does not tell the rule: SGLang's processor of MiniMax-M3.1 reads it as "
+            "a box, vLLM's of MiniMax-M3 leaves it aside",
+            hint="choose --resize box, or --resize area or long-side",
+        )
 
 
 def resized(height: int, width: int, config: PreprocessorConfig) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmvision_export.core.errors import BackendError, InputError
+from mmvision_export.core.install import install_command
 from mmvision_export.core.regular_file import opened_regular_file
 from mmvision_export.models.minimax_m3_vl.images import MAX_FILE_PIXELS
 
@@ -40,7 +41,7 @@ def opened_video(path: Path, *, max_pixels: int = MAX_FILE_PIXELS) -> Iterator[t
         import av
     except ImportError as error:
         raise BackendError(
-            f"PyAV is not installed: {error}", hint="pip install '.[video]'"
+            f"PyAV is not installed: {error}", hint=install_command("video")
         ) from error
     options = {
         "format_whitelist": ",".join(CONTAINERS),

@@ -9,8 +9,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mmvision_export.core.atomic import new_files
+from mmvision_export.core.atomic import new_files, refuse_unwritable
 from mmvision_export.core.errors import OutputError, ParityError
+from mmvision_export.core.install import install_command
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.parity.jump import EXCESS
 from mmvision_export.parity.magnitudes import FLOAT16_MAX, NEAR_OVERFLOW
@@ -38,11 +39,12 @@ def checked_report_path(path: Path, *, force: bool) -> Path:
             raise OutputError(
                 f"{file} already exists", hint="choose another --report, or replace it with --force"
             )
+    refuse_unwritable(path.parent)
     for package in ("jinja2", "matplotlib"):
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            raise ParityError(f"a report needs {package}", hint="pip install '.[parity]'") from None
+            raise ParityError(f"a report needs {package}", hint=install_command("parity")) from None
     return path
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,23 +122,42 @@ def open_backend(path: Path, options: BackendOptions) -> Backend:
         raise BackendError(
             f"no such backend: {name}", hint=f"choose one of: auto, {', '.join(BACKENDS)}"
         )
-    taken = () if name == "auto" else BACKENDS[name].takes
-    for option in sorted({each for row in BACKENDS.values() for each in row.takes}):
-        if getattr(options, option) is not None and option not in taken:
-            takers = " or ".join(row.name for row in BACKENDS.values() if option in row.takes)
-            raise BackendError(
-                f"{name} takes no {option.replace('_', ' ')}", hint=f"choose --backend {takers}"
-            )
+    given = {
+        option
+        for row in BACKENDS.values()
+        for option in row.takes
+        if getattr(options, option) is not None
+    }
     if name == "auto":
-        return _open_best(path, options)
+        return _open_best(
+            path,
+            options,
+            [each for each in AUTO_BACKENDS if given <= set(BACKENDS[each].takes)],
+            given,
+        )
+    _refuse_others(name, given - set(BACKENDS[name].takes))
     row = BACKENDS[name]
     if path.is_file() and not row.opens_engines:
         raise BackendError(f"{name} runs model directories, {path} is a file")
     return row.load().open(path, options)
 
 
-def _open_best(path: Path, options: BackendOptions) -> Backend:
-    order = [name for name in AUTO_BACKENDS if BACKENDS[name].opens_engines or not path.is_file()]
+def _refuse_others(name: str, options: Collection[str]) -> None:
+    """Refuse options that a backend does not take."""
+    for option in sorted(options):
+        takers = " or ".join(row.name for row in BACKENDS.values() if option in row.takes)
+        raise BackendError(
+            f"{name} takes no {option.replace('_', ' ')}", hint=f"choose --backend {takers}"
+        )
+
+
+def _open_best(
+    path: Path, options: BackendOptions, takers: Sequence[str], given: Collection[str]
+) -> Backend:
+    """The first that works of those that take the options that were given."""
+    if not takers:
+        _refuse_others("auto", given)
+    order = [name for name in takers if BACKENDS[name].opens_engines or not path.is_file()]
     passed_over: dict[str, str] = {}
     for name in order:
         try:

@@ -46,9 +46,9 @@ class BackendOptions:
             if None.
         kernel_library: For `onnxruntime-amx`: what `mmvision build-plugins --cpu` built, by default
             the one in the model directory's own `plugins/`. Executable content, as an engine is.
-        max_patches: For `onnxruntime-tensorrt`: most patches of a launch, 4096 by default. Its
-            engine is built once for all sizes up to it; memory for masked attention grows with its
-            square.
+        max_patches: For `onnxruntime-tensorrt`: most patches of a launch. By default 4096, or the
+            largest image of the model directory's preprocessing if that has more. Its engine is
+            built once for all sizes up to it; memory for masked attention grows with its square.
         max_images: For `onnxruntime-tensorrt`: most images of a launch, 64 by default.
         precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
         trust: Whether engines and libraries are loaded that this user has not built here: they are

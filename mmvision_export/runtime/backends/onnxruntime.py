@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.core.install import install_command
 from mmvision_export.core.verified_files import verify_file
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
@@ -89,7 +90,7 @@ class OnnxRuntimeBackend:
         self._masked = source != CPU_GRAPH
         self.is_isolated = not self._masked
         self.config = manifest.config
-        self._planner = self._new_planner(options)
+        self._planner = self._new_planner(directory, manifest, options)
         self.largest_image = None if self._planner is None else self._planner.largest_image
         self._session: onnxruntime.InferenceSession | None = self._new_session(
             directory / graph, options
@@ -112,7 +113,9 @@ class OnnxRuntimeBackend:
         """The file of a model directory that this backend runs: the one place where a backend chooses a flavour."""
         return GRAPH
 
-    def _new_planner(self, options: BackendOptions) -> LaunchPlanner | None:
+    def _new_planner(
+        self, directory: Path, manifest: Manifest, options: BackendOptions
+    ) -> LaunchPlanner | None:
         """What cuts batches into launches; None where a batch is one launch."""
         return None
 
@@ -163,7 +166,9 @@ class CpuBackend(OnnxRuntimeBackend):
 
     name = "onnxruntime-cpu"
 
-    def _new_planner(self, options: BackendOptions) -> LaunchPlanner | None:
+    def _new_planner(
+        self, directory: Path, manifest: Manifest, options: BackendOptions
+    ) -> LaunchPlanner | None:
         if not self._masked:
             return None
         # The work and memory of masked attention grow with the square of a launch, so that a batch is cut.
@@ -192,13 +197,13 @@ def require_provider(provider: str) -> None:
         import onnxruntime
     except ImportError as error:
         raise BackendError(
-            f"ONNX Runtime is not installed: {error}", hint="pip install '.[cpu]' (or [gpu])"
+            f"ONNX Runtime is not installed: {error}", hint=f"{install_command('cpu')} (or [gpu])"
         ) from error
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise BackendError(
             f"this ONNX Runtime has no {provider}, only {', '.join(available)}",
-            hint=None if provider.startswith("CPU") else "pip install '.[gpu]'",
+            hint=None if provider.startswith("CPU") else install_command("gpu"),
         )
 
 

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.preprocessing import preprocessor_of
 from mmvision_export.artifacts.profile import DEFAULT_PROFILE, Profile, checked_profile
 from mmvision_export.core.errors import BackendError, EngineError
+from mmvision_export.core.install import install_command
 from mmvision_export.core.user_folders import cache_folder, private_folder
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.runtime.backends.backend import BackendOptions
@@ -54,9 +56,12 @@ class TensorRTProviderBackend(OnnxRuntimeBackend):
 
     name = "onnxruntime-tensorrt"
 
-    def _new_planner(self, options: BackendOptions) -> LaunchPlanner | None:
+    def _new_planner(
+        self, directory: Path, manifest: Manifest, options: BackendOptions
+    ) -> LaunchPlanner | None:
         default, per_token = DEFAULT_PROFILE, self.config.patches_per_token
-        max_patches = options.max_patches or default.max_patches
+        largest_image = preprocessor_of(directory, manifest).most_patches
+        max_patches = options.max_patches or max(default.max_patches, largest_image)
         max_tokens = max_patches // per_token
         try:
             profile = dataclasses.replace(
@@ -157,7 +162,7 @@ def rtx_devices() -> list[Any]:
     Raises:
         BackendError: ONNX Runtime or the plugin is not installed, it cannot be loaded, or it offers none.
     """
-    hint = "pip install '.[gpu-rtx]'"
+    hint = install_command("gpu-rtx")
     try:
         import onnxruntime
 

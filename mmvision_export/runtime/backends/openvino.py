@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mmvision_export.artifacts.manifest import DATA, OPENVINO_GRAPH, UNIFORM_GRAPH, Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.core.install import install_command
 from mmvision_export.core.verified_files import verify_file
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
@@ -60,7 +61,7 @@ def import_openvino() -> Any:
         return importlib.import_module("openvino")
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"OpenVINO cannot be imported: {error}", hint="pip install '.[openvino]'"
+            f"OpenVINO cannot be imported: {error}", hint=install_command("openvino")
         ) from error
     finally:
         del sys.modules[_TELEMETRY]

@@ -25,6 +25,7 @@ from mmvision_export.artifacts.engine_record import EngineRecord, refuse_foreign
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError
+from mmvision_export.core.install import install_command
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.trust import refuse_untrusted
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
@@ -56,7 +57,7 @@ def import_tensorrt(backend: str) -> Any:
         BackendError: It is not installed, or its libraries cannot be loaded.
     """
     name = TENSORRT_MODULES[backend]
-    hint = f"pip install '.[{_EXTRAS[backend]}]'"
+    hint = install_command(_EXTRAS[backend])
     try:
         module = importlib.import_module(name)
     except (ImportError, OSError) as error:
