@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 MODEL := engines/demo
 DEMO := .demo
 
-.PHONY: help setup demo bench test test-slow check format clean
+.PHONY: help setup sbom demo bench test test-slow check format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test-slow  the tests that take longer: the full-size model among them"
 	@echo "make bench      measure against PyTorch, 20 minutes, and write docs/benchmarks.md"
 	@echo "make check      ruff, clang-format, mypy (TensorRT's calls against its type stubs too), import-linter"
+	@echo "make sbom       write sbom.json: what is installed, with versions and licences (CycloneDX)"
 	@echo "make clean      remove what these made"
 
 setup: $(VENV)/.installed
@@ -22,12 +23,19 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if (3, 10) <= v < (3, 14) else f'Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --report $(VENV)/installed-1.json --editable ".[dev]"
 	# Of these the tests read files: a reference in the one, TensorRT's headers in the other. What the packages themselves
 	# require is a training stack.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --report $(VENV)/installed-2.json --no-deps \
 		"nemo-automodel; python_version >= '3.11'" kernel-lens
+	$(BIN)/python scripts/pinned_hashes.py check $(VENV)/installed-?.json
 	touch $@
+
+sbom: setup
+	$(PYTHON) -m venv $(VENV)-sbom
+	$(VENV)-sbom/bin/python -m pip install --quiet cyclonedx-bom
+	$(VENV)-sbom/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file sbom.json $(BIN)/python
+	@echo "sbom.json: what is installed in $(VENV), CycloneDX"
 
 demo: setup
 	@echo; echo "== 1/5 A small encoder with seeded random weights, exported to ONNX"

@@ -105,7 +105,7 @@ class FolderRecords:
             try:
                 name, *facts = json.loads(line)
                 self._records[name] = facts
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 continue
         if content and not content.endswith(b"\n"):
             self._file.write(b"\n")

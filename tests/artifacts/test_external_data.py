@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections.abc
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.graph.load import load_graph
 from mmvision_export.runtime.vision_encoder import VisionEncoder
+from tests.reliability.fuzz import locations_by_onnx
 from tests.support.errors import refused
 
 
@@ -121,20 +121,6 @@ def varint(value: int) -> bytes:
 def test_the_exported_graphs(exported: Path) -> None:
     for graph in exported.glob("*.onnx"):
         assert external_locations(graph.read_bytes()) == {"model.onnx.data"}
-
-
-def locations_by_onnx(message: Any) -> set[str]:
-    """The same, by onnx's parser: every message that it made, field by field."""
-    found: set[str] = set()
-    if isinstance(message, onnx.TensorProto):
-        entries = message.external_data
-        found |= {entry.value for entry in entries if entry.key == "location"}
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            repeated = isinstance(value, collections.abc.Sequence)
-            for each in value if repeated else [value]:
-                found |= locations_by_onnx(each)
-    return found
 
 
 @hypothesis.given(

@@ -85,10 +85,13 @@ def test_bad_grids(grid: Any, patches: int | None, message: str) -> None:
         (np.zeros(1176, np.float32), "got [1176]"),
         (np.zeros((4, 1176)), "must be float32, got float64"),
         (np.zeros((4, 1176), np.uint8), "got uint8"),
-        (np.full((4, 1176), np.nan, np.float32), "row 0 holds values that are not finite"),
+        (
+            np.full((4, 1176), np.nan, np.float32),
+            "row 0, of image 0, holds values that are not finite",
+        ),
         (
             np.where(np.arange(4)[:, None] == 2, np.inf, np.zeros((4, 1176))).astype(np.float32),
-            "row 2 holds values",
+            "row 2, of image 0, holds values",
         ),
     ],
 )

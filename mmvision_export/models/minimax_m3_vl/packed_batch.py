@@ -7,6 +7,7 @@ made, and what follows from its grid is worked out once, here.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -118,7 +119,9 @@ class PackedBatch:
         """
         if self.pixel_values.dtype == dtype:
             return self
-        return PackedBatch(_finite_patches(self.pixel_values, np.dtype(dtype)), self.grid)
+        return PackedBatch(
+            _finite_patches(self.pixel_values, self.grid, np.dtype(dtype)), self.grid
+        )
 
 
 def checked_batch(
@@ -151,8 +154,8 @@ def checked_batch(
             f"pixel_values must have shape [num_patches, {config.patch_dim}], "
             f"got {list(patches.shape)}"
         )
-    patches = _finite_patches(patches, wanted)
-    return PackedBatch(patches, checked_grid(grid_thw, config, num_patches=len(patches)))
+    grid = checked_grid(grid_thw, config, num_patches=len(patches))
+    return PackedBatch(_finite_patches(patches, grid, wanted), grid)
 
 
 def checked_grid(
@@ -208,14 +211,16 @@ def checked_grid(
 
 
 def _finite_patches(
-    patches: npt.NDArray[np.floating], dtype: np.dtype[Any]
+    patches: npt.NDArray[np.floating], grid: PackedGrid, dtype: np.dtype[Any]
 ) -> npt.NDArray[np.floating]:
     with np.errstate(over="ignore"):
         patches = np.ascontiguousarray(patches, dtype=dtype)
     finite = finite_rows(patches)
     if not finite.all():
+        row = int(np.argmin(finite))
+        image = bisect.bisect_right(grid.bounds, row) - 1
         raise InputError(
-            f"pixel_values row {int(np.argmin(finite))} holds values that are not finite in {dtype}"
+            f"pixel_values row {row}, of image {image}, holds values that are not finite in {dtype}"
         )
     return patches
 

@@ -23,6 +23,7 @@ from mmvision_export.runtime.available_memory import (
 )
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.launch_planner import LaunchPlanner
+from mmvision_export.runtime.mapped_weights import MappedWeights
 from mmvision_export.runtime.memory_guard import MemoryGuard
 from mmvision_export.runtime.planner import LaunchLayout, run_layouts, whole_layout
 
@@ -77,7 +78,9 @@ class OnnxRuntimeBackend:
             )
         # The graph is small and hashed at each opening, the weights once.
         manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
-        for data in {DATA, f"{graph}.data"} & set(manifest.files):
+        weights = {DATA, f"{graph}.data"} & set(manifest.files)
+        self._weights = MappedWeights(directory / data for data in weights)
+        for data in weights:
             verify_file(
                 manifest.record_of(data),
                 manifest.path_of(directory, data),
@@ -136,6 +139,7 @@ class OnnxRuntimeBackend:
 
     def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
+        self._weights.refuse_changed()
         if self._planner is None:
             layouts: Sequence[LaunchLayout] = [whole_layout(batch.grid)]
         else:

@@ -23,6 +23,7 @@ from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.available_memory import host_available_bytes
 from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.launch_planner import Launch, LaunchPlanner
+from mmvision_export.runtime.mapped_weights import MappedWeights
 from mmvision_export.runtime.memory_guard import MemoryGuard
 from mmvision_export.runtime.planner import Planner, run_layouts
 from mmvision_export.runtime.slot_planner import SlotLaunch, SlotPlanner
@@ -111,6 +112,7 @@ class OpenVinoBackend:
             )
         # The graph is small and hashed at each opening, the weights once.
         manifest.verify(directory, [graph])
+        self._weights = MappedWeights([directory / DATA])
         verify_file(
             manifest.record_of(DATA),
             manifest.path_of(directory, DATA),
@@ -169,6 +171,7 @@ class OpenVinoBackend:
 
     def run(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
         """See `Backend.run`."""
+        self._weights.refuse_changed()
         layouts = self._planner.layouts(batch.grid)
         with self.guard.watched(batch.grid, layouts):
             return run_layouts(layouts, batch, self._launch)
