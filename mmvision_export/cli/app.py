@@ -23,6 +23,7 @@ from mmvision_export.cli.command import (
 )
 from mmvision_export.cli.console import messages, progress_display
 from mmvision_export.cli.doctor import doctor
+from mmvision_export.cli.embed import embed
 from mmvision_export.cli.export import export
 from mmvision_export.cli.inspect import inspect
 from mmvision_export.cli.options import Quiet, Verbose, the_model
@@ -42,6 +43,7 @@ _EXTRA_OF = {
     "huggingface_hub": "export",
     "onnxscript": "export",
     "onnxruntime": "cpu",
+    "pyarrow": "embed",
 }
 
 
@@ -218,6 +220,7 @@ def run(context: typer.Context) -> None:
     sys.exit(run_main(context.args, prog="mmvision run"))
 
 
+add_command(app, "embed", embed)
 add_command(app, "inspect", inspect)
 add_command(app, "doctor", doctor)
 

@@ -17,7 +17,11 @@ import numpy.typing as npt
 from PIL import Image, JpegImagePlugin
 
 from mmvision_export.core.ahead import mapped, worker_threads
-from mmvision_export.models.minimax_m3_vl.images import MAX_FILE_PIXELS, opened_image
+from mmvision_export.models.minimax_m3_vl.images import (
+    MAX_FILE_PIXELS,
+    EncodedImage,
+    opened_image,
+)
 from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.models.minimax_m3_vl.pixels import rgb_from_image, transposition_of
 from mmvision_export.models.minimax_m3_vl.preprocess import (
@@ -59,13 +63,13 @@ class ImageDecoder:
         self._free_pixels = max_pixels
         self._changed = threading.Condition()
 
-    def picture(self, path: Path) -> Image.Image:
+    def picture(self, source: Path | EncodedImage) -> Image.Image:
         """One file as 8-bit RGB of the size that its grid says.
 
         Raises:
             InputError: See `opened_image` and `picture_from_image`; it names the file.
         """
-        with opened_image(path, max_pixels=self._max_pixels) as image:
+        with opened_image(source, max_pixels=self._max_pixels) as image:
             drafted = self._drafted_picture(image) if self._draft else None
             if drafted is not None:
                 return drafted
@@ -74,7 +78,7 @@ class ImageDecoder:
 
     def batch(
         self,
-        paths: Sequence[Path],
+        paths: Sequence[Path | EncodedImage],
         *,
         dtype: npt.DTypeLike = np.float32,
         threads: int | None = None,

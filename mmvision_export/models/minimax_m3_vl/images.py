@@ -7,6 +7,8 @@ the list is never tried: Pillow starts Ghostscript for a PostScript file of any 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,7 @@ from mmvision_export.core.errors import InputError
 from mmvision_export.core.regular_file import opened_regular_file
 from mmvision_export.models.minimax_m3_vl.pixels import rgb_from_image, upright
 
-__all__ = ["FORMATS", "MAX_FILE_PIXELS", "image_from_file", "opened_image"]
+__all__ = ["FORMATS", "MAX_FILE_PIXELS", "EncodedImage", "image_from_file", "opened_image"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Pillow's names of what is opened. JPEG stands for MPO too, which telephones write."""
@@ -40,31 +42,49 @@ _BYTES_PER_PIXEL = 4  # of RGB and RGBA, as Pillow holds them
 _SAMPLES, _BITS, _TILE_WIDTH, _TILE_LENGTH = 277, 258, 322, 323  # of TIFF
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class EncodedImage:
+    """An image file that is in memory, as from a table or a request.
+
+    Attributes:
+        name: What an error calls it.
+        content: Bytes of the file.
+    """
+
+    name: str
+    content: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
 @contextlib.contextmanager
-def opened_image(path: Path, *, max_pixels: int = MAX_FILE_PIXELS) -> Iterator[ImageFile.ImageFile]:
+def opened_image(
+    source: Path | EncodedImage, *, max_pixels: int = MAX_FILE_PIXELS
+) -> Iterator[ImageFile.ImageFile]:
     """An image file whose pixels are decoded as soon as somebody asks for them.
 
     Whatever goes wrong with the image in the block is said to be so of this file.
 
     Args:
-        path: A regular file.
+        source: A regular file, or what one holds.
         max_pixels: Most pixels that its header may say.
 
     Raises:
         InputError: The file is missing, no regular file, in none of `FORMATS`, too large, or
             damaged; or the block raised an exception.
     """
-    with opened_regular_file(path) as file:
+    with _opened(source) as file:
         try:
             image = _identified(file)
             _refuse_oversized(image, max_pixels)
             yield image
         except InputError as error:
-            raise InputError(f"{path}: {error}", hint=error.hint, reason=error.reason) from error
+            raise InputError(f"{source}: {error}", hint=error.hint, reason=error.reason) from error
         except Exception as error:  # decoders raise whatever their steps do
             kind = "" if isinstance(error, (OSError, SyntaxError)) else f"{type(error).__name__}: "
             raise InputError(
-                f"{path}: not a readable image: {kind}{error}", reason="unreadable"
+                f"{source}: not a readable image: {kind}{error}", reason="unreadable"
             ) from error
 
 
@@ -76,6 +96,12 @@ def image_from_file(path: Path, *, max_pixels: int = MAX_FILE_PIXELS) -> Image.I
     """
     with opened_image(path, max_pixels=max_pixels) as image:
         return rgb_from_image(upright(image))
+
+
+def _opened(source: Path | EncodedImage) -> BinaryIO:
+    if isinstance(source, EncodedImage):
+        return io.BytesIO(source.content)
+    return opened_regular_file(source)
 
 
 def _identified(file: BinaryIO) -> ImageFile.ImageFile:
