@@ -132,7 +132,7 @@ def _reason(question: Callable[[str], str], backend: str) -> str:
     try:
         return question(backend)
     except MmvisionError as error:
-        return f"no: {error}" + (
+        return f"no: {error.message}" + (
             f" ({error.hint})" if error.hint and "doctor" not in error.hint else ""
         )
 
@@ -187,7 +187,7 @@ def choice_for(model: Path) -> dict[str, str]:
     try:
         backend = open_backend(model, BackendOptions())
     except MmvisionError as error:
-        return {"none": str(error)}
+        return {"none": error.message}
     reasons: dict[str, str] = {
         **(backend.info.passed_over or {}),
         backend.name: "chosen: the first that works",

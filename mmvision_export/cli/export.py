@@ -118,7 +118,9 @@ def export(
         try:
             PreprocessorConfig().by(resize, max_long_side=max_long_side)
         except ConfigError as error:
-            raise typer.BadParameter(str(error)) from error
+            raise typer.BadParameter(
+                f"{error.message}; {error.hint}" if error.hint else error.message
+            ) from error
 
     from mmvision_export.export.onnx_export import export_model_directory
     from mmvision_export.models.weights import WeightSource

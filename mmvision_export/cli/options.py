@@ -63,7 +63,7 @@ def compute_capability(text: str) -> ComputeCapability:
     try:
         return ComputeCapability.parse(text)
     except EngineError as error:
-        raise typer.BadParameter(f"{error}; {error.hint}") from None
+        raise typer.BadParameter(f"{error.message}; {error.hint}") from None
 
 
 def one_precision(**given: bool) -> str | None:

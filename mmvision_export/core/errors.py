@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 
+_HINT = "\nhint: "
+
 Reason = Literal["missing", "exists", "unreadable", "malformed", "unsafe", "no space"]
 """Why a file or folder was refused, where nothing but the words of the message tells."""
 
@@ -40,9 +42,11 @@ Reason = Literal["missing", "exists", "unreadable", "malformed", "unsafe", "no s
 class MmvisionError(Exception):
     """Base of every error this package raises on purpose.
 
+    `str(error)` is the message and, on a line of its own, the hint.
+
     Args:
         message: What was wrong, the rule and the value, in one line (lists of names may follow on
-            further lines).
+            further lines). Of another error's text, its hint is taken too where none is given.
         hint: What to do next, or None.
         reason: For programs, which do not read the message: why a file or folder was refused, or
             None.
@@ -51,9 +55,15 @@ class MmvisionError(Exception):
     def __init__(
         self, message: str, *, hint: str | None = None, reason: Reason | None = None
     ) -> None:
-        super().__init__(message)
-        self.hint = hint
+        # An error that quotes another has the other's text in its own, and says the hint once.
+        self.message, _, quoted = message.partition(_HINT)
+        self.hint = hint or quoted or None
         self.reason = reason
+        super().__init__(self.message)
+
+    def __str__(self) -> str:
+        """The message and the hint."""
+        return f"{self.message}{_HINT}{self.hint}" if self.hint else self.message
 
 
 class ConfigError(MmvisionError):
@@ -134,7 +144,7 @@ def message_and_hint(error: Exception) -> tuple[str, str | None]:
     Its own words, the system's, or the first line of one that was not foreseen.
     """
     if isinstance(error, MmvisionError):
-        return str(error), error.hint
+        return error.message, error.hint
     if isinstance(error, OSError) and error.strerror:
         # A file without permission, a full disk: the system's own words say what it is.
         place = f"{error.filename}: " if error.filename is not None else ""

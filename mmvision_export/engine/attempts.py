@@ -127,7 +127,7 @@ def first_that_builds(
             return Built(attempt, build(attempt), passed_over)
         except BuilderError as error:
             first = first or error
-            passed_over[str(attempt)] = str(error)
+            passed_over[str(attempt)] = error.message
             if _NO_FUSED_KERNEL in str(error):
                 remaining = [each for each in remaining if not _same_attention(each, attempt)]
             if remaining:
@@ -148,4 +148,4 @@ def _note(attempt: Attempt, following: Attempt, error: BuilderError) -> str:
     costs = (
         ", which costs the square of the whole batch" if becomes.masked and not was.masked else ""
     )
-    return f"{attempt} could not be built, building {following}{costs}: {error}"
+    return f"{attempt} could not be built, building {following}{costs}: {error.message}"

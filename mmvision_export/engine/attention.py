@@ -157,9 +157,11 @@ def choose_lowering(
         if way == "plugin":
             raise
         if without_plugins is native:
-            progress.note(f"attention costs the square of the whole batch without plugins: {error}")
+            progress.note(
+                f"attention costs the square of the whole batch without plugins: {error.message}"
+            )
         elif without_plugins.in_slots:
-            progress.note(f"images take slots of equal length without plugins: {error}")
+            progress.note(f"images take slots of equal length without plugins: {error.message}")
         return without_plugins
 
 

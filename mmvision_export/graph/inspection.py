@@ -70,7 +70,7 @@ def _engine_or_problem(path: Path) -> dict[str, Any]:
     try:
         return _engine(path)
     except ManifestError as error:
-        return {"kind": "engine", "file": path.name, "problem": str(error)}
+        return {"kind": "engine", "file": path.name, "problem": error.message}
 
 
 def _engine(path: Path) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class EncoderTower(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.dtype = dtype
+        self.register_state_dict_pre_hook(_refuse_saving)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderTower:
+        """A copy of a model runs the same encoder."""
+        return EncoderTower(self.encoder, self.dtype)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -45,6 +50,14 @@ class EncoderTower(nn.Module):
         # [tokens, text_hidden] -> [1, tokens, text_hidden], as the tower gives its patches
         hidden = tokens.to(device=device, dtype=self.dtype).unsqueeze(0)
         return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=hidden[:, 0])
+
+
+def _refuse_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """A checkpoint would have no vision tower, and nobody would be told."""
+    raise InputError(
+        "the model's vision tower is a VisionEncoder, whose weights are not the model's to save",
+        hint="put back what replace_vision_tower returned, save, and replace it again",
+    )
 
 
 class Merged(nn.Module):
@@ -65,13 +78,16 @@ def replace_vision_tower(model: nn.Module, encoder: VisionEncoder) -> tuple[nn.M
     shapes and dtype. Their `last_hidden_state` is the image tokens too, `[1, tokens,
     text_hidden_size]`: the tower's own hidden states stay inside the encoder.
 
+    A second call replaces the encoder. A copy of the model runs the same encoder. `save_pretrained`
+    and `state_dict` are refused until the tower is put back.
+
     Args:
         model: A `MiniMaxM3VLModel`, or a model with one for its `model`; changed in place.
         encoder: An encoder of the same checkpoint; it stays open for as long as the model is used.
 
     Returns:
-        The tower and the projector that were there. Drop them to free their memory, or assign them
-        back.
+        The tower and the projector that were there, which a second call made if it is one. Drop them
+        to free their memory, or assign them back.
 
     Raises:
         InputError: The model is another one, or the encoder's dimensions are not its.
@@ -96,7 +112,9 @@ def replace_vision_tower(model: nn.Module, encoder: VisionEncoder) -> tuple[nn.M
         if theirs != ours:
             raise InputError(f"the model's {name} is {theirs}, the encoder's is {ours}")
     before = inner.vision_tower, inner.multi_modal_projector
-    dtype = next(before[1].parameters()).dtype
+    tower = before[0]
+    is_replaced = isinstance(tower, EncoderTower)
+    dtype = tower.dtype if is_replaced else next(before[1].parameters()).dtype
     inner.vision_tower = EncoderTower(encoder, dtype)
     inner.multi_modal_projector = Merged(config.spatial_merge_size)
     return before

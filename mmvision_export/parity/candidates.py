@@ -124,7 +124,7 @@ def candidates_from_openvino(
     try:
         import_openvino()
     except BackendError as error:
-        progress.note(f"{graph} is compared in ONNX Runtime alone: {error}")
+        progress.note(f"{graph} is compared in ONNX Runtime alone: {error.message}")
         return []
     name, facts = f"{graph} (OpenVINO)", graphs[graph].facts
     runner = BackendRunner(name, directory, backend="openvino", config=config)
@@ -173,7 +173,7 @@ def candidates_from_plans(
             record = EngineRecord.read(engine)
             candidate = candidate_from_engine(engine, record, graphs=graphs, trust=trust)
         except ManifestError as error:
-            progress.note(f"{engine.name} is not compared: {error}")
+            progress.note(f"{engine.name} is not compared: {error.message}")
             continue
         found.append(candidate)
     return found

@@ -187,7 +187,7 @@ def _embeds_from_engines(
             except (BackendError, ManifestError) as error:
                 if asked_for.is_file():
                     raise
-                progress.note(f"{Path(engine.runner.name).name} is not compared: {error}")
+                progress.note(f"{Path(engine.runner.name).name} is not compared: {error.message}")
                 continue
             found[engine.runner.name] = embeds_from_runner(
                 engine.runner, samples, progress=progress

@@ -18,11 +18,24 @@ __all__ = ["as_given", "handle_of", "host_array"]
 
 
 def host_array(array: Any) -> Any:
-    """What NumPy can read, without a copy where there is one already."""
+    """What NumPy can read, without a copy where there is one already.
+
+    torch's bfloat16, which NumPy has not, becomes float32: each of its numbers is one of float32.
+
+    Raises:
+        InputError: It needs a gradient, which nothing here gives, or its library refuses.
+    """
     if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__"):
         return array
     if device_of(array) is not None:  # grid_thw: a few numbers, which the checks need on the host
         return np.asarray(array.cpu() if hasattr(array, "cpu") else array.get())
+    if getattr(array, "requires_grad", False):
+        raise InputError(
+            f"a {type(array).__name__} that requires a gradient was given, and an encoder gives none",
+            hint="give pixel_values.detach()",
+        )
+    if str(getattr(array, "dtype", "")) == "torch.bfloat16":
+        array = array.float()
     try:
         return np.from_dlpack(array)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:

@@ -130,5 +130,5 @@ def _status_of(path: Path) -> os.stat_result:
 
 def _naming(path: Path, error: MmvisionError) -> str:
     """The error's words, with the file that it is about."""
-    message = str(error)
+    message = error.message
     return message if str(path) in message else f"{path}: {message}"

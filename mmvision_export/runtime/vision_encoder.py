@@ -13,22 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from mmvision_export.artifacts.manifest import Manifest, model_directory_of
 from mmvision_export.artifacts.preprocessing import preprocessor_of
 from mmvision_export.core.errors import BackendError, InputError, NotFiniteError
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
+from mmvision_export.models.minimax_m3_vl.image_sources import ImageSource, batch_from_sources
 from mmvision_export.models.minimax_m3_vl.packed_batch import (
     PackedBatch,
     checked_batch,
     checked_grid,
 )
-from mmvision_export.models.minimax_m3_vl.preprocess import (
-    PreprocessorConfig,
-    batch_from_images,
-)
+from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig
 from mmvision_export.runtime.backends import (
     Backend,
     BackendInfo,
@@ -260,7 +257,7 @@ class VisionEncoder:
     @overload
     def encode_images(
         self,
-        images: Iterable[Image.Image],
+        images: ImageSource | Iterable[ImageSource],
         *,
         resize_to_fit: bool = False,
         not_finite: Literal["raise"] = "raise",
@@ -269,7 +266,7 @@ class VisionEncoder:
     @overload
     def encode_images(
         self,
-        images: Iterable[Image.Image],
+        images: ImageSource | Iterable[ImageSource],
         *,
         resize_to_fit: bool = False,
         not_finite: Literal["none"],
@@ -277,22 +274,25 @@ class VisionEncoder:
 
     def encode_images(
         self,
-        images: Iterable[Image.Image],
+        images: ImageSource | Iterable[ImageSource],
         *,
         resize_to_fit: bool = False,
         not_finite: Literal["raise", "none"] = "raise",
     ) -> list[npt.NDArray[np.floating]] | list[npt.NDArray[np.floating] | None]:
         """Encode images of any sizes in one packed batch.
 
+        Files are opened as `mmvision run` opens them: regular files of a known format.
+
         Args:
-            images: Any Pillow images.
+            images: One image or several: of Pillow, paths of files, or arrays of uint8,
+                `[height, width, 3]` in RGB.
             resize_to_fit: Make an image too large for the engine as small as it has to be, rather
                 than refuse it.
             not_finite: What becomes of an image whose embeddings are not finite: `raise` refuses
                 the call, `none` gives None for it, and the others' embeddings.
 
         Returns:
-            One `[tokens, text_hidden_size]` array per image.
+            One `[tokens, text_hidden_size]` array per image, in a list for one image too.
 
         Raises:
             InputError: No images, one that cannot be processed, or one larger than the engine
@@ -303,7 +303,7 @@ class VisionEncoder:
         if not_finite not in ("raise", "none"):
             raise InputError(f"not_finite must be 'raise' or 'none', got {not_finite!r}")
         preprocessor = self.preprocessor_for(resize_to_fit=resize_to_fit)
-        batch = batch_from_images(images, preprocessor, dtype=self.dtype)
+        batch = batch_from_sources(images, preprocessor, dtype=self.dtype)
         try:
             return batch.grid.split(self.encode(batch))
         except NotFiniteError as error:
@@ -372,6 +372,12 @@ class VisionEncoder:
         if resize_to_fit and self.max_patches is not None:
             config = config.within(self.max_patches // self.config.segment_max_frames)
         yield from encoded_segments(self, Path(path), config, progress or Progress())
+
+    def __repr__(self) -> str:
+        """What runs, as `<VisionEncoder engines/tiny/model.cpu.onnx: onnxruntime-cpu, fp32>`."""
+        facts = self.facts
+        file = facts.engine or "/".join(part for part in (facts.model, facts.graph) if part)
+        return f"<VisionEncoder {file}: {self._backend.name}, {facts.precision}>"
 
     def close(self) -> None:
         """Free the runtime's memory. The encoder cannot be used afterwards. In a fork, nothing."""

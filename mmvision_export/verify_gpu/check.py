@@ -99,7 +99,7 @@ def _findings_of(
             with opened(cuda, kernel, image, given) as launcher:
                 ran = _ran(launcher, case, how, computes=computes)
         except BackendError as error:
-            ran = {"status": "FAIL", "detail": str(error)}
+            ran = {"status": "FAIL", "detail": error.message}
         findings.append(KernelFinding(op=case.op, dtype=case.dtype, case=case.name, how=how, **ran))
     return findings
 

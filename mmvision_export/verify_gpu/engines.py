@@ -139,7 +139,7 @@ def refuse_impossible(
         )
     except (EngineError, ManifestError) as error:
         hint = f" ({error.hint})" if error.hint else ""
-        raise ImpossibleError(f"{error}{hint}") from error
+        raise ImpossibleError(f"{error.message}{hint}") from error
 
 
 def build_engines(
@@ -166,7 +166,7 @@ def build_engines(
         try:
             is_installed(backend)
         except BackendError as error:
-            findings.not_run(_PART, backend, str(error))
+            findings.not_run(_PART, backend, error.message)
             continue
         # Buckets of every way come before the other sizes of any: should time run out, more ways
         # were seen.

@@ -73,7 +73,7 @@ def _expect(
     try:
         work(*arguments)
     except kind as error:
-        findings.judge(_PART, case, [], {}, f"refused: {error}")
+        findings.judge(_PART, case, [], {}, f"refused: {getattr(error, 'message', error)}")
     else:
         findings.judge(_PART, case, ["it was not refused"], {})
 

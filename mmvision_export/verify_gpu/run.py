@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         finally:
             files = findings.write(arguments.output)
     except MmvisionError as error:
-        print_error(str(error), error.hint)
+        print_error(error.message, error.hint)
         return 1
     except OSError as error:
         print_error(f"{error.filename or arguments.output}: {error.strerror}")

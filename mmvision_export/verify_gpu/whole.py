@@ -42,7 +42,7 @@ def tensorrt_versions() -> dict[str, str]:
         try:
             versions[backend] = str(import_tensorrt(backend).__version__)
         except BackendError as error:
-            versions[backend] = f"no: {error}"
+            versions[backend] = f"no: {error.message}"
     return versions
 
 

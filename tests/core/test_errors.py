@@ -81,3 +81,21 @@ def test_what_a_terminal_would_obey_is_written_out(
     assert printable(text) == printed
     print_error(text, text)
     assert capsys.readouterr().err == f"error: {printed}\nhint: {printed}\n"
+
+
+def test_the_hint_is_part_of_the_text() -> None:
+    error = InputError("x is 3", hint="make it 2")
+    assert (str(error), error.message, error.hint) == (
+        "x is 3\nhint: make it 2",
+        "x is 3",
+        "make it 2",
+    )
+    assert str(InputError("x is 3")) == "x is 3"
+
+
+def test_an_error_that_quotes_another_says_the_hint_once() -> None:
+    error = InputError("x is 3", hint="make it 2")
+    quoting = InputError(f"file: {error}", hint=error.hint)
+    assert str(quoting) == "file: x is 3\nhint: make it 2"
+    assert str(InputError(f"file: {error}")) == "file: x is 3\nhint: make it 2"
+    assert str(InputError(f"file: {error}", hint="copy it")) == "file: x is 3\nhint: copy it"

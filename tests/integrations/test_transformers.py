@@ -5,6 +5,7 @@ The same features and the same generated tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from mmvision_export import VisionEncoder
@@ -137,3 +139,31 @@ def test_other_models_are_refused(model: Any, runtime: VisionEncoder) -> None:
     model.model.config.text_config.hidden_size = 97
     with refused(InputError, "hidden_size", 97, 96):
         replace_vision_tower(model, runtime)
+
+
+def test_a_second_call_replaces_the_encoder(model: Any, runtime: VisionEncoder) -> None:
+    first = replace_vision_tower(model, runtime)
+    second: Any = replace_vision_tower(model, runtime)
+    assert second[0].encoder is runtime
+    assert model.model.vision_tower.dtype == next(first[1].parameters()).dtype
+
+
+def test_a_copy_runs_the_same_encoder(model: Any, runtime: VisionEncoder) -> None:
+    replace_vision_tower(model, runtime)
+    given = {name: value for name, value in inputs("image", 0).items() if name != "input_ids"}
+    with torch.inference_mode():
+        expected = model.get_image_features(**given).pooler_output
+        copied = copy.deepcopy(model).get_image_features(**given).pooler_output
+    assert all(torch.equal(a, b) for a, b in zip(copied, expected, strict=True))
+
+
+def test_a_checkpoint_without_its_tower_is_not_written(
+    model: Any, runtime: VisionEncoder, tmp_path: Path
+) -> None:
+    before = replace_vision_tower(model, runtime)
+    with refused(InputError, "vision tower"):
+        model.save_pretrained(tmp_path)
+    model.model.vision_tower, model.model.multi_modal_projector = before
+    model.save_pretrained(tmp_path)  # the control
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert any("vision_tower" in name for name in file.keys())  # noqa: SIM118

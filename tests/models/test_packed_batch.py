@@ -83,7 +83,7 @@ def test_bad_grids(grid: Any, patches: int | None, message: str) -> None:
     [
         (np.zeros((4, 1175), np.float32), "must have shape [num_patches, 1176], got [4, 1175]"),
         (np.zeros(1176, np.float32), "got [1176]"),
-        (np.zeros((4, 1176)), "must be float32, got float64"),
+        (np.zeros((4, 1176)), "must be float32 or float16, got float64"),
         (np.zeros((4, 1176), np.uint8), "got uint8"),
         (
             np.full((4, 1176), np.nan, np.float32),

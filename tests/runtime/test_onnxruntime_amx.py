@@ -110,10 +110,10 @@ def test_without_amx_one_refusal_wherever_it_is_named(
         "parity", "--model", str(directory), "--kernel-library", str(library_in(directory))
     )
     assert result.code == 1
-    assert result.errors[0] == f"error: {opened.value}"
+    assert result.errors[0] == f"error: {opened.value.message}"
     arguments = ["--model", str(directory), "--backend", "onnxruntime-amx"]
     assert run.main([*arguments, "--kernel-library", str(library_in(directory))]) == 1
-    assert f"error: {opened.value}" in capsys.readouterr().err
+    assert f"error: {opened.value.message}" in capsys.readouterr().err
     assert not loaded.exists()
 
 

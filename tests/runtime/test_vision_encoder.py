@@ -181,7 +181,7 @@ def test_images_that_are_not_finite_can_be_none(
     runtime: VisionEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "mmvision_export.runtime.vision_encoder.batch_from_images",
+        "mmvision_export.runtime.vision_encoder.batch_from_sources",
         lambda images, config, **options: overflowing(np.float32),
     )
     images = [Image.new("RGB", (28, 28))] * 3
@@ -400,3 +400,31 @@ def test_with_the_cpu_extra_only(exported: Path, tmp_path: Path) -> None:
         subprocess.run(absent, check=False, capture_output=True, cwd=tmp_path, env=clean).returncode
         == 1
     )
+
+
+def test_torchs_other_types_are_taken(runtime: VisionEncoder) -> None:
+    """bfloat16 and float16 are exact in float32."""
+    pixels, rows = batch(GRIDS["three"], HEAD_DIM_80)
+    for dtype in (torch.bfloat16, torch.float16):
+        given = torch.from_numpy(pixels).to(dtype)
+        found = runtime(given, torch.from_numpy(rows))
+        assert found.dtype == torch.float32
+        np.testing.assert_array_equal(found, runtime(given.float().numpy(), rows))
+    with refused(InputError, "gradient"):
+        runtime(torch.from_numpy(pixels).requires_grad_(), rows)
+
+
+def test_one_image_and_paths_are_taken(runtime: VisionEncoder, tmp_path: Path) -> None:
+    levels = np.random.default_rng(1).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    (expected,) = runtime.encode_images([Image.fromarray(levels)])
+    for image in (tmp_path / "x.png", [str(tmp_path / "x.png")], levels, [levels]):
+        (found,) = runtime.encode_images(image)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_it_runs_is_shown(runtime: VisionEncoder) -> None:
+    import mmvision_export
+
+    assert "model.cpu.onnx: onnxruntime-cpu, fp32" in repr(runtime)
+    assert "VisionEncoder" in dir(mmvision_export)

@@ -130,10 +130,11 @@ def checked_batch(
     """Validate what a caller made.
 
     float32 is converted to float16 when that is what the graph takes: this is what a processor's
-    output needs, and loses nothing that the graph would keep. Any other mismatch is refused.
+    output needs, and loses nothing that the graph would keep. float16 is converted to float32, which
+    has each of its numbers. Any other mismatch is refused.
 
     Args:
-        pixel_values: `[num_patches, patch_dim]` float32, or `dtype`, finite.
+        pixel_values: `[num_patches, patch_dim]` float32 or float16, finite.
         grid_thw: `[num_images, 3]`, any integer dtype; see `checked_grid`.
         config: The encoder's dimensions.
         dtype: The graph's float type.
@@ -144,7 +145,7 @@ def checked_batch(
     """
     patches = _array("pixel_values", pixel_values)
     wanted = np.dtype(dtype)
-    accepted = dict.fromkeys((np.dtype(np.float32), wanted))
+    accepted = (np.dtype(np.float32), np.dtype(np.float16))
     if patches.dtype not in accepted:
         raise InputError(
             f"pixel_values must be {' or '.join(map(str, accepted))}, got {patches.dtype}"

@@ -163,7 +163,7 @@ def _open_best(
         try:
             backend = open_backend(path, dataclasses.replace(options, backend=name))
         except (BackendError, ManifestError) as error:
-            passed_over[name] = str(error)
+            passed_over[name] = error.message
             if name == _WORKS_ANYWHERE and isinstance(error, ManifestError):
                 raise  # it works on every machine: if its files are wrong, that is the error
             continue

@@ -41,7 +41,7 @@ def open_fitting(path: Path, opened: Callable[[Path, Manifest | None], _Opened])
         try:
             return opened(engine, manifest)
         except ManifestError as error:
-            reasons.append(str(error))
+            reasons.append(error.message)
     raise ManifestError(
         "no engine fits this machine: " + "; ".join(reasons), hint="mmvision build-engine"
     )

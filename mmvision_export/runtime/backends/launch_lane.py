@@ -254,7 +254,7 @@ class Lane:
         try:
             graph = self._cuda.captured(enqueue, self._stream)
         except BackendError as error:
-            self.refusals[profile] = str(error)
+            self.refusals[profile] = error.message
             return
         self._graphs[profile] = self._held(graph, self._cuda.free_graph)
 

@@ -125,7 +125,7 @@ class TensorRTRTXBackend(TensorRTBackend):
             self.info.runtime_cache = f"{self._cache_file}: not readable, {error.strerror}"
             return
         except UntrustedError as error:
-            self.info.runtime_cache = f"not used: {error}"
+            self.info.runtime_cache = f"not used: {error.message}"
             return
         # TensorRT-RTX checks that it fits this GPU, driver and version.
         fits = self._cache.deserialize(self._cached)
@@ -153,4 +153,4 @@ class TensorRTRTXBackend(TensorRTBackend):
                 with new_files(file.parent, name=file.name) as new:
                     (new / file.name).write_bytes(content)
             except OutputError as error:
-                self.info.runtime_cache = str(error)
+                self.info.runtime_cache = error.message
