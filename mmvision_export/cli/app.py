@@ -44,6 +44,7 @@ _EXTRA_OF = {
     "onnxscript": "export",
     "onnxruntime": "cpu",
     "pyarrow": "embed",
+    "ray": "ray",
 }
 
 

@@ -20,6 +20,7 @@ from mmvision_export.embed.stored import StoredType
 from mmvision_export.models.minimax_m3_vl.images import MAX_FILE_PIXELS
 
 if TYPE_CHECKING:
+    from mmvision_export.embed.on_ray import RayWorkers
     from mmvision_export.embed.run import EmbedResult
 
 __all__ = ["embed"]
@@ -120,6 +121,22 @@ def embed(
         bool,
         typer.Option("--trust", help="Open engines of the directory that you have not built here."),
     ] = False,
+    workers: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N", help="Embed on Ray, with so many encoders. Default: no Ray.", min=1
+        ),
+    ] = None,
+    ray: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="ADDRESS",
+            help="Embed on this Ray cluster, or auto. Default: one started for it.",
+        ),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float, typer.Option(metavar="N", help="GPUs that Ray reserves for each encoder.", min=0)
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, and say what would be done.")
     ] = False,
@@ -163,6 +180,7 @@ def embed(
             draft=draft,
         ),
         columns=Columns(image=image_column, id=id_column),
+        workers=_workers(workers, ray, gpus_per_worker),
         force=force,
         retry_failed=retry_failed,
         dry_run=dry_run,
@@ -174,6 +192,16 @@ def embed(
         console.print(_in_words(result, dry_run=dry_run), markup=False)
     if result.failed or result.already_failed:
         raise typer.Exit(1)
+
+
+def _workers(count: int | None, address: str | None, gpus_each: float) -> RayWorkers | None:
+    from mmvision_export.embed.on_ray import RayWorkers
+
+    if count is None and address is None:
+        if gpus_each:
+            raise typer.BadParameter("--gpus-per-worker goes with --workers or --ray")
+        return None
+    return RayWorkers(count=count or 1, gpus_each=gpus_each, address=address)
 
 
 def _in_words(result: EmbedResult, *, dry_run: bool) -> str:
