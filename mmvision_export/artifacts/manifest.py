@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmvision_export.artifacts.external_data import external_locations
+from mmvision_export.artifacts.verdicts import entry_with_history
 from mmvision_export.core.atomic import locked_folder, new_files
 from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.files import FileRecord
@@ -67,7 +68,8 @@ class Manifest:
             to load them again, and `sha256` of the tensors.
         versions: Versions of the packages that made the directory.
         files: Every file of the directory that a runtime may open, by name relative to it.
-        parity: Results of the last comparison, by graph file name.
+        parity: Results of the last comparison, and the verdicts of all, by file name of the graph or
+            engine.
         weights: The largest weight and what float16 would lose; see `weight_statistics`.
         quantization: How each quantised graph was made, and what it lost, by graph file name.
         created: When, in UTC, ISO 8601.
@@ -117,7 +119,7 @@ class Manifest:
         Args:
             directory: The model directory.
             files: Files that are there now.
-            parity: Results, by name of graph or engine.
+            parity: Results, by name of graph or engine; see `verdicts.entry_with_history`.
             quantization: Reports, by name of graph.
             without_parity: A graph or engine whose result no longer holds.
 
@@ -145,7 +147,11 @@ class Manifest:
                     hint="run the command again",
                 )
         self.files = {**latest.files, **(files or {})}
-        self.parity = {**latest.parity, **(parity or {})}
+        compared = {
+            name: entry_with_history(latest.parity.get(name), entry)
+            for name, entry in (parity or {}).items()
+        }
+        self.parity = {**latest.parity, **compared}
         self.quantization = {**latest.quantization, **(quantization or {})}
         if without_parity is not None:
             self.parity.pop(without_parity, None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.markup import escape
 
 from mmvision_export.cli.benchmark import benchmark
 from mmvision_export.cli.build import build_engine, build_plugins
@@ -102,7 +103,8 @@ def parity(
     image: Annotated[
         Optional[list[Path]],
         typer.Option(
-            metavar="FILE", help="Image to compare on; may be repeated, for one packed batch."
+            metavar="FILE|FOLDER",
+            help="Images to compare on: files, folders, quoted patterns; packed into few batches.",
         ),
     ] = None,
     pixel_values: Annotated[
@@ -157,7 +159,12 @@ def parity(
         raise typer.BadParameter("give either --image or --pixel-values with --grid-thw")
 
     from mmvision_export.artifacts.manifest import Manifest
-    from mmvision_export.cli.parity_output import print_parity, samples_from_options
+    from mmvision_export.cli.parity_output import (
+        next_steps,
+        print_parity,
+        samples_from_options,
+        standing_lines,
+    )
     from mmvision_export.models.weights import WeightSource
     from mmvision_export.parity.check import check_parity, directory_from_path
     from mmvision_export.parity.report.page import (
@@ -191,13 +198,17 @@ def parity(
         print(json.dumps(record_from_parity(result), indent=2))
     else:
         print_parity(result)
-    record_parity(result)
+    recorded = record_parity(result)
     if report is not None:
         write_report(report, result, force=force)
         messages.print(f"report: {report}", markup=False)
-    for row in result.rows:
-        for failure in row.failures:
-            print_error(f"{row.runner}, {row.sample}: {failure}")
+    for line in standing_lines(result, recorded):
+        messages.print(f"[yellow]warning[/]: {escape(line)}")
+    failures = [
+        f"{row.runner}, {row.sample}: {each}" for row in result.rows for each in row.failures
+    ]
+    for failure in failures:
+        print_error(failure, next_steps(result) if failure == failures[-1] else None)
     if not result.passed:
         raise typer.Exit(1)
 

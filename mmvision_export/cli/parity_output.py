@@ -9,12 +9,15 @@ from rich.markup import escape
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.preprocessing import preprocessor_of
+from mmvision_export.artifacts.verdicts import standing_failures
 from mmvision_export.cli.console import console
+from mmvision_export.core.errors import InputError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.parity.result import ParityResult
-from mmvision_export.parity.samples import Sample, sample_from_files, sample_from_images
+from mmvision_export.parity.samples import Sample, sample_from_files, samples_from_images
+from mmvision_export.runtime.given_images import files_of
 
-__all__ = ["print_parity", "samples_from_options"]
+__all__ = ["next_steps", "print_parity", "samples_from_options", "standing_lines"]
 
 
 def samples_from_options(
@@ -25,14 +28,18 @@ def samples_from_options(
     pixel_values: Path | None,
     grid_thw: Path | None,
 ) -> list[Sample]:
-    """The batch that was asked for, or nothing for the default ones.
+    """The batches that were asked for, or nothing for the default ones.
 
     Raises:
         ManifestError, ConfigError: The model directory's preprocessor is missing or malformed.
         InputError: A file is missing, or is not what the encoder takes.
     """
     if images:
-        return [sample_from_images(images, preprocessor_of(directory, manifest))]
+        found = files_of(images)
+        if not found:
+            patterns = ", ".join(map(str, images))
+            raise InputError(f"no file matches {patterns}", reason="missing")
+        return samples_from_images(found, preprocessor_of(directory, manifest))
     if pixel_values is not None and grid_thw is not None:
         return [sample_from_files(pixel_values, grid_thw, manifest.config)]
     return []
@@ -76,3 +83,38 @@ def print_parity(result: ParityResult) -> None:
         console.print(f"[yellow]warning[/]: {escape(warning)}")
     for precision in dict.fromkeys(row.precision for row in result.rows):
         console.print(f"{precision} gate: {PRECISIONS[precision].gate.describe()}", markup=False)
+
+
+def standing_lines(result: ParityResult, manifest: Manifest) -> list[str]:
+    """Failures of earlier comparisons that this one did not repeat, in words.
+
+    Args:
+        result: Of this comparison.
+        manifest: As it is with this comparison recorded.
+    """
+    now = {sample.sha256 for sample in result.samples}
+    subjects = dict.fromkeys(row.subject for row in result.rows if row.subject is not None)
+    return [
+        f"an earlier failure stands: {verdict.describe()}"
+        for subject in subjects
+        for verdict in standing_failures(manifest.parity.get(subject))
+        if verdict.sample_sha256 not in now
+    ]
+
+
+def next_steps(result: ParityResult) -> str | None:
+    """What to do about the failures, by what failed; None if nothing did."""
+    failed = {row.subject: row.precision for row in result.rows if row.failures and row.subject}
+    quantised = [subject for subject, precision in failed.items() if precision in ("int8", "fp8")]
+    if quantised:
+        flag = "--cpu-int8" if "cpu-int8" in quantised[0] else f"--{failed[quantised[0]]}"
+        return (
+            f"quantise again with the images that failed among those to calibrate on, or for more units in "
+            f"floating point: mmvision quantize {flag} --min-cosine 0.999 --image FILE... "
+            f"--model {result.directory}"
+        )
+    if "fp16" in failed.values():
+        return "a value may be beyond float16 (see 'largest activation'): try --bf16, or keep fp32"
+    if failed:
+        return "see where the error jumps, layer by layer: --report accuracy.html draws it"
+    return None

@@ -26,6 +26,7 @@ from mmvision_export.artifacts.engine_record import (
 from mmvision_export.artifacts.manifest import DATA, GRAPH, PLANS, Manifest, flavour_graph
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import Profile, checked_profile
+from mmvision_export.artifacts.verdicts import standing_failures
 from mmvision_export.core.atomic import new_files, sweep
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError, OutputError
@@ -206,11 +207,14 @@ def _refuse_failed_parity(
             f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}"
         )
     for name in dict.fromkeys((GRAPH, graph)):
-        if check and not manifest.parity.get(name, {"passed": True}).get("passed"):
+        entry = manifest.parity.get(name, {"passed": True})
+        if check and not entry.get("passed"):
+            standing = "; ".join(verdict.describe() for verdict in standing_failures(entry))
             raise EngineError(
-                f"{name} did not pass its comparison with PyTorch",
-                hint=f"see: mmvision parity --model {directory}; "
-                "build it all the same with --no-check",
+                f"{name} did not pass its comparison with PyTorch"
+                + (f": {standing}" if standing else ""),
+                hint=f"see: mmvision parity --model {directory}; the failure stands until the same "
+                "sample passes or the graph is another one; build it all the same with --no-check",
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.manifest import DATA, Manifest
+from mmvision_export.artifacts.verdicts import Verdict
 from mmvision_export.core.metrics import Metrics
 from mmvision_export.parity.layers import LayerComparison
 from mmvision_export.parity.samples import Sample
@@ -80,8 +82,13 @@ class ParityResult:
         return not any(row.failures for row in self.rows)
 
 
-def record_parity(result: ParityResult) -> None:
+def record_parity(result: ParityResult) -> Manifest:
     """Write a summary of a result into the manifest, under the name of each graph or engine.
+
+    A failure on another sample stands until that sample passes, or the graph is another one.
+
+    Returns:
+        The manifest as it now is.
 
     Raises:
         ManifestError: The manifest is missing or malformed.
@@ -94,14 +101,38 @@ def record_parity(result: ParityResult) -> None:
         parity[subject] = {
             "reference": REFERENCE,
             "date": now,
-            "passed": not any(row.failures for row in rows),
+            "content_sha256": _content_sha256(subject, result.manifest),
+            "verdicts": [dataclasses.asdict(_verdict(row, result.samples, now)) for row in rows],
             "grids": _summary([row for row in rows if row.runner == subject]),
             "rounded": _summary([row for row in rows if row.runner == f"{subject} (rounded)"]),
             **_other_runtimes(rows, subject),
             "layers": result.layers.summary(subject),
         }
     # A copy: the result keeps the manifest of what was compared.
-    dataclasses.replace(result.manifest).update(result.directory, parity=parity)
+    updated = dataclasses.replace(result.manifest)
+    updated.update(result.directory, parity=parity)
+    return updated
+
+
+def _content_sha256(subject: str, manifest: Manifest) -> str:
+    """Of the graph and its weights; a new engine of the same name takes its verdicts with it (`build_engine`)."""
+    files = sorted({subject, f"{subject}.data", DATA} & set(manifest.files))
+    digests = "".join(manifest.files[name].sha256 for name in files)
+    return hashlib.sha256(digests.encode("ascii")).hexdigest()
+
+
+def _verdict(row: ParityRow, samples: Sequence[Sample], now: str) -> Verdict:
+    (sample,) = (each for each in samples if each.name == row.sample)
+    metrics = row.metrics.to_dict()
+    return Verdict(
+        runner=row.runner,
+        sample=sample.describe(),
+        sample_sha256=sample.sha256,
+        date=now,
+        failures=row.failures,
+        relative_l2=metrics["relative_l2"],
+        min_cosine=metrics["min_cosine"],
+    )
 
 
 def _other_runtimes(rows: Sequence[ParityRow], subject: str) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from mmvision_export.core.errors import InputError
 
-__all__ = ["STANDARD_INPUT", "expanded", "from_standard_input"]
+__all__ = ["STANDARD_INPUT", "expanded", "files_of", "from_standard_input"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+"""Of files that count as images where a folder is given."""
 
 STANDARD_INPUT = Path("-")
 
@@ -28,6 +31,32 @@ def expanded(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
         else:
             yield from map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """The image files of these files, patterns and folders; of a folder those it holds, by name.
+
+    Raises:
+        InputError: A folder has no images, or cannot be read.
+    """
+    found: list[Path] = []
+    for path in expanded(paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        try:
+            names = sorted(path.iterdir())
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}", reason="unreadable") from error
+        images = [file for file in names if file.suffix.lower() in SUFFIXES and file.is_file()]
+        if not images:
+            raise InputError(
+                f"{path} has no images ({', '.join(SUFFIXES)})",
+                hint=f"quote a pattern for its sub-folders: '{path}/**/*.jpg'",
+                reason="missing",
+            )
+        found += images
+    return list(dict.fromkeys(found))
 
 
 @contextlib.contextmanager
