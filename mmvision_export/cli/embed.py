@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -25,33 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["embed"]
 
-_SECONDS_BETWEEN_LINES = 10.0
-
 
 class CountedRows(ProgressLine):
-    """Counts rows: a bar on a terminal, elsewhere a line `embedding 640/2000` now and then."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last = 0.0
-
-    def step(self, description: str, total: float | None = None) -> None:
-        """See `Progress.step`."""
-        self._last = 0.0
-        super().step(description, total)
+    """Counts rows, and notes on standard error what is worth reading."""
 
     def note(self, message: str) -> None:
         """See `Progress.note`."""
         messages.print(f"note: {message}", markup=False)
-
-    def _draw(self) -> None:
-        if sys.stderr.isatty():
-            super()._draw()
-            return
-        now = time.monotonic()
-        if self._total and (self._done >= self._total or now - self._last > _SECONDS_BETWEEN_LINES):
-            self._last = now
-            messages.print(f"{self._text} {self._done:.0f}/{self._total:.0f}", markup=False)
 
 
 @examples(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from mmvision_export.core.errors import message_and_hint, print_error
-from mmvision_export.core.progress import Progress
+from mmvision_export.core.progress import Pace, Progress
 
 __all__ = ["INTERRUPTED", "ProgressLine", "elapsed_line", "exit_code_of", "print_failure"]
 
@@ -103,33 +103,30 @@ def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 class ProgressLine(Progress):
-    """One line on standard error that counts, where that is a terminal."""
+    """One line on standard error that counts; where that is no terminal, a line now and then."""
 
     def __init__(self) -> None:
-        self._text, self._total, self._done = "", 0.0, 0.0
+        self._pace = Pace("")
 
     def step(self, description: str, total: float | None = None) -> None:
         """See `Progress.step`."""
-        self._text, self._total, self._done = description, total or 0.0, 0.0
+        self._pace = Pace(description, total)
         self._draw()
 
     def advance(self, amount: float = 1.0) -> None:
         """See `Progress.advance`."""
-        self._done += amount
+        self._pace.done += amount
         self._draw()
 
     def _draw(self) -> None:
+        pace = self._pace
         if not sys.stderr.isatty():
+            if pace.is_due():
+                print(pace.describe(), file=sys.stderr, flush=True)
             return
-        end = "\n" if self._done >= self._total else ""
-        filled = int(30 * self._done / self._total) if self._total else 0
-        bar = "#" * filled + "." * (30 - filled)
-        print(
-            f"\r{self._text} [{bar}] {self._done:.0f}/{self._total:.0f}",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )
+        # Wiped to the end of the line: the estimate before may have been longer.
+        end = "\n" if pace.total is None or pace.done >= pace.total else ""
+        print(f"\r{pace.describe()}\x1b[K", end=end, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -122,11 +122,17 @@ def compare_layers(
     """
     progress = progress or Progress()
     with tempfile.TemporaryDirectory(prefix="mmvision.", suffix=".stages") as folder:
-        progress.step("layer by layer: PyTorch in float64")
+        config = encoders.manifest.config
+        names = stage_names(config)
+        progress.step("layer by layer: PyTorch in float64", total=len(names))
+
+        def save(stage: str, output: npt.NDArray[Any]) -> None:
+            np.save(Path(folder) / stage, output)
+            progress.advance()
+
         encoder = encoders.load_reference()
-        config, names = encoder.config, stage_names(encoder.config)
         with observed_magnitudes(encoder) as found:
-            _run_torch(encoder, sample, lambda stage, output: np.save(Path(folder) / stage, output))
+            _run_torch(encoder, sample, save)
         del encoder
 
         def distance(stage: str, output: npt.NDArray[Any], float_type: str) -> StageDistance:

@@ -20,7 +20,7 @@ from mmvision_export.core.errors import ParityError
 from mmvision_export.core.metrics import Metrics, metrics, token_errors
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.polygraphy_setup import captured_messages
-from mmvision_export.parity.runners import accepts
+from mmvision_export.parity.runners import TorchRunner, accepts
 from mmvision_export.parity.samples import Sample
 
 __all__ = [
@@ -109,7 +109,10 @@ def _measured(
             taken.append(sample)
         else:
             progress.note(f"{runner.name} does not take {sample.name}, which is beyond its profile")
-    progress.step(f"running {runner.name}", total=len(taken))
+    layers = runner.num_layers if isinstance(runner, TorchRunner) else 1
+    progress.step(f"running {runner.name}", total=len(taken) * layers)
+    if isinstance(runner, TorchRunner):
+        runner.on_layer = progress.advance
     inputs = runner.get_input_metadata(use_numpy_dtypes=False)
     dtype = DataType.to_dtype(inputs["pixel_values"].dtype, "numpy")
     found = {}
@@ -119,5 +122,6 @@ def _measured(
             "grid_thw": sample.grid_thw,
         }
         found[sample.name] = measure(sample, runner.infer(feed_dict)["image_embeds"])
-        progress.advance()
+        if not isinstance(runner, TorchRunner):
+            progress.advance()
     return found

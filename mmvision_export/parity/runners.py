@@ -20,7 +20,7 @@ from polygraphy.datatype import DataType
 from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
-from mmvision_export.models.minimax_m3_vl.encoder import VisionEncoderModule
+from mmvision_export.models.minimax_m3_vl.encoder import EncoderLayer, VisionEncoderModule
 from mmvision_export.models.minimax_m3_vl.slots import slots_from_batch
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 
@@ -38,6 +38,10 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
     """The PyTorch encoder as a Polygraphy runner.
 
     Its weights are in memory only while it is active.
+
+    Attributes:
+        num_layers: Calls of `on_layer` for each batch.
+        on_layer: Called when a transformer layer is done.
     """
 
     def __init__(
@@ -46,9 +50,17 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         super().__init__(name=name)
         self._load = load
         self._config = config
+        self.num_layers = config.num_hidden_layers
+        self.on_layer: Callable[[], object] = lambda: None
 
     def activate_impl(self) -> None:
         self._encoder = self._load()
+        for module in self._encoder.modules():
+            if isinstance(module, EncoderLayer):
+                module.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.on_layer()
 
     def deactivate_impl(self) -> None:
         del self._encoder

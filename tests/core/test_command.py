@@ -94,7 +94,9 @@ def test_the_line_counts_on_a_terminal_only(
     line.advance()
     line.advance()
     drawn = capsys.readouterr().err.split("\r")[1:]
-    assert [text.rpartition("] ")[2] for text in drawn] == ["0/2", "1/2", "2/2\n"]
+    words = [text.replace("\x1b[K", "").split(", ")[0] for text in drawn]
+    assert words == ["encoding: 0 of 2", "encoding: 1 of 2", "encoding: 2 of 2"]
+    assert [text.endswith("\n") for text in drawn] == [False, False, True]
 
 
 PRINTS = """
