@@ -7,11 +7,22 @@ engine, the last verdict of each runner on each sample. What was measured on oth
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Verdict", "entry_with_history", "standing_failures", "verdicts_of"]
+from mmvision_export.core.files import FileRecord
 
+__all__ = [
+    "Verdict",
+    "content_sha256",
+    "entry_with_history",
+    "is_compared",
+    "standing_failures",
+    "verdicts_of",
+]
+
+_GRAPH = "model.onnx"  # whose weights all graphs share
 _KEPT_PASSES = 40
 
 
@@ -79,6 +90,30 @@ def entry_with_history(before: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
         "passed": all(verdict.passed for verdict in verdicts),
         "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts],
     }
+
+
+def content_sha256(name: str, files: Mapping[str, FileRecord]) -> str:
+    """Of what was compared: a graph with its weights.
+
+    A new engine of the same name takes its verdicts with it (`build_engine`).
+
+    Args:
+        name: Of the graph or engine.
+        files: Those of the manifest.
+    """
+    about = sorted({name, f"{name}.data", f"{_GRAPH}.data"} & set(files))
+    digests = "".join(files[each].sha256 for each in about)
+    return hashlib.sha256(digests.encode("ascii")).hexdigest()
+
+
+def is_compared(name: str, files: Mapping[str, FileRecord], parity: Mapping[str, Any]) -> bool:
+    """Whether a graph as it is now has been compared, and no failure stands."""
+    entry = parity.get(name)
+    return (
+        isinstance(entry, Mapping)
+        and entry.get("content_sha256") == content_sha256(name, files)
+        and entry.get("passed") is True
+    )
 
 
 def verdicts_of(entry: Any) -> list[Verdict]:

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from mmvision_export.cli.benchmark import benchmark
 from mmvision_export.cli.build import build_engine, build_plugins
+from mmvision_export.cli.build_model import build
 from mmvision_export.cli.command import (
     MmvisionCommand,
     OptionalValueCommand,
@@ -51,7 +52,8 @@ _EXTRA_OF = {
 
 app = typer.Typer(
     name="mmvision",
-    add_completion=False,
+    # --install-completion and --show-completion
+    add_completion=True,
     pretty_exceptions_enable=False,
     # Plain help: at 80 columns the boxed one cuts option names short.
     rich_markup_mode=None,
@@ -77,6 +79,7 @@ def _root(
         print(context.get_help())
 
 
+add_command(app, "build", build, cls=OptionalValueCommand)
 add_command(app, "export", export, cls=OptionalValueCommand)
 
 

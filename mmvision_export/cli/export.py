@@ -90,6 +90,13 @@ def export(
             help="With --resize long-side: 112 to 3584, a multiple of 28. Default: 2016.",
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Compare the graph with PyTorch on one small grid, which takes seconds.",
+        ),
+    ] = True,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model directory if it exists.")
     ] = False,
@@ -124,6 +131,7 @@ def export(
 
     from mmvision_export.export.onnx_export import export_model_directory
     from mmvision_export.models.weights import WeightSource
+    from mmvision_export.parity.quick import QuickCheck
 
     if preset is not None and random_weights is not None:
         source = WeightSource.random(preset, seed or 0, random_weights)
@@ -141,6 +149,7 @@ def export(
             resize=resize,
             max_long_side=max_long_side,
             force=force,
+            check=QuickCheck if check else None,
             progress=progress,
         )
     size = sum(record.size_bytes for record in manifest.files.values())

@@ -29,7 +29,7 @@ from mmvision_export.artifacts.profile import Profile, checked_profile
 from mmvision_export.artifacts.verdicts import standing_failures
 from mmvision_export.core.atomic import new_files, sweep
 from mmvision_export.core.compute_capability import ComputeCapability
-from mmvision_export.core.errors import EngineError, OutputError
+from mmvision_export.core.errors import EngineError, ManifestError, OutputError
 from mmvision_export.core.files import FileRecord
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
@@ -122,7 +122,7 @@ def build_engine(
     engine = directory / PLANS / target.engine_name
     # An engine without a sidecar is what a killed build left, and opens nowhere.
     if engine.exists() and sidecar_path(engine).exists() and not force:
-        raise OutputError(f"{engine} already exists", hint="replace it with --force")
+        raise _already_there(engine, manifest, (profiles, slots))
     graph = _graph_for(target, directory, manifest, check=check, progress=progress)
     _refuse_failed_parity(graph, directory, manifest, check=check, progress=progress)
     choose = functools.partial(
@@ -196,6 +196,36 @@ def _graph_for(
         return derive_fp16(directory, manifest, check=check, progress=progress)
     manifest.verify(directory, (GRAPH, DATA))
     return GRAPH
+
+
+def _already_there(
+    engine: Path, manifest: Manifest, sizes: Sequence[Sequence[Profile]]
+) -> OutputError:
+    """The engine that has this name: whether it is what was asked for, or in what it differs."""
+    keep = f"keep both by moving {engine.name} and its .json out of {PLANS}/, or replace it with --force"
+    try:
+        record = EngineRecord.read(engine)
+    except ManifestError as error:
+        return OutputError(
+            f"{engine} already exists, and {error.message}", hint="--force replaces it"
+        )
+    name = record.graph.name
+    digests = [
+        manifest.files[each].sha256
+        for each in (name, f"{name}.data", DATA)
+        if each in manifest.files
+    ]
+    if not {record.graph.sha256, record.graph.data_sha256} <= set(digests):
+        return OutputError(f"{engine} already exists, of another graph", hint=keep)
+    asked = [[checked_profile(each, manifest.config) for each in group] for group in sizes if group]
+    if list(record.profiles) not in asked:
+        there = "; ".join(map(str, record.profiles))
+        return OutputError(f"{engine} already exists, for other sizes: {there}", hint=keep)
+    return OutputError(
+        f"{engine} already exists, of this graph and for these sizes",
+        hint="use it, or replace it with --force",
+        reason="exists",
+    )
 
 
 def _refuse_failed_parity(

@@ -8,9 +8,9 @@ import importlib.metadata
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import onnx_ir as ir
 import torch
@@ -28,6 +28,7 @@ from mmvision_export.core.atomic import new_directory
 from mmvision_export.core.errors import ExportError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.progress import Progress
+from mmvision_export.core.signals import signals_wait
 from mmvision_export.core.verified_files import remember_verified
 from mmvision_export.export.own_weights import optimize_with_own_weights
 from mmvision_export.graph.files import save_cpu_graph, save_graph, save_uniform_graph
@@ -41,7 +42,7 @@ from mmvision_export.ops.registry import attach_functions, translation_table
 from mmvision_export.ops.varlen_attention.onnx_op import ATTENTION_OPSET
 from mmvision_export.version import __version__
 
-__all__ = ["OPSETS", "export_model_directory", "onnx_from_encoder"]
+__all__ = ["OPSETS", "GraphCheck", "export_model_directory", "onnx_from_encoder"]
 
 OPSETS = range(18, 24)
 """Opsets that can be asked for.
@@ -79,7 +80,8 @@ def onnx_from_encoder(encoder: VisionEncoderModule, *, opset: int = ATTENTION_OP
     input_dtype = torch.float32 if encoder.dtype == torch.bfloat16 else encoder.dtype
     pixel_values = torch.zeros(num_patches, encoder.config.patch_dim, dtype=input_dtype)
     dynamic = torch.export.Dim.DYNAMIC
-    with _quiet_tracer():
+    # An exception of a signal in the tracer's callbacks ends the process.
+    with signals_wait(), _quiet_tracer():
         program = torch.onnx.export(
             encoder,
             (pixel_values, grid_thw),
@@ -130,6 +132,17 @@ def _quiet_tracer() -> Iterator[None]:
             registration.setLevel(level)
 
 
+class GraphCheck(Protocol):
+    """What compares a graph that was just written."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot, or None."""
+
+    def __call__(self, graph: Path, progress: Progress) -> None:
+        """Compare the graph; raises if it is another function."""
+
+
 def export_model_directory(
     source: WeightSource,
     output: Path,
@@ -139,6 +152,7 @@ def export_model_directory(
     resize: ResizeRule | None = None,
     max_long_side: int | None = None,
     force: bool = False,
+    check: Callable[[VisionEncoderModule, str], GraphCheck] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Export an encoder into a new model directory.
@@ -151,6 +165,8 @@ def export_model_directory(
         resize: Rule by which images get their size; None for the checkpoint's.
         max_long_side: Of the rule `long-side`, in pixels.
         force: Replace an existing directory.
+        check: Given the encoder and the precision, makes what is called with the first graph that a
+            CPU runs, as `parity.quick.QuickCheck`. What it raises leaves no directory.
         progress: Told about each step.
 
     Raises:
@@ -169,6 +185,7 @@ def export_model_directory(
         preprocessor = loaded.family.preprocessor(
             config, loaded.preprocessor, resize=resize, max_long_side=max_long_side
         )
+        checked = None if check is None else check(loaded.encoder, precision)
         progress.step("tracing the encoder")
         model = onnx_from_encoder(loaded.encoder, opset=opset)
         save_graph(model, directory, GRAPH, progress)
@@ -178,6 +195,12 @@ def export_model_directory(
             save_cpu_graph(directory, config)
             save_uniform_graph(directory)
             names += [CPU_GRAPH, UNIFORM_GRAPH]
+        source_facts = loaded.source
+        del loaded, model  # the check opens the graph, which has the weights once more
+        if checked is not None and (obstacle := checked.obstacle) is not None:
+            progress.note(f"the graph is not checked: {obstacle}")
+        elif checked is not None:
+            checked(directory / (CPU_GRAPH if CPU_GRAPH in names else GRAPH), progress)
         content = json.dumps(preprocessor.to_dict(), indent=2) + "\n"
         (directory / PREPROCESSOR).write_text(content, encoding="utf-8")
         progress.step("hashing")
@@ -185,7 +208,7 @@ def export_model_directory(
             config=config,
             precision=precision,
             opset=opset,
-            source=loaded.source,
+            source=source_facts,
             weights=statistics,
             versions=_versions(),
             files={name: file_record(directory / name) for name in names},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmvision_export.artifacts.manifest import DATA, Manifest
-from mmvision_export.artifacts.verdicts import Verdict
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.verdicts import Verdict, content_sha256
 from mmvision_export.core.metrics import Metrics
 from mmvision_export.parity.layers import LayerComparison
 from mmvision_export.parity.samples import Sample
@@ -101,7 +100,7 @@ def record_parity(result: ParityResult) -> Manifest:
         parity[subject] = {
             "reference": REFERENCE,
             "date": now,
-            "content_sha256": _content_sha256(subject, result.manifest),
+            "content_sha256": content_sha256(subject, result.manifest.files),
             "verdicts": [dataclasses.asdict(_verdict(row, result.samples, now)) for row in rows],
             "grids": _summary([row for row in rows if row.runner == subject]),
             "rounded": _summary([row for row in rows if row.runner == f"{subject} (rounded)"]),
@@ -112,13 +111,6 @@ def record_parity(result: ParityResult) -> Manifest:
     updated = dataclasses.replace(result.manifest)
     updated.update(result.directory, parity=parity)
     return updated
-
-
-def _content_sha256(subject: str, manifest: Manifest) -> str:
-    """Of the graph and its weights; a new engine of the same name takes its verdicts with it (`build_engine`)."""
-    files = sorted({subject, f"{subject}.data", DATA} & set(manifest.files))
-    digests = "".join(manifest.files[name].sha256 for name in files)
-    return hashlib.sha256(digests.encode("ascii")).hexdigest()
 
 
 def _verdict(row: ParityRow, samples: Sequence[Sample], now: str) -> Verdict:
