@@ -30,6 +30,7 @@ __all__ = [
     "PreprocessorConfig",
     "batch_from_images",
     "batch_from_pictures",
+    "independent",
     "patches_from_frames",
     "patches_from_image",
     "picture_from_image",
@@ -144,7 +145,7 @@ def batch_from_images(
             name = f"image {index}" if names is None else names[index]
             raise InputError(f"{name}: {error}", hint=getattr(error, "hint", None)) from error
 
-    if isinstance(images, (list, tuple)) and _independent(images):
+    if isinstance(images, (list, tuple)) and independent(images):
         pictures = mapped(picture, list(enumerate(images)), threads=worker_threads())
     else:
         pictures = [picture(indexed) for indexed in enumerate(images)]
@@ -191,7 +192,7 @@ def _patch_dim(config: PreprocessorConfig) -> int:
     return 3 * config.temporal_patch_size * config.patch_size**2
 
 
-def _independent(images: Sequence[Image.Image]) -> bool:
+def independent(images: Sequence[Image.Image]) -> bool:
     """Whether no two of them share what decoding one of them moves."""
     files = [file for image in images if (file := getattr(image, "fp", None)) is not None]
     return all(len(set(map(id, shared))) == len(shared) for shared in (images, files))
