@@ -30,6 +30,7 @@ from mmvision_export.cli.export import export
 from mmvision_export.cli.inspect import inspect
 from mmvision_export.cli.options import Quiet, Verbose, the_model
 from mmvision_export.cli.quantize import quantize
+from mmvision_export.cli.triton_repository import triton_repository
 from mmvision_export.cli.verify_gpu import verify_gpu
 from mmvision_export.core.atomic import refuse_unwritable
 from mmvision_export.core.command import exit_code_of, print_failure
@@ -236,6 +237,7 @@ def run(context: typer.Context) -> None:
 
 
 add_command(app, "embed", embed)
+add_command(app, "triton-repository", triton_repository)
 add_command(app, "inspect", inspect)
 add_command(app, "doctor", doctor)
 

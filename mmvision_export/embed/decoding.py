@@ -48,7 +48,7 @@ def decoded_rows(
         try:
             return Decoded(row.id, decoder.picture(row.source))
         except InputError as error:
-            return Decoded(row.id, None, str(error))
+            return Decoded(row.id, None, error.message)
 
     # Closed in any case, so that an interrupt does not wait for images that were not begun.
     with contextlib.closing(

@@ -115,7 +115,7 @@ def _encoded(
             return
         if isinstance(error, BackendError):
             _refuse_broken(encoder, batch)
-        yield Failed(names[0], str(error))
+        yield Failed(names[0], error.message)
         return
     for name, row, embeds in zip(names, batch.grid.tuples(), results, strict=True):
         if embeds is None:
