@@ -70,7 +70,7 @@ def _cuda_majors(packages: dict[str, str]) -> set[int]:
 # one.
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("platform", [X86, ARM])
-@pytest.mark.parametrize("extra", ["cpu", "engine", "openvino", "plugins", "video"])
+@pytest.mark.parametrize("extra", ["cpu", "embed", "engine", "openvino", "plugins", "ray", "video"])
 def test_extras_for_every_machine_have_wheels_and_bring_no_cuda(
     extra: str, platform: str, python: str
 ) -> None:
@@ -105,7 +105,7 @@ def test_an_extra_named_for_a_cuda_brings_that_one(extra: str, platform: str, cu
     assert _cuda_majors(packages) == {cuda}, packages
 
 
-@pytest.mark.parametrize("extra", ["cpu", "engine", "plugins", "video"])
+@pytest.mark.parametrize("extra", ["cpu", "embed", "engine", "plugins", "video"])
 def test_jetpack_6_keeps_its_numpy(extra: str) -> None:
     packages = _resolved(
         "pyproject.toml",
