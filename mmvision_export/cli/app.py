@@ -164,12 +164,12 @@ def parity(
 
     from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.cli.parity_output import (
-        next_steps,
         print_parity,
         samples_from_options,
         standing_lines,
     )
     from mmvision_export.models.weights import WeightSource
+    from mmvision_export.parity.advice import next_step
     from mmvision_export.parity.check import check_parity, directory_from_path
     from mmvision_export.parity.report.page import (
         checked_report_path,
@@ -212,7 +212,7 @@ def parity(
         f"{row.runner}, {row.sample}: {each}" for row in result.rows for each in row.failures
     ]
     for failure in failures:
-        print_error(failure, next_steps(result) if failure == failures[-1] else None)
+        print_error(failure, next_step(result) if failure == failures[-1] else None)
     if not result.passed:
         raise typer.Exit(1)
 

@@ -17,7 +17,7 @@ from mmvision_export.parity.result import ParityResult
 from mmvision_export.parity.samples import Sample, sample_from_files, samples_from_images
 from mmvision_export.runtime.given_images import files_of
 
-__all__ = ["next_steps", "print_parity", "samples_from_options", "standing_lines"]
+__all__ = ["print_parity", "samples_from_options", "standing_lines"]
 
 
 def samples_from_options(
@@ -100,21 +100,3 @@ def standing_lines(result: ParityResult, manifest: Manifest) -> list[str]:
         for verdict in standing_failures(manifest.parity.get(subject))
         if verdict.sample_sha256 not in now
     ]
-
-
-def next_steps(result: ParityResult) -> str | None:
-    """What to do about the failures, by what failed; None if nothing did."""
-    failed = {row.subject: row.precision for row in result.rows if row.failures and row.subject}
-    quantised = [subject for subject, precision in failed.items() if precision in ("int8", "fp8")]
-    if quantised:
-        flag = "--cpu-int8" if "cpu-int8" in quantised[0] else f"--{failed[quantised[0]]}"
-        return (
-            f"quantise again with the images that failed among those to calibrate on, or for more units in "
-            f"floating point: mmvision quantize {flag} --min-cosine 0.999 --image FILE... "
-            f"--model {result.directory}"
-        )
-    if "fp16" in failed.values():
-        return "a value may be beyond float16 (see 'largest activation'): try --bf16, or keep fp32"
-    if failed:
-        return "see where the error jumps, layer by layer: --report accuracy.html draws it"
-    return None

@@ -15,7 +15,8 @@ from mmvision_export.artifacts.verdicts import (
     standing_failures,
     verdicts_of,
 )
-from mmvision_export.cli.parity_output import next_steps, standing_lines
+from mmvision_export.cli.parity_output import standing_lines
+from mmvision_export.parity.advice import next_step
 from mmvision_export.parity.check import check_parity
 from mmvision_export.parity.result import ParityResult, record_parity
 from mmvision_export.parity.samples import samples_from_grids
@@ -87,6 +88,6 @@ def test_of_real_comparisons(exported: Path, tmp_path: Path) -> None:
     assert after.parity["model.cpu.onnx"]["passed"] is True
     (said,) = standing_lines(easy, after)
     assert "hard" in said
-    assert next_steps(easy) is None
-    assert "--report" in str(next_steps(failing(hard)))
+    assert next_step(easy) is None
+    assert "--report" in str(next_step(failing(hard)))
     assert record_parity(hard).parity[GRAPH]["passed"] is True

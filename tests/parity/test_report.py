@@ -16,7 +16,7 @@ from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import OutputError
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.models.minimax_m3_vl import reference
-from mmvision_export.parity.report.figures import _token_maps, worst_images
+from mmvision_export.parity.report.maps import _token_maps, image_maps, worst_images
 from mmvision_export.parity.report.page import checked_report_path
 from mmvision_export.parity.samples import Sample
 from tests.support.command import Command
@@ -79,8 +79,10 @@ def test_a_passing_report_of_real_images(mmvision: Command, exported: Path, tmp_
     assert console_errors(dom) == []
     assert "PASS." in dom.stdout
     assert "FAIL" not in dom.stdout
-    assert dom.stdout.count("<svg") == 8  # errors, magnitudes, and a map each for six runners
-    assert "wi$d$e&lt;b&gt;.png: as encoded" in dom.stdout
+    assert dom.stdout.count('<svg role="img" aria-label=') == 2  # errors and magnitudes
+    assert 'alt="wi$d$e&lt;b&gt;.png as encoded"' in dom.stdout
+    assert "can hold. float16" in " ".join(dom.stdout.split())
+    assert len(text) < 300_000
 
     browse(page, f"--screenshot={tmp_path / 'page.png'}")
     with Image.open(tmp_path / "page.png") as screenshot:
@@ -165,3 +167,16 @@ def test_tokens_stand_in_their_place() -> None:
     errors = np.zeros(tokens)
     errors[-1] = np.nan
     assert worst_images(one, errors, 2) == [0, 1]
+
+
+def test_graphs_that_agree_share_a_map() -> None:
+    one = Sample("sample", *batch([(1, 4, 6), (1, 2, 8)], HEAD_DIM_80))
+    errors = np.linspace(1e-3, 2e-3, 10)
+    other = errors[::-1]
+    found = image_maps(one, {"a": errors, "b": errors * 1.05, "c": other}, 2)
+    assert [image.tokens for image in found] == [(2, 3), (1, 4)]
+    assert [each.runners for each in found[0].maps] == [["a", "b"], ["c"]]
+    # Colours span what differs, over all images of a runner.
+    assert (found[1].maps[0].least, found[1].maps[0].most) == (1e-3, 2e-3)
+    broken = np.where(np.arange(10) == 9, np.nan, errors)
+    assert image_maps(one, {"a": broken}, 2)[1].maps[0].frames != found[1].maps[0].frames

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import html
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from mmvision_export.parity.layers import LayerComparison
 from mmvision_export.parity.magnitudes import FLOAT16_MAX, NEAR_OVERFLOW
-from mmvision_export.parity.samples import Sample
 
-__all__ = ["error_figure", "heat_map_figure", "magnitude_figure", "worst_images"]
+__all__ = ["error_figure", "magnitude_figure"]
 
-_SHOWN_IMAGES = 6
-_NOT_FINITE = "#d000d0"
+_INK = "#010203"
+"""Lines and text, which become the page's own colour: dark, or light in a dark theme."""
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and it can be searched
     "text.parse_math": False,  # a file's name may have two $
     "svg.hashsalt": "mmvision",  # the same figure is the same file
     "font.family": "sans-serif",
     "font.size": 10,
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK
+    ),
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, words: str) -> str:
+    """An SVG with no background, which a screen reader reads as these words."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    metadata = {"Date": None, "Creator": None}
+    figure.savefig(buffer, format="svg", metadata=metadata, transparent=True)
+    text = buffer.getvalue().replace(_INK, "currentColor")
+    label = html.escape(words, quote=True)
+    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _power_of_ten(value: float, _: int) -> str:
+    """In plain letters: formulas are switched off, for names with two `$`."""
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _stage_axis(axes: Axes, stages: Sequence[str]) -> None:
@@ -102,9 +110,21 @@ def error_figure(layers: LayerComparison) -> str:
                     color="#c0392b",
                 )
         _stage_axis(axes, stages)
+        axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
         axes.set_ylabel("relative L2 error")
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-        return _svg(figure)
+        return _svg(figure, _error_words(layers))
+
+
+def _error_words(layers: LayerComparison) -> str:
+    """What the figure shows, for who does not see it."""
+    said = [
+        f"{name} ends at {graph.stages[-1].distance.relative_l2:.1e}"
+        + (f" and jumps at {graph.jump.stage}" if graph.jump is not None else "")
+        for name, graph in layers.graphs.items()
+        if graph.stages
+    ]
+    return f"Error by stage: {', '.join(said)}"
 
 
 def magnitude_figure(layers: LayerComparison) -> str:
@@ -122,6 +142,7 @@ def magnitude_figure(layers: LayerComparison) -> str:
             color=["#c0392b" if d else "#4c78a8" for d in danger],
         )
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(_power_of_ten))
         bottom = min(0.5, min((value for value in values if value > 0), default=0.5) / 2)
         axes.set_ylim(bottom, max(FLOAT16_MAX * 8, max(values) * 4))
         axes.axhspan(FLOAT16_MAX / NEAR_OVERFLOW, FLOAT16_MAX, color="#f39c12", alpha=0.2)
@@ -138,85 +159,8 @@ def magnitude_figure(layers: LayerComparison) -> str:
         axes.text(right, FLOAT16_MAX / 2, near, color="#9c640c", ha="right", va="center")
         _stage_axis(axes, stages)
         axes.set_ylabel("largest |activation|")
-        return _svg(figure)
-
-
-def _token_maps(
-    sample: Sample, errors: npt.NDArray[np.float64], merge: int
-) -> list[npt.NDArray[np.float64]]:
-    """Each image's errors in their place, `[t, h / merge, w / merge]`.
-
-    Tokens are packed row by row, frame by frame.
-    """
-    maps, start = [], 0
-    for t, h, w in sample.grid_thw.tolist():
-        shape = (t, h // merge, w // merge)
-        maps.append(errors[start : start + math.prod(shape)].reshape(shape))
-        start += math.prod(shape)
-    return maps
-
-
-def worst_images(sample: Sample, errors: npt.NDArray[np.float64], merge: int) -> list[int]:
-    """The images that a heat map shows.
-
-    Those with the largest errors, not finite ones first; in packing order.
-    """
-    unbounded = np.where(np.isnan(errors), np.inf, errors)
-    worst = [float(tokens.max()) for tokens in _token_maps(sample, unbounded, merge)]
-    return sorted(sorted(range(len(worst)), key=lambda i: -worst[i])[:_SHOWN_IMAGES])
-
-
-def heat_map_figure(sample: Sample, errors: npt.NDArray[np.float64], merge: int) -> str:
-    """Error of each image token where it stands in its image.
-
-    The image beneath and beside it, if it is known.
-
-    Args:
-        sample: The batch.
-        errors: `[num_image_tokens]` relative L2 error, NaN where a value is not finite.
-        merge: Patches per side of a token.
-    """
-    maps, shown = _token_maps(sample, errors, merge), worst_images(sample, errors, merge)
-    panels = [(i, frame) for i in shown for frame in range(len(maps[i]))][: 2 * _SHOWN_IMAGES]
-    rows = 2 if sample.pictures else 1
-    columns = max(1, min(len(panels), 4))
-    lines = math.ceil(len(panels) / columns)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9.5, 2.7 * rows * lines + 0.5), layout="constrained")
-        grid = figure.subplots(rows * lines, columns, squeeze=False)
-        for axes in grid.flat:
-            axes.set_axis_off()
-        finite = errors[np.isfinite(errors)]
-        scale = Normalize(0, float(finite.max()) if len(finite) and finite.max() > 0 else 1.0)
-        colours = mpl.colormaps["inferno"].with_extremes(bad=_NOT_FINITE)
-        drawn = []
-        for panel, (i, frame) in enumerate(panels):
-            line, column = divmod(panel, columns)
-            axes, tokens = grid[rows * line + rows - 1][column], maps[i][frame]
-            height, width = tokens.shape
-            extent = (0.0, float(width), float(height), 0.0)
-            alpha = 1.0
-            if sample.pictures:
-                picture, alpha = sample.pictures[i], 0.75
-                grid[rows * line][column].imshow(picture, extent=extent, interpolation="bilinear")
-                grid[rows * line][column].set_title(f"{sample.files[i]}: as encoded", fontsize=9)
-                # Pale, so that what is dark is a small error and not a dark image.
-                axes.imshow(picture.convert("L"), extent=extent, cmap="gray", vmin=-512, vmax=255)
-            masked = np.ma.masked_invalid(tokens)
-            drawn.append(
-                axes.imshow(
-                    masked,
-                    cmap=colours,
-                    norm=scale,
-                    extent=extent,
-                    alpha=alpha,
-                    interpolation="nearest",
-                )
-            )
-            name = "error" if sample.pictures else f"image {i}"
-            frames = f", frame {frame}" if len(maps[i]) > 1 else ""
-            axes.set_title(f"{name}{frames}: {height} x {width} tokens", fontsize=9)
-        figure.colorbar(
-            drawn[0], ax=grid, label="relative L2 error of a token", shrink=0.8, format="%.1e"
+        largest = max(values)
+        words = (
+            f"Largest activation by stage: at most {largest:.4g}, float16 ends at {FLOAT16_MAX:.0f}"
         )
-        return _svg(figure)
+        return _svg(figure, words)

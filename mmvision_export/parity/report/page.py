@@ -13,8 +13,10 @@ from mmvision_export.core.atomic import new_files, refuse_unwritable
 from mmvision_export.core.errors import OutputError, ParityError
 from mmvision_export.core.install import install_command
 from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.parity.advice import next_step_of
 from mmvision_export.parity.jump import EXCESS
 from mmvision_export.parity.magnitudes import FLOAT16_MAX, NEAR_OVERFLOW
+from mmvision_export.parity.report.maps import image_maps
 from mmvision_export.parity.result import ParityResult, ParityRow
 from mmvision_export.version import __version__
 
@@ -136,12 +138,7 @@ def write_report(path: Path, result: ParityResult, *, force: bool = False) -> No
 def _html(record: dict[str, Any], result: ParityResult, json_name: str) -> str:
     import jinja2
 
-    from mmvision_export.parity.report.figures import (
-        error_figure,
-        heat_map_figure,
-        magnitude_figure,
-        worst_images,
-    )
+    from mmvision_export.parity.report.figures import error_figure, magnitude_figure
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -151,14 +148,16 @@ def _html(record: dict[str, Any], result: ParityResult, json_name: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
+    environment.filters["from_one"] = lambda cosine: _number(
+        1 - cosine if cosine is not None else None
+    )
     sample = next(sample for sample in result.samples if sample.name == result.layers.sample)
     merge = result.manifest.config.spatial_merge_size
-    maps = []
-    for runner in dict.fromkeys(row.runner for row in result.rows if row.subject is not None):
-        row = next((r for r in result.rows if r.runner == runner and r.sample == sample.name), None)
-        if row is not None:
-            figure = heat_map_figure(sample, row.token_errors, merge)
-            maps.append((runner, figure, len(worst_images(sample, row.token_errors, merge))))
+    errors = {
+        row.runner: row.token_errors
+        for row in result.rows
+        if row.subject is not None and row.sample == sample.name
+    }
     page: str = environment.get_template(_TEMPLATE).render(
         record=record,
         json_name=json_name,
@@ -167,7 +166,7 @@ def _html(record: dict[str, Any], result: ParityResult, json_name: str) -> str:
         layers=result.layers,
         error_svg=error_figure(result.layers),
         magnitude_svg=magnitude_figure(result.layers),
-        maps=maps,
+        images=image_maps(sample, errors, merge) if errors else [],
         num_images=len(sample.grid_thw),
         largest=max(result.layers.magnitudes, key=lambda magnitude: magnitude.value),
         float16_max=FLOAT16_MAX,
@@ -179,7 +178,10 @@ def _html(record: dict[str, Any], result: ParityResult, json_name: str) -> str:
 
 
 def _verdicts(result: ParityResult) -> list[dict[str, Any]]:
-    """One line per thing that was compared: its worst sample, and where its error comes from."""
+    """One line per thing that was compared: its worst sample, and where its error comes from.
+
+    Those that failed come first.
+    """
     found = []
     for runner in dict.fromkeys(row.runner for row in result.rows if row.subject is not None):
         rows = [row for row in result.rows if row.runner == runner]
@@ -197,15 +199,18 @@ def _verdicts(result: ParityResult) -> list[dict[str, Any]]:
                 "failures": [
                     f"{row.sample}: {failure}" for row in rows for failure in row.failures
                 ],
+                "next_step": next_step_of(worst, model=result.directory.name)
+                if worst.failures
+                else None,
                 "jump": None if graph is None else graph.jump,
                 "stages": graph is not None and bool(graph.stages),
             }
         )
-    return found
+    return sorted(found, key=lambda verdict: bool(verdict["passed"]))
 
 
-def _badness(row: ParityRow) -> tuple[int, bool, float]:
-    return row.metrics.non_finite, bool(row.failures), _or(row.metrics.relative_l2, 0.0)
+def _badness(row: ParityRow) -> tuple[bool, int, float]:
+    return bool(row.failures), row.metrics.non_finite, _or(row.metrics.relative_l2, 0.0)
 
 
 def _or(value: float, otherwise: float) -> float:
