@@ -20,10 +20,10 @@ from mmvision_export.core.errors import ConfigError, InputError, OutputError
 from mmvision_export.integrations.disk_embeds import DiskEmbeds
 from mmvision_export.integrations.image_embeds import ImageEmbeds
 
-__all__ = ["CacheCounts", "EmbedsCache"]
+__all__ = ["DISK_BYTES", "CacheCounts", "EmbedsCache"]
 
 _MEMORY_BYTES = 1 << 30
-_DISK_BYTES = 16 << 30
+DISK_BYTES = 16 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class EmbedsCache:
         *,
         memory_bytes: int = _MEMORY_BYTES,
         folder: str | Path | None = None,
-        disk_bytes: int = _DISK_BYTES,
+        disk_bytes: int = DISK_BYTES,
     ) -> None:
         """Open the folder, if there is one.
 
