@@ -42,6 +42,10 @@ GivenImage = Union[Image.Image, bytes, Path]
 """A Pillow image, the bytes of an image file, or its path."""
 
 
+_MOST_BYTES_PER_PIXEL = 8  # RGBA of 16 bits, without compression
+_METADATA_BYTES = 64 << 20
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedImage:
     """One image that is ready to be encoded.
@@ -188,10 +192,23 @@ class ImageEmbedder:
                 self._keys.of_picture(rgb), lambda: picture_from_image(rgb, self._preprocessor)
             )
         # Read once: what is hashed is what is decoded, whatever happens to the file meanwhile.
-        content = image if isinstance(image, bytes) else _named(index, lambda: _read(image))
+        content = image if isinstance(image, bytes) else _named(index, lambda: self._read(image))
         name = "bytes" if isinstance(image, bytes) else str(image)
         key = None if self.cache is None else self._keys.of_file(content)
         return _Keyed(key, lambda: self._picture(EncodedImage(name, content)))
+
+    def _read(self, path: Path) -> bytes:
+        # No format that is opened needs more for so many pixels.
+        most = _MOST_BYTES_PER_PIXEL * self._max_pixels + _METADATA_BYTES
+        with opened_regular_file(path) as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise InputError(
+                f"{path}: has more than {most} bytes",
+                hint="raise max_pixels if you trust the file",
+                reason="unsafe",
+            )
+        return content
 
     def _picture(self, file: EncodedImage) -> Image.Image:
         with opened_image(file, max_pixels=self._max_pixels) as image:
@@ -241,11 +258,6 @@ class ImageEmbedder:
             raise NotFiniteError(
                 str(failure), images=without, image_embeds=found, hint=failure.hint
             ) from failure
-
-
-def _read(path: Path) -> bytes:
-    with opened_regular_file(path) as file:
-        return file.read()
 
 
 def _named(index: int, step: Callable[[], Any]) -> Any:

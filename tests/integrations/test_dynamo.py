@@ -51,9 +51,9 @@ class Base:
 def surroundings(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setenv("MMVISION_MODEL", str(exported))
     monkeypatch.setenv("MMVISION_BACKEND", "onnxruntime-cpu")
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    sys.modules.pop(MODULE, None)
     yield monkeypatch
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    sys.modules.pop(MODULE, None)
 
 
 @pytest.fixture

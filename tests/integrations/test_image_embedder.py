@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -257,6 +258,13 @@ def test_an_image_that_cannot_be_read_is_named(encoder: VisionEncoder, tmp_path:
             ImageEmbedder(encoder, cache=cache, max_pixels=10).encode_images([png(images()[0])])
         with refused(InputError, reason="missing"):
             embedder.encode_images([])
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(png(images()[0]))
+    small = ImageEmbedder(encoder, max_pixels=64 * 96)
+    small.encode_images([huge])  # the control
+    os.truncate(huge, (64 << 20) + 8 * 64 * 96 + 1)  # a sparse file
+    with refused(InputError, "image 0", reason="unsafe"):
+        small.encode_images([huge])
 
 
 def test_embeddings_that_are_not_finite_are_never_cached(

@@ -6,6 +6,7 @@ import __future__
 import ast
 import importlib
 import random
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,10 +93,10 @@ def model_class(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     monkeypatch.setenv("MMVISION_MODEL", str(exported))
     monkeypatch.setenv("MMVISION_BACKEND", "onnxruntime-cpu")
-    monkeypatch.delitem(__import__("sys").modules, f"{PACKAGE}.minimax_m3_vl", raising=False)
+    sys.modules.pop(f"{PACKAGE}.minimax_m3_vl", None)
     module = importlib.import_module(f"{PACKAGE}.minimax_m3_vl")
     yield module.EntryClass
-    monkeypatch.delitem(__import__("sys").modules, f"{PACKAGE}.minimax_m3_vl", raising=False)
+    sys.modules.pop(f"{PACKAGE}.minimax_m3_vl", None)
 
 
 def config(*, encoder_only: bool = True, width: int = HEAD_DIM_80.text_hidden_size) -> Any:
