@@ -28,6 +28,7 @@ from mmvision_export.cli.doctor import doctor
 from mmvision_export.cli.embed import embed
 from mmvision_export.cli.export import export
 from mmvision_export.cli.inspect import inspect
+from mmvision_export.cli.lower import lower
 from mmvision_export.cli.options import Quiet, Verbose, the_model
 from mmvision_export.cli.quantize import quantize
 from mmvision_export.cli.triton_repository import triton_repository
@@ -220,6 +221,7 @@ def parity(
 add_command(app, "quantize", quantize)
 add_command(app, "build-plugins", build_plugins)
 add_command(app, "build-engine", build_engine)
+add_command(app, "lower", lower)
 add_command(app, "benchmark", benchmark)
 add_command(app, "verify-gpu", verify_gpu)
 
