@@ -157,6 +157,27 @@ class Manifest:
             self.parity.pop(without_parity, None)
         self.write(directory)
 
+    def withdraw(self, directory: Path, names: Iterable[str]) -> None:
+        """Take files out of a directory's manifest, with what it says of them, before they are replaced.
+
+        Whoever reads the manifest from then on finds them absent, whatever becomes of the files.
+
+        Args:
+            directory: The model directory.
+            names: Of files; those that the manifest does not list do not matter.
+
+        Raises:
+            ManifestError: The manifest cannot be read.
+            OutputError: It cannot be written.
+        """
+        gone = set(names)
+        with locked_folder(directory):
+            latest = Manifest.read(directory)
+            for attribute in ("files", "parity", "quantization"):
+                there = getattr(latest, attribute)
+                setattr(self, attribute, {name: e for name, e in there.items() if name not in gone})
+            self.write(directory)
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory, in one piece."""
         with new_files(directory, name=MANIFEST) as new:

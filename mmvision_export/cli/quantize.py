@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.manifest import Manifest, flavour_graph
 from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import console, messages, progress_display
-from mmvision_export.cli.options import ModelOption, Quiet, Verbose, the_model
+from mmvision_export.cli.options import AsJson, ModelOption, Quiet, Verbose, print_json, the_model
 from mmvision_export.core.errors import QuantizationError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
+from mmvision_export.runtime.given_images import files_of
 
 if TYPE_CHECKING:
     from mmvision_export.quantize.quantize import QuantizationReport
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quantize"]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-_HELD_OUT = 4  # every fourth image is
+_LITTLE = 0.5  # of the operations: fewer in 8 bit are hardly worth it
 
 
 @examples(
@@ -44,7 +44,10 @@ def quantize(
     model: ModelOption = None,
     image: Annotated[
         Optional[list[Path]],
-        typer.Option(metavar="FILE", help="Image to calibrate on; may be repeated."),
+        typer.Option(
+            metavar="PATH",
+            help="Images to calibrate on: files, folders or patterns. Several values.",
+        ),
     ] = None,
     calibration: Annotated[
         Optional[Path], typer.Option(metavar="FOLDER", help="Folder of images to calibrate on.")
@@ -59,16 +62,21 @@ def quantize(
             help="Gate: smallest cosine of a held-out token with the float32 graph's.",
         ),
     ] = PRECISIONS["int8"].gate.min_cosine,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a flavour that is there.")
+    ] = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Make a quantised flavour of a float32 model directory.
 
-    Layers that cost the most accuracy stay in higher precision, as few as let every token of the
-    images held out (a quarter) pass the gate. With no images, calibrates on seeded random ones,
-    which is good for a trial only.
+    Layers that cost the most accuracy stay in higher precision, as few as let every token of every
+    image pass the gate with a margin. At least a quarter of the images is held out of calibration.
+    With no images, calibrates on seeded random ones, which is good for a trial only.
     """
     from mmvision_export.quantize.quantize import quantize as make
+    from mmvision_export.quantize.quantize import refuse_unsuitable
 
     chosen = [name for name, given in zip(FLAVOURS, (int8, fp8, cpu_int8), strict=True) if given]
     if len(chosen) != 1:
@@ -79,33 +87,41 @@ def quantize(
     if calibration is not None:
         if not calibration.is_dir():
             raise QuantizationError(f"{calibration}: no such folder")
-        image = sorted(path for path in calibration.iterdir() if path.suffix.lower() in _SUFFIXES)
-        if not image:
-            raise QuantizationError(
-                f"{calibration} holds no images ({', '.join(sorted(_SUFFIXES))})"
-            )
+        image = [calibration]
+    files = files_of(image) if image else None
+    if image and not files:
+        raise QuantizationError(f"no file matches {' '.join(map(str, image))}")
     manifest = Manifest.read(directory)
-    measured, held_out = _batches(directory, manifest, image)
+    flavour = chosen[0]
+    refuse_unsuitable(directory, manifest, flavour, min_cosine=min_cosine, force=force)
+    measured, held_out, distinct = _batches(directory, manifest, files)
     with progress_display() as progress:
         report = make(
             directory,
             manifest,
-            chosen[0],
+            flavour,
             calibration=measured,
             held_out=held_out,
             method=calibration_method,
             min_cosine=min_cosine,
+            force=force,
             progress=progress,
         )
-    _print(report)
+    path = directory / flavour_graph(flavour)
+    _warn(report, distinct)
+    if as_json:
+        print_json({"kind": "quantization", "path": path, **report.to_dict()})
+    else:
+        _print(report, path)
 
 
 def _batches(
     directory: Path, manifest: Manifest, images: list[Path] | None
-) -> tuple[list[Batch], list[Batch]]:
+) -> tuple[list[Batch], list[Batch], int]:
+    """What to calibrate on, what to hold out, and how many different photographs that is."""
     from mmvision_export.artifacts.preprocessing import preprocessor_of
-    from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
+    from mmvision_export.quantize.photographs import batches_of, split
 
     if not images:
         messages.print(
@@ -119,30 +135,52 @@ def _batches(
                 sample_batch(grid, config, seed=seed)
                 for seed, grid in enumerate(grids, start=len(grids))
             ],
+            0,
         )
     if len(images) < 2:
         raise QuantizationError(
             "at least 2 images are needed, to calibrate on and to check with, got 1"
         )
-    decoder = ImageDecoder(preprocessor_of(directory, manifest), draft=False)
-    packed = [decoder.batch([path]) for path in images]
-    batches = [(batch.pixel_values, batch.grid.rows) for batch in packed]
-    held_out = set(range(_HELD_OUT - 1, len(batches), _HELD_OUT)) or {len(batches) - 1}
+    parts = split(images)
+    preprocessor = preprocessor_of(directory, manifest)
     return (
-        [batch for index, batch in enumerate(batches) if index not in held_out],
-        [batches[index] for index in sorted(held_out)],
+        batches_of(parts.calibration, preprocessor),
+        batches_of(parts.held_out, preprocessor, views=parts.views),
+        len(parts.held_out),
     )
 
 
-def _print(report: QuantizationReport) -> None:
+def _warn(report: QuantizationReport, photographs: int) -> None:
+    from mmvision_export.quantize.evidence import LEAST_HELD_OUT
+
+    if photographs < LEAST_HELD_OUT:
+        messages.print(
+            f"warning: {photographs} photographs were held out. Give at least {2 * LEAST_HELD_OUT} images, "
+            "of the kinds that will come: fewer say little of the next one",
+            markup=False,
+        )
+    if report.operations < _LITTLE:
+        messages.print(
+            f"warning: only {report.operations:.0%} of the operations are in 8 bit; the flavour may be no "
+            "faster. Lower --min-cosine, or stay with the float graph",
+            markup=False,
+        )
+
+
+def _print(report: QuantizationReport, path: Path) -> None:
     if report.kept:
-        console.print(f"{'kept in higher precision':44}cosine if quantised alone")
-    for name, cosine in report.kept.items():
-        console.print(f"  {name:42}{cosine:.6f}", markup=False)
+        console.print(f"{'kept in higher precision':44}cosine lost in 8 bit, estimated")
+    for name, lost in report.kept.items():
+        console.print(f"  {name:42}{lost:.1e}", markup=False)
     total = len(report.kept) + len(report.quantized)
     console.print(
-        f"{report.flavour}: {len(report.quantized)} of {total} units quantised, "
-        f"smallest cosine of a held-out token {report.reached:.6f} "
-        f"(gate {report.min_cosine}; {report.without_fallback:.6f} with all of them)",
+        f"{path}: weights {report.size_bytes / 1e6:.0f} MB, in float32 {report.float_size_bytes / 1e6:.0f} MB\n"
+        f"{report.flavour}: {len(report.quantized)} of {total} units and {report.operations:.0%} of the "
+        f"operations in 8 bit\n"
+        f"smallest cosine of a token {report.reached:.6f} in {report.held_out} images held out and "
+        f"{report.calibration} of the calibration\n"
+        f"gate {report.min_cosine} with a margin of {report.margin}: at least "
+        f"{1 - (1 - report.min_cosine) / report.margin:.6f}; {report.without_fallback:.6f} with every unit in 8 "
+        f"bit",
         markup=False,
     )

@@ -24,7 +24,11 @@ __all__ = ["quantize_dynamically"]
 
 
 _SMALLEST_SCALE = np.float32(1e-30)  # a row of zeros has a scale too
-_ZERO_POINT = 128  # unsigned, as the fastest kernels take it, with zero in the middle
+# Inputs and weights are unsigned, with zero in the middle. x86 processors without VNNI add two products of
+# an unsigned and a signed byte in 16 bits, which saturates. ONNX Runtime can convert signed weights there
+# (`session.x64quantprecision`), but not for a product in a subgraph, where a CPU flavour has its products
+# (1.32). The kernels for two unsigned bytes are exact on every processor.
+_ZERO_POINT = 128
 
 
 def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collection[str]) -> None:
@@ -93,7 +97,7 @@ def _replace_product(
     product = add_node(
         node,
         "MatMulInteger",
-        [rows.stored, weight, constants.zero_point],
+        [rows.stored, weight, constants.zero_point, constants.zero_point],
         f"{linear.name}.MatMulInteger",
     )
     result = add_node(node, "Cast", [product], f"{linear.name}.Cast", to=ir.DataType.FLOAT.value)
@@ -113,7 +117,7 @@ def _replace_product(
 
 
 def _integer_weight(graph: ir.Graph, node: ir.Node, linear: Linear) -> tuple[ir.Value, ir.Value]:
-    """A product's weight `[in, out]` int8 and its scales `[out]`, as new constants."""
+    """A product's weight `[in, out]` uint8 around 128, and its scales `[out]`, as new constants."""
     value = node.inputs[1]
     assert value is not None and value.const_value is not None
     exact = value.const_value  # [out, in]
@@ -121,11 +125,12 @@ def _integer_weight(graph: ir.Graph, node: ir.Node, linear: Linear) -> tuple[ir.
     scales = np.maximum(largest, _SMALLEST_SCALE) / np.float32(INT8.maximum)
 
     def convert() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(INT8.quantized(exact.numpy(), scales[:, None]).T))
+        signed = INT8.quantized(exact.numpy(), scales[:, None]).astype(np.int16)
+        return ir.tensor(np.ascontiguousarray((signed + _ZERO_POINT).astype(np.uint8).T))
 
-    name = f"{linear.weight}_int8"
+    name = f"{linear.weight}_uint8"
     shape = ir.Shape(reversed(exact.shape.numpy()))
-    tensor = ir.LazyTensor(convert, dtype=ir.DataType.INT8, shape=shape, name=name)
+    tensor = ir.LazyTensor(convert, dtype=ir.DataType.UINT8, shape=shape, name=name)
     return (
         add_initializer(graph, name, tensor),
         add_initializer(graph, f"{linear.weight}_scale", ir.tensor(scales.astype(np.float32))),

@@ -2,86 +2,40 @@
 
 From a float32 model directory to a quantised flavour that has passed its gate.
 
-Units are ranked by what quantising each alone does to the output. The fewest of the worst are then
-kept in the graph's own float type that let the result pass, measured end to end on batches that
-calibration has not seen.
+Units are ranked by what an error in each does to the output. The fewest of the worst are then kept in
+the graph's own float type that let the result pass, measured end to end on images that calibration
+has not seen, and on those that it has.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.core.atomic import new_files, refuse_unwritable, sweep
-from mmvision_export.core.errors import QuantizationError
+from mmvision_export.core.errors import OutputError, QuantizationError
 from mmvision_export.core.files import file_record
-from mmvision_export.core.metrics import metrics
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.load import load_graph
-from mmvision_export.quantize.balancing import divisor_of, static_rounding, token_rounding
 from mmvision_export.quantize.choices import CalibrationMethod, Flavour
-from mmvision_export.quantize.dynamic import quantize_dynamically
-from mmvision_export.quantize.formats import FP8, INT8
-from mmvision_export.quantize.qdq import LOWEST_OPSET, balance, quantize_statically
-from mmvision_export.quantize.statistics import (
-    Batch,
-    grouped,
-    magnitudes,
-    run,
-    samples,
-)
-from mmvision_export.quantize.units import Unit, units_of
+from mmvision_export.quantize.evidence import MARGIN, Checks, Losses
+from mmvision_export.quantize.plan import Plan, plan_of
+from mmvision_export.quantize.qdq import LOWEST_OPSET
+from mmvision_export.quantize.ranking import cosine_lost, ranking_sample
+from mmvision_export.quantize.report import QuantizationReport
+from mmvision_export.quantize.search import MOST_EVALUATIONS, fewest_kept
+from mmvision_export.quantize.statistics import Batch, grouped
+from mmvision_export.quantize.units import share_of_operations, units_of
 
-__all__ = ["QuantizationReport", "quantize"]
-
-Array = npt.NDArray[np.float32]
-
-RANKING_PATCHES = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizationReport:
-    """What was done, for the manifest.
-
-    Attributes:
-        flavour: int8, fp8 or cpu-int8.
-        source: The graph it was made from, by file name; its attention is the flavour's.
-        calibration_method: minmax, percentile or entropy; for cpu-int8 `none`, since it measures
-            while it runs.
-        min_cosine: The gate.
-        reached: Smallest cosine of a token with the float32 graph's, on the held-out batches.
-        without_fallback: The same with every unit quantised.
-        balanced: Units whose layer norm was balanced.
-        quantized: Of each quantised unit, the smallest cosine of a calibration token with that unit
-            alone quantised.
-        kept: The same of each unit that stayed in higher precision, worst first.
-    """
-
-    flavour: str
-    source: str
-    calibration_method: str
-    min_cosine: float
-    reached: float
-    without_fallback: float
-    balanced: list[str]
-    quantized: dict[str, float]
-    kept: dict[str, float]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
+__all__ = ["QuantizationReport", "quantize", "refuse_unsuitable"]
 
 
 def quantize(
@@ -93,6 +47,7 @@ def quantize(
     held_out: Sequence[Batch],
     method: CalibrationMethod = "minmax",
     min_cosine: float = PRECISIONS["int8"].gate.min_cosine,
+    force: bool = False,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Add a quantised flavour to a float32 model directory.
@@ -101,30 +56,22 @@ def quantize(
         directory: The model directory.
         manifest: Its manifest; it then lists the new files, in memory and on disk.
         flavour: `int8` or `fp8` for TensorRT, `cpu-int8` for ONNX Runtime's CPU provider.
-        calibration: Batches that ranges are measured on.
-        held_out: Other batches, that the gate is measured on.
+        calibration: Batches that ranges are measured on; the graph is checked on them too.
+        held_out: Other batches, that the number of units is chosen on.
         method: How ranges are chosen from what is measured.
-        min_cosine: Gate for every token, against the float32 graph.
+        min_cosine: Gate for every token, against the float32 graph. The graph has to stay away from
+            it by `evidence.MARGIN`.
+        force: Replace a flavour of that name.
         progress: Told about each step.
 
     Raises:
         ManifestError: Files of the directory are missing or not those of the manifest.
+        OutputError: The flavour is there and may not be replaced, or it cannot be written.
         QuantizationError: It is not a float32 model; or the gate cannot be passed.
         BackendError: ONNX Runtime is not installed.
     """
     progress = progress or Progress()
-    if not 0 < min_cosine < 1:
-        raise QuantizationError(f"the minimum cosine must be between 0 and 1, got {min_cosine}")
-    if manifest.precision != "fp32":
-        raise QuantizationError(
-            f"{directory} is a {manifest.precision} model; quantisation starts from float32",
-            hint="export it again with --fp32",
-        )
-    if flavour != "cpu-int8" and manifest.opset < LOWEST_OPSET:
-        raise QuantizationError(
-            f"quantisation needs a graph of opset {LOWEST_OPSET} or later, this one has {manifest.opset}",
-            hint=f"export it again with --opset {LOWEST_OPSET} or higher",
-        )
+    refuse_unsuitable(directory, manifest, flavour, min_cosine=min_cosine, force=force)
     # A killed run leaves a second name of the weights, and onnx-ir reads no file that has two.
     sweep(directory)
     refuse_unwritable(directory)
@@ -138,61 +85,167 @@ def quantize(
     calibration = grouped(calibration, manifest.config)
     held_out = grouped(held_out, manifest.config)
     units = units_of(load_graph(source))
-    plan = _plan(source, basis, units, flavour, calibration, method, progress)
-    reference = np.concatenate(run(source, held_out, weights_in=directory, dtype=np.float32))
-    order = sorted(units, key=lambda unit: plan.cosines[unit.name])
-
-    with new_files(directory, name=flavour_graph(flavour)) as new:
-
-        def written(kept: int) -> _Written:
-            """The graph that keeps the worst units; it stays in the folder."""
-            progress.step(f"{flavour} with {kept} of {len(units)} units in higher precision")
-            _write(basis, new, flavour, units, plan, {unit.name for unit in order[:kept]})
-            # Weights that a flavour shares lie one folder up, where it will be itself.
-            if flavour == "cpu-int8":
-                _link(directory / DATA, new / DATA)
-            try:
-                dtype = np.float32 if flavour == "cpu-int8" else np.float16
-                result = np.concatenate(
-                    run(new / flavour_graph(flavour), held_out, weights_in=new, dtype=dtype)
+    plan = plan_of(source, basis, units, flavour, calibration, method, progress)
+    name = flavour_graph(flavour)
+    allowed = (1 - min_cosine) / MARGIN
+    with new_files(directory, name=name) as new:
+        trial, references = new / "trial", new / "references"
+        references.mkdir()
+        checks = Checks(
+            ranking_sample(calibration, manifest.config), held_out, calibration, references
+        )
+        checks.refer_to(source, progress)
+        graphs = _Graphs(plan, checks, new, trial, allowed, progress)
+        none_kept = graphs.loss(set(), 0)
+        errors: dict[str, float] = dict.fromkeys((unit.name for unit in units), 0.0)
+        kept: list[str] = []
+        if none_kept > allowed:
+            errors = cosine_lost(plan, checks.sample, graphs.lost_in_sample(), progress)
+            order = sorted(errors, key=lambda each: -errors[each])
+            number = fewest_kept(
+                lambda number: graphs.loss(set(order[:number]), number),
+                [errors[each] for each in order],
+                loss_of_none=none_kept,
+                allowed=allowed,
+            )
+            if number is None or number == len(units):
+                raise QuantizationError(
+                    f"no unit can be {flavour} with every token's cosine at least {1 - allowed:.8g}, which "
+                    f"is the gate {min_cosine} with its margin; the best graph reached "
+                    f"{1 - graphs.least:.6f}",
+                    hint="lower --min-cosine",
                 )
-            finally:
-                (new / DATA).unlink(missing_ok=True)
-            return _Written(kept, _min_cosine(result, reference))
-
-        first = written(0)
-        best = first
-        if not first.passes(min_cosine):
-            best = _fewest(written, len(units), min_cosine)
-        if not best.passes(min_cosine):
-            raise QuantizationError(
-                f"the {flavour} graph even with every unit in higher precision has a token of cosine "
-                f"{best.cosine:.6f}, below {min_cosine}",
-                hint="lower --min-cosine",
-            )
-        if best.kept == len(units):
-            raise QuantizationError(
-                f"no unit can be {flavour} with every token's cosine at least {min_cosine}",
-                hint="lower --min-cosine",
-            )
+            kept = order[:number]
+        shutil.rmtree(references)
+        shutil.rmtree(trial)
         records = {path.name: file_record(path) for path in new.iterdir()}
+        if name in manifest.files:
+            # Before a file moves: a process that is killed then leaves no flavour, rather than the
+            # record of one beside the files of another.
+            manifest.withdraw(directory, [name, f"{name}.data"])
     report = QuantizationReport(
         flavour=flavour,
         source=basis.name,
         calibration_method="none" if flavour == "cpu-int8" else method,
         min_cosine=min_cosine,
-        reached=best.cosine,
-        without_fallback=first.cosine,
+        margin=MARGIN,
+        reached=1 - graphs.losses[len(kept)],
+        without_fallback=max(-1.0, 1 - none_kept),
+        held_out=sum(len(grid) for _, grid in held_out),
+        calibration=sum(len(grid) for _, grid in calibration),
+        evaluations=graphs.evaluations,
+        operations=share_of_operations(
+            load_graph(source),
+            units,
+            set(kept),
+            patches_per_token=manifest.config.patches_per_token,
+        ),
+        size_bytes=_weight_bytes(plan.model(kept)),
+        float_size_bytes=_weight_bytes(load_graph(source)),
         balanced=[unit.name for unit in units if unit.input in plan.divisors],
-        quantized={
-            unit.name: plan.cosines[unit.name] for unit in units if unit not in order[: best.kept]
-        },
-        kept={unit.name: plan.cosines[unit.name] for unit in order[: best.kept]},
+        quantized={unit.name: errors[unit.name] for unit in units if unit.name not in kept},
+        kept={each: errors[each] for each in kept},
     )
-    manifest.update(
-        directory, files=records, quantization={flavour_graph(flavour): report.to_dict()}
-    )
+    manifest.update(directory, files=records, quantization={name: report.to_dict()})
     return report
+
+
+def refuse_unsuitable(
+    directory: Path, manifest: Manifest, flavour: Flavour, *, min_cosine: float, force: bool
+) -> None:
+    """Refuse before the work what could not be done after it.
+
+    Raises:
+        OutputError: The flavour is there and may not be replaced.
+        QuantizationError: The gate is no cosine, or the model is not one to start from.
+    """
+    if not 0 < min_cosine < 1:
+        raise QuantizationError(f"the minimum cosine must be between 0 and 1, got {min_cosine}")
+    if manifest.precision != "fp32":
+        raise QuantizationError(
+            f"{directory} is a {manifest.precision} model; quantisation starts from float32",
+            hint="export it again with --fp32",
+        )
+    if flavour != "cpu-int8" and manifest.opset < LOWEST_OPSET:
+        raise QuantizationError(
+            f"quantisation needs a graph of opset {LOWEST_OPSET} or later, this one has {manifest.opset}",
+            hint=f"export it again with --opset {LOWEST_OPSET} or higher",
+        )
+    if flavour_graph(flavour) in manifest.files and not force:
+        raise OutputError(
+            f"{directory / flavour_graph(flavour)} already exists",
+            hint="replace it with --force",
+            reason="exists",
+        )
+
+
+class _Graphs:
+    """Writes one graph after the other, and keeps the files of the one that passed with the fewest units kept.
+
+    Attributes:
+        losses: By the number of units kept, of the graphs that were measured.
+    """
+
+    def __init__(
+        self, plan: Plan, checks: Checks, new: Path, trial: Path, allowed: float, progress: Progress
+    ) -> None:
+        self.losses: dict[int, float] = {}
+        self._plan = plan
+        self._checks = checks
+        self._new = new
+        self._trial = trial
+        self._allowed = allowed
+        self._progress = progress
+
+    @property
+    def evaluations(self) -> int:
+        """How many were measured."""
+        return len(self.losses)
+
+    @property
+    def least(self) -> float:
+        """The least loss of them."""
+        return min(self.losses.values())
+
+    def loss(self, keep: set[str], number: int) -> float:
+        """The most that a token's cosine is below 1 with these units kept."""
+        plan, checks, total = self._plan, self._checks, len(self._plan.units)
+        self._progress.step(
+            f"graph {self.evaluations + 1} of at most {MOST_EVALUATIONS}: {number} of {total} units in "
+            "higher precision",
+            total=len(checks.held_out) + len(checks.calibration),
+        )
+        shutil.rmtree(self._trial, ignore_errors=True)
+        self._trial.mkdir()
+        _write(plan, keep, self._trial)
+        with self._runnable() as graph:
+            loss = checks.most_lost(
+                graph, plan.dtype, enough=self._allowed, progress=self._progress
+            )
+        passed = [kept for kept, lost in self.losses.items() if lost <= self._allowed]
+        self.losses[number] = loss
+        if loss <= self._allowed and all(number < kept for kept in passed):
+            for file in self._trial.iterdir():
+                file.replace(self._new / file.name)
+        return loss
+
+    def lost_in_sample(self) -> list[Losses]:
+        """What each token of the sample loses in the graph that was written last."""
+        with self._runnable() as graph:
+            return self._checks.lost_in_sample(graph, self._plan.dtype)
+
+    @contextlib.contextmanager
+    def _runnable(self) -> Iterator[Path]:
+        """The graph in its trial folder, with all its weights for the block."""
+        data = self._trial / DATA
+        # Weights that a flavour shares lie one folder up, where it will be itself. onnx-ir, which reads
+        # the source between two trials, reads no file that has two names.
+        if self._plan.flavour == "cpu-int8":
+            _link(self._plan.source.parent / DATA, data)
+        try:
+            yield self._trial / flavour_graph(self._plan.flavour)
+        finally:
+            data.unlink(missing_ok=True)
 
 
 def _link(file: Path, name: Path) -> None:
@@ -202,147 +255,21 @@ def _link(file: Path, name: Path) -> None:
         shutil.copyfile(file, name)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Written:
-    kept: int  # units in higher precision, the worst
-    cosine: float  # smallest of a held-out token; -1 where a value is not finite
-
-    def passes(self, gate: float) -> bool:
-        """Whether the cosine is large enough."""
-        return self.cosine >= gate
+def _weight_bytes(model: ir.Model) -> int:
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _fewest(written: Callable[[int], _Written], most: int, gate: float) -> _Written:
-    """The graph with the fewest units kept that passes, by doubling and then halving.
-
-    It is the one left written.
-
-    If none passes, the one that keeps all.
-    """
-    failed, best = 0, written(1)
-    while not best.passes(gate) and best.kept < most:
-        failed, best = best.kept, written(min(2 * best.kept, most))
-    if not best.passes(gate):
-        return best
-    last = best
-    while best.kept - failed > 1:
-        last = written((failed + best.kept) // 2)
-        if last.passes(gate):
-            best = last
-        else:
-            failed = last.kept
-    if last != best:
-        written(best.kept)
-    return best
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    divisors: dict[str, Array]  # by a unit's input, [in]
-    magnitudes: dict[str, float]  # by a unit's input
-    cosines: dict[str, float]  # by a unit's name, see QuantizationReport.quantized
-
-
-def _plan(
-    source: Path,
-    basis: Path,
-    units: Sequence[Unit],
-    flavour: Flavour,
-    batches: Sequence[Batch],
-    method: CalibrationMethod,
-    progress: Progress,
-) -> _Plan:
-    kind = FP8 if flavour == "fp8" else INT8
-    is_dynamic = flavour == "cpu-int8"
-    rounding_for = token_rounding if is_dynamic else static_rounding
-    found = samples(source, [unit.input for unit in units], batches, progress)
-    initializers = load_graph(source).graph.initializers
-
-    def weights(unit: Unit) -> dict[str, Array]:
-        tensors = {
-            linear.weight: initializers[linear.weight].const_value for linear in unit.linears
-        }
-        return {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
-
-    progress.step("balancing", total=len(units))
-    divisors = {}
-    for unit in units:
-        divisor = divisor_of(unit, found[unit.input], weights(unit), kind, rounding_for)
-        if divisor is not None:
-            divisors[unit.input] = divisor
-        progress.advance()
-    ranges = {} if is_dynamic else magnitudes(source, found, divisors, batches, method, progress)
-    plan = _Plan(divisors, ranges, {})
-    few = _few(batches)
-    reference = np.concatenate(run(source, few, weights_in=source.parent, dtype=np.float32))
-    progress.step("ranking units", total=len(units))
-    for unit in units:
-        model = _quantized(
-            basis,
-            flavour,
-            units,
-            plan,
-            {other.name for other in units} - {unit.name},
-            ir.DataType.FLOAT,
-        )
-        content = ir.serde.serialize_model(model).SerializeToString()
-        result = np.concatenate(run(content, few, weights_in=source.parent, dtype=np.float32))
-        plan.cosines[unit.name] = _min_cosine(result, reference)
-        progress.advance()
-    return plan
-
-
-def _few(batches: Sequence[Batch]) -> list[Batch]:
-    """The first batches, until there are enough patches to rank on."""
-    sizes = np.cumsum([len(pixels) for pixels, _ in batches])
-    return list(batches[: 1 + int(np.searchsorted(sizes, RANKING_PATCHES))])
-
-
-def _min_cosine(result: Array, reference: Array) -> float:
-    distance = metrics(result, reference)
-    return -1.0 if distance.non_finite else distance.min_cosine
-
-
-def _quantized(
-    basis: Path,
-    flavour: Flavour,
-    units: Sequence[Unit],
-    plan: _Plan,
-    keep: set[str],
-    dtype: ir.DataType,
-) -> ir.Model:
-    model = load_graph(basis)
-    # A CPU flavour's operators are products by other names, but for the one that is a product and
-    # an activation.
-    InlinePass(lambda function: function.name == "LinearGelu")(model)
-    # What is kept is kept as it was, so that a CPU flavour can share it.
-    balance(model, [unit for unit in units if unit.name not in keep], plan.divisors)
-    if flavour == "cpu-int8":
-        quantize_dynamically(model, units, keep)
+def _write(plan: Plan, keep: set[str], folder: Path) -> None:
+    model, name = plan.model(keep), flavour_graph(plan.flavour)
+    if plan.flavour == "cpu-int8":
+        _save_beside(model, folder, name)
     else:
-        quantize_statically(
-            model, units, plan.magnitudes, FP8 if flavour == "fp8" else INT8, keep, dtype
-        )
-    return model
+        ir.save(model, folder / name, external_data=f"{name}.data", alignment=4096)
+        onnx.checker.check_model(folder / name)
 
 
-def _write(
-    basis: Path, new: Path, flavour: Flavour, units: Sequence[Unit], plan: _Plan, keep: set[str]
-) -> None:
-    model = _quantized(basis, flavour, units, plan, keep, ir.DataType.FLOAT16)
-    if flavour == "cpu-int8":
-        _save_beside(model, new, flavour_graph(flavour))
-    else:
-        ir.save(
-            model,
-            new / flavour_graph(flavour),
-            external_data=f"{flavour_graph(flavour)}.data",
-            alignment=4096,
-        )
-        onnx.checker.check_model(new / flavour_graph(flavour))
-
-
-def _save_beside(model: ir.Model, new: Path, name: str) -> None:
+def _save_beside(model: ir.Model, folder: Path, name: str) -> None:
     """Write a graph whose new weights go into a file of its own; others stay."""
     values = [
         v
@@ -352,8 +279,8 @@ def _save_beside(model: ir.Model, new: Path, name: str) -> None:
     large = [v for v in values if v.const_value is not None and v.const_value.nbytes > 256]
     tensors = [value.const_value for value in large if value.const_value is not None]
     external = ir.external_data.convert_tensors_to_external(
-        tensors, new, f"{name}.data", alignment=4096
+        tensors, folder, f"{name}.data", alignment=4096
     )
     for value, tensor in zip(large, external, strict=True):
         value.const_value = tensor
-    ir.save(model, new / name)
+    ir.save(model, folder / name)

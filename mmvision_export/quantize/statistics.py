@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ __all__ = [
     "Samples",
     "grouped",
     "magnitudes",
+    "outputs_of",
     "run",
     "samples",
+    "values_of",
 ]
 
 Batch = tuple[npt.NDArray[np.floating], npt.NDArray[np.int64]]
@@ -86,13 +88,42 @@ def run(
         weights_in: Folder of the external weights.
         dtype: The graph's float type.
     """
+    return list(outputs_of(graph, batches, weights_in=weights_in, dtype=dtype))
+
+
+def outputs_of(
+    graph: Path | bytes,
+    batches: Iterable[Batch],
+    *,
+    weights_in: Path,
+    dtype: type[np.floating],
+) -> Iterator[Array]:
+    """Image embeddings of one batch after the other, as `run` gives them."""
     session = _session(graph, weights_in)
-    return [
-        session.run(None, {"pixel_values": pixels.astype(dtype), "grid_thw": grid})[0].astype(
+    for pixels, grid in batches:
+        yield session.run(None, {"pixel_values": pixels.astype(dtype), "grid_thw": grid})[0].astype(
             np.float32
         )
-        for pixels, grid in batches
-    ]
+
+
+def values_of(
+    graph: Path, names: Sequence[str], batches: Sequence[Batch]
+) -> Iterator[dict[str, npt.NDArray[np.generic]]]:
+    """All of these tensors at once, of one batch after the other.
+
+    Args:
+        graph: The float32 graph.
+        names: Of tensors, and of the graph's inputs.
+        batches: Small ones: everything is held.
+    """
+    model = ir.load(graph)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    captured = [name for name in dict.fromkeys(names) if name in values]
+    model.graph.outputs[:] = [values[name] for name in captured]
+    session = _session(ir.serde.serialize_model(model).SerializeToString(), graph.parent)
+    for pixels, grid in batches:
+        feed: dict[str, Any] = {"pixel_values": pixels.astype(np.float32), "grid_thw": grid}
+        yield {**dict(zip(captured, session.run(None, feed), strict=True)), **feed}
 
 
 def samples(

@@ -7,10 +7,11 @@ quantised or none is: a runtime fuses them into one product only if they are of 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-__all__ = ["Linear", "Unit", "readers_of", "units_of"]
+__all__ = ["Linear", "Unit", "readers_of", "share_of_operations", "units_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,34 @@ def readers_of(model: ir.Model, unit: Unit) -> list[ir.Node]:
         (node,) = model.graph.initializers[linear.weight].consumers()
         nodes.append(node)
     return nodes
+
+
+def share_of_operations(
+    model: ir.Model, units: Sequence[Unit], kept: Collection[str], *, patches_per_token: int
+) -> float:
+    """Share of the products' operations that are in 8 bit, 0 to 1.
+
+    Args:
+        model: The portable graph.
+        units: All units of it.
+        kept: Names of those in higher precision.
+        patches_per_token: Of the encoder.
+    """
+    total = quantized = 0.0
+    patches = model.graph.inputs[0].shape
+    assert patches is not None
+    for unit in units:
+        for linear in unit.linears:
+            weight = model.graph.initializers[linear.weight]
+            (node,) = weight.consumers()
+            rows = node.inputs[0]
+            assert weight.const_value is not None and rows is not None and rows.shape is not None
+            # A merger's products have a row for each image token, all others one for each patch.
+            per_patch = 1.0 if str(rows.shape[0]) == str(patches[0]) else 1 / patches_per_token
+            operations = per_patch * weight.const_value.size
+            total += operations
+            quantized += 0.0 if unit.name in kept else operations
+    return quantized / total
 
 
 def _linear(node: ir.Node) -> Linear:

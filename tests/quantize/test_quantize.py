@@ -23,7 +23,7 @@ from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.sample_batches import sample_batch
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.parity.stages import facts_of_graph
-from mmvision_export.quantize import quantize as quantize_module
+from mmvision_export.quantize import plan as plan_module
 from mmvision_export.quantize.choices import CALIBRATION_METHODS, FLAVOURS, Flavour
 from mmvision_export.quantize.formats import FP8, INT8, scale_from_magnitude
 from mmvision_export.quantize.qdq import balance
@@ -105,7 +105,7 @@ def test_the_graph_has_what_the_report_says(
     stored = {
         "int8": ir.DataType.INT8,
         "fp8": ir.DataType.FLOAT8E4M3FN,
-        "cpu-int8": ir.DataType.INT8,
+        "cpu-int8": ir.DataType.UINT8,
     }[flavour]
     weights = [
         v
@@ -157,9 +157,9 @@ def test_a_corrupted_scale_is_caught(
     def wrong(*arguments: Any) -> dict[str, float]:
         return {name: value / 20 for name, value in exact(*arguments).items()}
 
-    monkeypatch.setattr(quantize_module, "magnitudes", wrong)
+    monkeypatch.setattr(plan_module, "magnitudes", wrong)
     with refused(QuantizationError, "int8", 0.99):
-        make(directory, "int8", min_cosine=0.99)
+        make(directory, "int8", min_cosine=0.99, force=True)
 
 
 def test_what_a_killed_run_left_does_not_stop_the_next(exported: Path, tmp_path: Path) -> None:
@@ -173,15 +173,16 @@ def test_what_a_killed_run_left_does_not_stop_the_next(exported: Path, tmp_path:
     # The control: with a second name that no such run left, it stops.
     (tmp_path / "other").hardlink_to(directory / DATA)
     with pytest.raises(ManifestError, match="hard links"):
-        make(directory, "int8", min_cosine=0.99)
+        make(directory, "int8", min_cosine=0.99, force=True)
 
 
 @pytest.mark.parametrize("method", CALIBRATION_METHODS)
 def test_plain_weights_need_no_fallback_to_be_near(
     method: Any, exported: Path, tmp_path: Path
 ) -> None:
-    report = make(copy_of(exported, tmp_path / "m"), "int8", method=method, min_cosine=0.99)
-    assert report.reached > 0.99
+    # With the margin of 1.5 a token needs a cosine of 0.99.
+    report = make(copy_of(exported, tmp_path / "m"), "int8", method=method, min_cosine=0.985)
+    assert report.reached >= 0.99
     assert not report.kept
 
 

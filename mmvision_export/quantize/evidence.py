@@ -1,0 +1,117 @@
+"""What a flavour is measured on, and how far from the gate it has to stay.
+
+**The margin.** A gate is for photographs that are still to come. Of n images that were checked and
+one more, each is equally likely to be the worst: the next one loses more than all of them with
+probability 1 / (n + 1). By how much more is the tail of the loss. The loss of a token is the square
+of an error, and has finite variance where the error has finite fourth moments: its tail then falls
+at least as the inverse square. So the next image loses more than `MARGIN` times the worst one with
+probability of at most about `1 / ((n + 1) * MARGIN**2)`: 5 % for 8 images and a margin of 1.5, 1 %
+for 32. The graph therefore has to keep `1 - cosine` to 1 / 1.5 of what the gate allows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mmvision_export.core.progress import Progress
+from mmvision_export.quantize.statistics import Batch, outputs_of
+
+__all__ = ["LEAST_HELD_OUT", "MARGIN", "Checks", "chance_of_worse", "losses"]
+
+Array = npt.NDArray[np.float32]
+Losses = npt.NDArray[np.float64]
+
+MARGIN = 1.5
+LEAST_HELD_OUT = 8
+
+
+def chance_of_worse(images: int) -> float:
+    """That a further image loses more than `MARGIN` times the worst of so many: see above."""
+    return 1 / ((images + 1) * MARGIN**2)
+
+
+def losses(result: Array, reference: Array) -> Losses:
+    """By how much each token's cosine is below 1, `[tokens]`; infinite where it is not finite."""
+    a, b = result.astype(np.float64), reference.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        cosine = (a * b).sum(axis=-1) / np.maximum(norms, np.finfo(np.float64).tiny)
+    lost: Losses = np.where(np.isfinite(cosine), 1 - np.minimum(cosine, 1), np.inf)
+    return lost
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """The images that a graph is checked on, and what the float32 graph makes of them.
+
+    Attributes:
+        sample: The images that units are ranked on.
+        held_out: Images that calibration has not seen.
+        calibration: Images that it has seen.
+        references: A folder with the embeddings of all of them, which may be more than memory holds.
+    """
+
+    sample: Sequence[Batch]
+    held_out: Sequence[Batch]
+    calibration: Sequence[Batch]
+    references: Path
+
+    def refer_to(self, graph: Path, progress: Progress) -> None:
+        """Write the references: the embeddings of a float32 graph."""
+        batches = self._batches(("sample", "held_out", "calibration"))
+        progress.step("running the float32 graph", total=len(batches))
+        results = outputs_of(
+            graph, (batch for _, batch in batches), weights_in=graph.parent, dtype=np.float32
+        )
+        for (name, _), result in zip(batches, results, strict=True):
+            np.save(self.references / name, result)
+            progress.advance()
+
+    def lost_in_sample(self, graph: Path, dtype: type[np.floating]) -> list[Losses]:
+        """Losses of each image's tokens."""
+        return [each for _, each in self._lost(graph, dtype, ("sample",), Progress())]
+
+    def most_lost(
+        self, graph: Path, dtype: type[np.floating], *, enough: float, progress: Progress
+    ) -> float:
+        """The largest loss of any token.
+
+        Args:
+            graph: The file.
+            dtype: Of its inputs.
+            enough: The images that calibration has seen are checked too if those held out lose no
+                more than this, up to the first one that does.
+            progress: Told about each image.
+        """
+        most = 0.0
+        for part in ("held_out", "calibration"):
+            for _, each in self._lost(graph, dtype, (part,), progress):
+                most = max(most, float(each.max()))
+                if part == "calibration" and most > enough:
+                    break
+            if most > enough:
+                break
+        return most
+
+    def _lost(
+        self, graph: Path, dtype: type[np.floating], parts: Iterable[str], progress: Progress
+    ) -> Iterable[tuple[str, Losses]]:
+        batches = self._batches(parts)
+        results = outputs_of(
+            graph, (batch for _, batch in batches), weights_in=graph.parent, dtype=dtype
+        )
+        for (name, _), result in zip(batches, results, strict=True):
+            yield name, losses(result, np.load(self.references / name, mmap_mode="r"))
+            progress.advance()
+
+    def _batches(self, parts: Iterable[str]) -> list[tuple[str, Batch]]:
+        return [
+            (f"{part}.{index}.npy", batch)
+            for part in parts
+            for index, batch in enumerate(getattr(self, part))
+        ]

@@ -1,0 +1,208 @@
+"""Ranking: gradients through the graph, first-order losses, and the bound on whole graphs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from mmvision_export.core.progress import Progress
+from mmvision_export.graph.load import load_graph
+from mmvision_export.models.sample_batches import sample_batch
+from mmvision_export.quantize import search
+from mmvision_export.quantize.backward import pulled_back, values_needed
+from mmvision_export.quantize.evidence import losses
+from mmvision_export.quantize.plan import Plan, plan_of
+from mmvision_export.quantize.ranking import cosine_lost, ranking_sample
+from mmvision_export.quantize.search import MOST_EVALUATIONS, fewest_kept
+from mmvision_export.quantize.statistics import run, values_of
+from mmvision_export.quantize.units import units_of
+from tests.support.configs import HEAD_DIM_80
+
+BATCH = sample_batch(((1, 4, 3), (2, 2, 2), (1, 1, 1)), HEAD_DIM_80, seed=5)
+
+
+def _changed_output(graph: Path, product: str, change: np.ndarray) -> np.ndarray:
+    """The output with something added to what a product gives."""
+    model = ir.load(graph)
+    (node,) = (each for each in model.graph if each.name == product)
+    value = node.outputs[0]
+    model.graph.inputs.append(
+        added := ir.Value(name="added", type=ir.TensorType(ir.DataType.FLOAT), shape=value.shape)
+    )
+    total = ir.node("Add", [value, added], name="changed")
+    total.outputs[0].name = "changed"
+    users = [(user, index) for user, index in value.uses() if user is not total]
+    model.graph.insert_after(node, total)
+    for user, index in users:
+        user.replace_input_with(index, total.outputs[0])
+    if model.graph.outputs[0] is value:
+        model.graph.outputs[0] = total.outputs[0]
+    from mmvision_export.quantize.statistics import _session
+
+    session = _session(ir.serde.serialize_model(model).SerializeToString(), graph.parent)
+    pixels, grid = BATCH
+    result: np.ndarray = session.run(
+        None, {"pixel_values": pixels, "grid_thw": grid, "added": change}
+    )[0]
+    return result
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        "embeddings.patch_embedding",  # through every operator there is
+        "layers.0.self_attn.q_proj",
+        "layers.0.self_attn.k_proj",
+        "layers.0.self_attn.v_proj",
+        "layers.1.mlp.fc1",
+        "patch_merge_mlp.linear_1",
+        "patch_merge_mlp.linear_2",
+    ],
+)
+def test_gradients_are_those_of_finite_differences(product: str, exported: Path) -> None:
+    """`v . (f(x + h d) - f(x - h d)) / 2h`, for every kind of product.
+
+    Central differences in float32 have an error of h^2 of the function's size and of 1e-7 / h: at
+    h = 1e-2 both are below 1e-3. The control is the gradient of another scalar, which differs.
+    """
+    model = load_graph(exported / "model.onnx")
+    output = str(model.graph.outputs[0].name)
+    (values,) = values_of(exported / "model.onnx", [*values_needed(model), output], [BATCH])
+    generator = np.random.default_rng(1)
+    scalars = generator.standard_normal((2, *values[output].shape), np.float32)
+    (gradients,) = (
+        gradient for node, gradient in pulled_back(model, values, scalars) if node.name == product
+    )
+    direction = generator.standard_normal(gradients.shape[1:], np.float32)
+    step = 1e-2
+    ahead, behind = (
+        _changed_output(exported / "model.onnx", product, sign * step * direction).astype(float)
+        for sign in (np.float32(1), np.float32(-1))
+    )
+    measured = ((ahead - behind) / (2 * step) * scalars).sum(axis=(1, 2))
+    computed = (gradients.astype(float) * direction).sum(axis=(1, 2))
+    size = np.linalg.norm(ahead - behind) / (2 * step)  # standard deviation of either scalar
+    np.testing.assert_allclose(computed, measured, atol=5e-3 * size)
+    assert abs(computed[0] - measured[1]) > 0.02 * size
+
+
+@pytest.fixture(scope="module")
+def plan(exported: Path) -> Plan:
+    source = exported / "model.onnx"
+    units = units_of(load_graph(source))
+    return plan_of(source, source, units, "cpu-int8", [BATCH], "minmax", Progress())
+
+
+def test_estimates_are_what_a_unit_costs_alone(plan: Plan, exported: Path) -> None:
+    """Against the graph with that unit alone in 8 bit.
+
+    Six vectors estimate a square with a relative standard deviation of sqrt(2 / 6) = 0.58 for one
+    batch; over all units the mean of the ratios is within 3 * 0.58 / sqrt(13) = 0.48 of 1. A single
+    estimate is a chi-square of six degrees over six: one in a thousand is below 0.06 or above 3.7.
+    """
+    reference = run(plan.source, [BATCH], weights_in=exported, dtype=np.float32)[0]
+    even = [np.ones(len(reference))]
+    estimated = cosine_lost(plan, [BATCH], even, Progress())
+    ratios = {}
+    for unit in plan.units:
+        model = plan.model({other.name for other in plan.units} - {unit.name})
+        content = ir.serde.serialize_model(model).SerializeToString()
+        result = run(content, [BATCH], weights_in=exported, dtype=np.float32)[0]
+        ratios[unit.name] = estimated[unit.name] / losses(result, reference).mean()
+    assert len(ratios) == len(plan.units) == 13
+    assert all(0.06 < ratio < 3.7 for ratio in ratios.values()), ratios
+    assert abs(np.mean(list(ratios.values())) - 1) < 0.48
+
+
+def test_the_sample_is_cut_and_bounded() -> None:
+    config = HEAD_DIM_80
+    large = sample_batch(((1, 20, 20),), config, seed=1)  # 1600 patches
+    video = sample_batch(((4, 6, 6),), config, seed=2)  # 4 x 144
+    tiny = sample_batch(((1, 1, 1),) * 9, config, seed=3)
+    sample = ranking_sample([tiny, video, large, *[large] * 9], config)
+    for pixels, grid in sample:
+        assert len(pixels) == grid.prod(axis=1).sum() <= 256
+        assert (grid[:, 1:] % config.spatial_merge_size == 0).all()
+    assert 1024 <= sum(len(pixels) for pixels, _ in sample) < 1024 + 256
+    # The large image's middle block rows: 6 rows of patches of 40, as many above as below but one.
+    pixels, grid = sample[2]
+    assert grid.tolist() == [[1, 6, 40]]
+    np.testing.assert_array_equal(pixels, large[0][8 * 80 : 8 * 80 + 240])
+
+
+def _search(
+    losses_by_kept: list[float], estimates: list[float], allowed: float = 1e-3
+) -> tuple[int | None, int]:
+    asked: list[int] = []
+
+    def loss_of(kept: int) -> float:
+        asked.append(kept)
+        return losses_by_kept[kept]
+
+    found = fewest_kept(loss_of, estimates, loss_of_none=losses_by_kept[0], allowed=allowed)
+    assert len(asked) == len(set(asked)) <= MOST_EVALUATIONS - 1
+    return found, len(asked)
+
+
+@pytest.mark.parametrize("units", [2, 21, 133, 260])
+@pytest.mark.parametrize("worst_to_mean", [0.5, 4.0, 60.0])
+def test_the_search_finds_the_fewest_within_its_bound(units: int, worst_to_mean: float) -> None:
+    """Whatever the ratio of the worst token to the estimate is."""
+    estimates = [1e-2 * 0.9**index for index in range(units)]
+    lost = [worst_to_mean * sum(estimates[kept:]) for kept in range(units + 1)]
+    found, _ = _search(lost, estimates)
+    fewest = next(kept for kept, loss in enumerate(lost) if loss <= 1e-3)
+    assert found == fewest
+
+
+def test_a_misleading_estimate_costs_no_more_evaluations() -> None:
+    """The estimate says that the first units are all; the last one is."""
+    estimates = [1.0 / (1 + index) ** 4 for index in range(133)]
+    lost = [math.inf] * 132 + [1e-4, 0.0]
+    found, evaluations = _search(lost, estimates)
+    assert found is not None
+    assert found >= 132
+    assert evaluations <= MOST_EVALUATIONS - 1
+
+
+def test_nothing_passes() -> None:
+    assert _search([0.5] * 22, [1e-3] * 21)[0] is None
+
+
+def test_the_bound_is_for_whole_graphs(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions are counted: the graphs that are written, and four of the float32 graph."""
+    from mmvision_export.artifacts.manifest import Manifest
+    from mmvision_export.quantize import statistics
+    from mmvision_export.quantize.quantize import quantize
+    from tests.support.configs import copy_of
+
+    opened: list[Any] = []
+    create = vars(statistics)["create_session"]
+
+    def counted(graph: Any, **options: Any) -> Any:
+        opened.append(graph)
+        return create(graph, **options)
+
+    monkeypatch.setattr(statistics, "create_session", counted)
+    directory = copy_of(exported, tmp_path / "m")
+    report = quantize(
+        directory,
+        Manifest.read(directory),
+        "int8",
+        calibration=[BATCH],
+        held_out=[sample_batch(((1, 3, 3),), HEAD_DIM_80, seed=9)],
+        min_cosine=0.9995,
+    )
+    assert report.kept  # so that it was searched for
+    written = [graph for graph in opened if isinstance(graph, Path) and graph.name != "model.onnx"]
+    # Each at most for the images held out, for those of calibration, and once for the sample.
+    assert len(written) <= 2 * report.evaluations + 1
+    assert 1 < report.evaluations <= search.MOST_EVALUATIONS
+    assert len(opened) - len(written) <= 4
