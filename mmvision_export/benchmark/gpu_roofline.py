@@ -1,6 +1,6 @@
-"""The least time the encoder can take on a GPU, computed from its work and the GPU's peaks.
+"""Times and costs on a GPU, computed from the encoder's work and the GPU's peaks. Nothing here is measured.
 
-Nothing here is measured.
+`python -m mmvision_export.benchmark.gpu_roofline` prints the tables of docs/scale.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ import math
 from mmvision_export.benchmark.workloads import Work, work_of
 from mmvision_export.models.minimax_m3_vl.config import PRESETS
 
-__all__ = ["GPUS", "TOKENS", "Gpu", "gpu_markdown", "least_seconds"]
+__all__ = [
+    "GPUS",
+    "TOKENS",
+    "Gpu",
+    "cost_markdown",
+    "gpu_markdown",
+    "hours_per_million",
+    "least_seconds",
+]
 
 TOKENS = (576, 1024, 4096)
 """Image tokens of one image."""
@@ -43,9 +51,49 @@ GPUS = (
         273e9,
         "NVIDIA Jetson Thor data sheet: 2070 sparse FP4 TFLOPS, an eighth of that dense in FP16",
     ),
+    Gpu("L4", 121e12, 300e9, "NVIDIA L4 data sheet, half of the figure with sparsity"),
     Gpu("RTX 4090", 165.2e12, 1008e9, "NVIDIA Ada GPU architecture white paper, appendix A"),
     Gpu("H100 SXM", 989.4e12, 3350e9, "NVIDIA H100 data sheet, half of the figure with sparsity"),
 )
+
+
+_PHOTOGRAPHS = (
+    ((1, 28, 36), "392 x 504"),
+    ((1, 48, 48), "672 x 672"),
+    ((1, 96, 144), "1344 x 2016"),
+)
+"""Grid, and height and width in pixels: a thumbnail, the most of the rule `area`, and SGLang's of a photograph."""
+
+_SHARE_OF_PEAK = 0.5
+
+
+def hours_per_million(grid: tuple[int, int, int], gpu: Gpu) -> float:
+    """GPU hours for a million images of one grid, at half of the arithmetic's peak."""
+    work = work_of(PRESETS["full"], (grid,), bytes_per_value=2)
+    flops = sum(item.flops for item in work.values())
+    return 1e6 * flops / (_SHARE_OF_PEAK * gpu.flops_per_s) / 3600
+
+
+def cost_markdown() -> str:
+    """GPU hours of a million images, as a table in Markdown."""
+    config = PRESETS["full"]
+    titles = [f"{pixels}: {t * h * w} patches" for (t, h, w), pixels in _PHOTOGRAPHS]
+    lines = [
+        f"| | {' | '.join(titles)} |",
+        f"| --- |{' ---: |' * len(titles)}",
+    ]
+    counted = []
+    for grid, _ in _PHOTOGRAPHS:
+        work = work_of(config, (grid,), bytes_per_value=2)
+        counted.append(f"{sum(item.flops for item in work.values()) / 1e12:.1f}")
+    lines.append(f"| TFLOP an image | {' | '.join(counted)} |")
+    tokens = [math.prod(grid) // config.patches_per_token for grid, _ in _PHOTOGRAPHS]
+    sizes = [f"{count * config.text_hidden_size * 2 / 1e6:.1f}" for count in tokens]
+    lines.append(f"| MB of bf16 embeddings an image | {' | '.join(sizes)} |")
+    for gpu in GPUS:
+        hours = (f"{hours_per_million(grid, gpu):,.1f}" for grid, _ in _PHOTOGRAPHS)
+        lines.append(f"| {gpu.name}, GPU hours a million | {' | '.join(hours)} |")
+    return "\n".join(lines) + "\n"
 
 
 def least_seconds(work: dict[str, Work], gpu: Gpu) -> float:
@@ -63,9 +111,7 @@ def gpu_markdown() -> str:
         side = math.isqrt(tokens * config.patches_per_token)
         works[tokens] = work_of(config, ((1, side, side),), bytes_per_value=2)
     lines = [
-        "## On a GPU: computed, not measured",
-        "",
-        "No GPU has run this. The table counts what the full encoder (865 M parameters, float16) has to do for one image; "
+        "The table counts what the full encoder (865 M parameters, float16) has to do for one image; "
         "attention is counted as one fused kernel that never writes its scores.",
         "",
         "| operator | " + " | ".join(f"{t} tokens: GFLOP | MB" for t in TOKENS) + " |",
@@ -98,3 +144,8 @@ def gpu_markdown() -> str:
             f"{gpu.source} |"
         )
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(cost_markdown())
+    print(gpu_markdown())

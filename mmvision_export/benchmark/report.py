@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmvision_export.benchmark.gpu_roofline import gpu_markdown
 from mmvision_export.benchmark.measure import EMULATED_MAX_PATCHES, MAX_PATCHES
 from mmvision_export.benchmark.result import Measurement, Result
 from mmvision_export.benchmark.scaling import scaling_markdown
@@ -221,7 +220,7 @@ def page_from_result(result: Result, *, plots: str) -> str:
     page = "\n".join(lines) + "\n"
     if result.workload_set == "photographs":
         return page + scaling_markdown(result)
-    return page + gpu_markdown()
+    return page
 
 
 def _notes(result: Result) -> list[str]:

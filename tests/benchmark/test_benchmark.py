@@ -18,7 +18,13 @@ from PIL import Image
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.benchmark import measure as measuring
-from mmvision_export.benchmark.gpu_roofline import GPUS, gpu_markdown, least_seconds
+from mmvision_export.benchmark.gpu_roofline import (
+    GPUS,
+    cost_markdown,
+    gpu_markdown,
+    hours_per_million,
+    least_seconds,
+)
 from mmvision_export.benchmark.measure import measure
 from mmvision_export.benchmark.peers import peer_from_encoder
 from mmvision_export.benchmark.report import PLOTS, page_from_result, write_plots
@@ -293,9 +299,12 @@ def test_gpu_roofline() -> None:
     gpu = GPUS[-1]
     assert least_seconds({"x": Work(gpu.flops_per_s * 2, 1.0)}, gpu) == 2
     assert least_seconds({"x": Work(1.0, gpu.bytes_per_s * 3)}, gpu) == 3
-    page = gpu_markdown()
-    for gpu in GPUS:
-        assert gpu.name in page
+    # By hand: an H100 at half of its peak, 51.3 TFLOP a photograph.
+    hours = hours_per_million((1, 96, 144), next(gpu for gpu in GPUS if gpu.name == "H100 SXM"))
+    assert hours == pytest.approx(51.3e12 / (0.5 * 989.4e12) * 1e6 / 3600, rel=1e-2)
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    for table in (cost_markdown(), gpu_markdown()):
+        assert table in page
 
 
 def test_the_command_refuses_and_leaves_nothing(exported: Path, tmp_path: Path) -> None:
