@@ -268,7 +268,6 @@ def test_page_and_plots(result: Result, tmp_path: Path) -> None:
     page = page_from_result(result, plots="benchmarks")
     assert "| two | 28 |" in page
     assert "![Time of one image against its size](benchmarks/latency.png)" in page
-    assert "computed, not measured" in page
 
 
 def test_sides(exported: Path) -> None:
