@@ -40,7 +40,16 @@ def doctor(
     choice = None if model is None else choice_for(model)
     if as_json:
         print_json(
-            {"kind": "doctor", **dataclasses.asdict(report), "missing": report.missing()}
+            {
+                "kind": "doctor",
+                **dataclasses.asdict(report),
+                "machine": {
+                    name.replace(" ", "_"): value for name, value in report.machine.items()
+                },
+                "missing": [
+                    {"to": what, "install": command} for what, command in report.missing().items()
+                ],
+            }
             | ({} if choice is None else {"auto": choice})
         )
     else:

@@ -69,7 +69,7 @@ def lower(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the graph that build-engine parses, for trtexec and other tools.
+    """Write the graph that build-engine parses, for others.
 
     Beside the graph lie its weights and a .json file with the shapes of the profiles and the command
     that builds an engine. The command needs neither TensorRT nor a GPU.

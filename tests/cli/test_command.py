@@ -90,9 +90,17 @@ def test_doctor_as_json(mmvision: Command) -> None:
     assert int(found["machine"]["cores"].split()[0]) >= 1
     assert found["packages"]["numpy"]
     assert {row["name"] for row in found["backends"]} >= {"onnxruntime-cpu", "tensorrt-rtx"}
-    for what, command in found["missing"].items():
-        assert what
-        assert command.startswith("pip install '")
+    assert found["missing"]  # this environment has no TensorRT
+    for each in found["missing"]:
+        assert each["to"]
+        assert each["install"].startswith("pip install '")
+    assert not [name for name in _keys(found) if " " in name]
+
+
+def _keys(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [*value, *(name for each in value.values() for name in _keys(each))]
+    return [name for each in value for name in _keys(each)] if isinstance(value, list) else []
 
 
 def test_inspect_is_a_table_on_a_terminal(

@@ -99,3 +99,9 @@ def test_figures_are_masked_and_words_are_not() -> None:
     )
     assert masked(shown.replace("pass", "FAIL")) != masked(shown)  # the control
     assert masked(shown.replace("256", "257")) != masked(shown)
+
+
+def test_how_far_a_step_is_is_left_out() -> None:
+    lines = "running x ...\nrunning x: 3 of 20, 15 s, about 1 min 5 s left\nbuilding: 2 min\n"
+    assert masked(lines) == "running x ...\n"
+    assert masked("error: x: 3 of 20\n") == "error: x: 3 of 20\n"  # the control

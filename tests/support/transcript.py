@@ -20,6 +20,9 @@ __all__ = ["commands_in", "masked", "transcript_of"]
 
 # The first that matches takes its characters away from those after it.
 _MASKS: tuple[tuple[str, str], ...] = (
+    # How far a long step is, which a slow machine says and a fast one does not.
+    (r"(?m)^.*: (\d+ of \d+, )?(\d+ (s|min|h) ?)+(, about (\d+ (s|min|h) ?)+left)?\n", ""),
+    (r"(exported on )\d{4}-\d\d-\d\d", r"\1<date>"),
     (r"\b[0-9a-f]{64}\b", "<hash>"),
     (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "<date>"),
     (r"\d+(\.\d+)? [kMG]B\b", "<size>"),

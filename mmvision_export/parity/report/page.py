@@ -73,6 +73,7 @@ def record_from_parity(result: ParityResult) -> dict[str, Any]:
         for name, graph in layers.graphs.items()
     }
     record: dict[str, Any] = {
+        "kind": "parity",
         "format": 1,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "model": result.directory.resolve().name,
