@@ -98,22 +98,24 @@ class DiskEmbeds:
     def write(self, entries: Mapping[str, ImageEmbeds]) -> None:
         """Add entries, and remove what was not used for longest where room is needed.
 
-        An entry larger than the whole bound is left out.
+        An entry larger than the whole bound is left out, and so is one that is there and whole.
 
         Raises:
             OutputError: They cannot be written. What is there stays as it was.
         """
-        kept: dict[str, ImageEmbeds] = {}
-        size_bytes = 0
-        for key, embeds in entries.items():
-            entry_bytes = _HEADER_BYTES + embeds.size_bytes
-            if size_bytes + entry_bytes <= self.max_bytes:
-                kept[key] = embeds
-                size_bytes += entry_bytes
-        if not kept:
-            return
         # Under the lock the bound holds at every moment, the unfinished files included.
         with locked_folder(self.folder):
+            kept: dict[str, ImageEmbeds] = {}
+            size_bytes = 0
+            for key, embeds in entries.items():
+                entry_bytes = _HEADER_BYTES + embeds.size_bytes
+                # Another process may have written this entry while this one waited for the lock.
+                # Room for the same entry once more would cost another entry its place.
+                if size_bytes + entry_bytes <= self.max_bytes and not self._is_whole(key):
+                    kept[key] = embeds
+                    size_bytes += entry_bytes
+            if not kept:
+                return
             try:
                 self._make_room(size_bytes)
             except OSError as error:
@@ -125,6 +127,12 @@ class DiskEmbeds:
     def size_bytes(self) -> int:
         """Of all entries together."""
         return sum(size for _, size, _ in self._entries())
+
+    def _is_whole(self, key: str) -> bool:
+        try:
+            return self.read(key) is not None
+        except InputError:
+            return False  # damaged, and removed
 
     def _entries(self) -> list[tuple[int, int, str]]:
         """(time of last use in nanoseconds, bytes, path) of each."""

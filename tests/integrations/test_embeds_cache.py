@@ -183,6 +183,21 @@ def test_bounds_that_keep_nothing_are_refused(tmp_path: Path) -> None:
         EmbedsCache(folder=tmp_path / "file")
 
 
+def test_an_entry_that_another_process_wrote_meanwhile_costs_no_other_its_place(
+    tmp_path: Path,
+) -> None:
+    disk = DiskEmbeds(tmp_path, max_bytes=2 * ENTRY_BYTES)
+    late = DiskEmbeds(tmp_path, max_bytes=2 * ENTRY_BYTES)
+    assert late.read(key_of(1)) is None
+    disk.write({key_of(0): embeds_of(0)})
+    disk.write({key_of(1): embeds_of(1)})
+    late.write({key_of(1): embeds_of(1)})
+    assert is_same(disk.read(key_of(0)), 0)
+    assert is_same(disk.read(key_of(1)), 1)
+    late.write({key_of(2): embeds_of(2)})  # the control: a new entry does
+    assert disk.read(key_of(0)) is None
+
+
 def _work(folder: str, seed: int) -> None:
     """Write and read 12 entries in a folder that has room for 8, in an order of its own."""
     disk = DiskEmbeds(Path(folder), max_bytes=8 * ENTRY_BYTES)
