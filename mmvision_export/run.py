@@ -69,15 +69,19 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "python -m mmvision_e
     Raises:
         SystemExit: With 2, after wrong usage; with 0, after `--help` or `--version`.
     """
-    arguments = arguments_of_run(argv, prog)
-    work = _print_folder if arguments.folder else _print_summary
-    return exit_code_of(lambda: work(arguments), verbose=arguments.verbose)
+
+    def work() -> int:
+        # Within: help that cannot be written is an error as any other.
+        arguments = arguments_of_run(argv, prog)
+        return (_print_folder if arguments.folder else _print_summary)(arguments)
+
+    return exit_code_of(work, verbose="--verbose" in (sys.argv if argv is None else argv))
 
 
 def _print_summary(arguments: argparse.Namespace) -> int:
     with from_standard_input(arguments.image) as images:
         arguments.files = images
-        result = _run(arguments)
+        result = {"kind": "run", **_run(arguments)}
     as_json = wants_json(arguments.json)
     print(json.dumps(result, indent=2) if as_json else in_words(result), flush=True)
     return 0
@@ -138,12 +142,12 @@ def _print_folder(arguments: argparse.Namespace) -> int:
         ):
             counts[report["status"]] += 1
             if as_json:
-                print(json.dumps(report), flush=True)
+                print(json.dumps({"kind": "file", **report}), flush=True)
             if "error" in report:
                 print_error(report["error"])
             progress.advance()
         facts = printed_facts(encoder.info, verbose=arguments.verbose)
-        result = {**facts, "output": str(arguments.output), "files": counts}
+        result = {"kind": "folder", **facts, "output": str(arguments.output), "files": counts}
         print(json.dumps(result) if as_json else in_words(result), flush=True)
     if not sum(counts.values()):
         raise InputError(f"no files in {', '.join(map(str, arguments.image))}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mmvision_export.core.errors import print_error
 from mmvision_export.core.verified_files import VERIFY
@@ -21,6 +22,10 @@ __all__ = ["arguments_of_run"]
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong as the other commands do."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help or the version. argparse's own method swallows the error of a full disk."""
+        print(message, end="", file=file or sys.stderr, flush=True)
 
     def error(self, message: str) -> NoReturn:
         print_error(message, f"{self.prog} --help")
@@ -130,6 +135,7 @@ def arguments_of_run(argv: Sequence[str] | None, prog: str) -> argparse.Namespac
 
     Raises:
         SystemExit: With 2, after wrong usage; with 0, after `--help` or `--version`.
+        OSError: Help or the version cannot be written.
     """
     parser = _parser(prog)
     arguments = parser.parse_args(argv)

@@ -300,6 +300,7 @@ def test_a_folder_streams_reports_failures_and_resumes(
         ("encoded", "chelsea.png"),
     ]
     assert "notes.txt: not an image" in errors
+    assert [line["kind"] for line in lines] == ["file", "file", "file", "folder"]
     assert lines[-1]["files"] == {"encoded": 2, "already_there": 0, "failed": 1, "passed_over": 0}
     with VisionEncoder.open("engines/small", backend="onnxruntime-cpu") as encoder:
         (alone,) = encoder.encode_images([Image.open(folder / "more" / "chelsea.png")])

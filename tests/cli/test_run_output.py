@@ -43,6 +43,7 @@ def test_a_terminal_gets_lines_and_a_pipe_gets_json(
     arguments = ["--image", "coffee.jpg", *ON, "--output", "a.npy", "--force"]
     assert main(arguments) == 0
     piped = json.loads(capsys.readouterr().out)
+    assert piped["kind"] == "run"
     assert "passed_over" not in piped
     on_a_terminal(monkeypatch)
     assert main(arguments) == 0
@@ -163,3 +164,27 @@ def test_quiet_writes_no_note(files: Path) -> None:
     )
     assert done.stderr == ""
     assert json.loads(done.stdout)["inputs"] == ["coffee.jpg"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["mmvision_export.run", "--help"],
+        ["mmvision_export.run", "--version"],
+        ["mmvision_export", "run", "--help"],
+        ["mmvision_export", "--help"],
+        ["mmvision_export", "inspect", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help_that_cannot_be_written_is_an_error(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
