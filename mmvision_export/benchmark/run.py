@@ -9,8 +9,8 @@ from pathlib import Path
 
 from mmvision_export.artifacts.manifest import Manifest, flavour_graph
 from mmvision_export.benchmark.measure import measure
-from mmvision_export.benchmark.report import page_from_result, write_plots
-from mmvision_export.benchmark.result import Result
+from mmvision_export.benchmark.report import page_from_result
+from mmvision_export.benchmark.result import Result, result_from_file
 from mmvision_export.benchmark.sides import PEERS, without_precision
 from mmvision_export.benchmark.workloads import workloads_for
 from mmvision_export.core.atomic import new_files, refuse_unwritable
@@ -18,7 +18,7 @@ from mmvision_export.core.errors import BenchmarkError, OutputError
 from mmvision_export.core.progress import Progress
 from mmvision_export.runtime.backends import BACKENDS
 
-__all__ = ["run_benchmark", "sides_from"]
+__all__ = ["page_from_file", "run_benchmark", "sides_from"]
 
 RESULTS = "results.json"
 
@@ -67,7 +67,7 @@ def sides_from(
     return [*sides, *peers]
 
 
-def _refuse_existing(results: Path, page: Path | None, *, force: bool) -> None:
+def _refuse_existing(results: Path | None, page: Path | None, *, force: bool) -> None:
     """Refuse before the work what would be refused, or lost, after it."""
     if page is not None and page.suffix != ".md":
         raise OutputError(f"the page is Markdown: its name must end in .md, got {page}")
@@ -93,14 +93,15 @@ def run_benchmark(
     force: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Result, Path]:
-    """Measure, writing `results.json` and the plots after every workload, and the page at last.
+    """Measure, writing `results.json` and the charts after every workload, and the page at last.
 
     Raises:
         BenchmarkError: See `sides_from` and `measure`.
         ManifestError: The model directory is not one.
         OutputError: The files are there already, or cannot be written.
     """
-    import matplotlib  # noqa: F401 - missing, it is an error now and not after the work
+    # Without matplotlib it is an error now and not after the work.
+    from mmvision_export.benchmark.charts import write_charts
 
     progress = progress or Progress()
     _refuse_existing(output / RESULTS, page, force=force)
@@ -111,9 +112,8 @@ def run_benchmark(
 
     def keep(result: Result) -> None:
         with new_files(output, name=RESULTS) as new:
-            content = json.dumps(result.to_dict(), indent=1, allow_nan=False)
-            (new / RESULTS).write_text(content + "\n", encoding="utf-8")
-            write_plots(result, new)
+            _write_results(result, new)
+            write_charts(result, new)
         kept.append(result)
 
     kept: list[Result] = []
@@ -134,10 +134,37 @@ def run_benchmark(
             progress.note(f"{len(kept)} workload(s) were finished and are kept: {output / RESULTS}")
         raise
     if page is not None:
-        with new_files(page.parent / page.stem, name="plots") as new:
-            write_plots(result, new)
-        with new_files(page.parent, name=page.name) as new:
-            (new / page.name).write_text(
-                page_from_result(result, plots=page.stem), encoding="utf-8"
-            )
+        _write_page(result, page)
     return result, output
+
+
+def page_from_file(results: Path, page: Path, *, force: bool = False) -> Result:
+    """Write the page and its charts from a `results.json`, and measure nothing.
+
+    The charts and the results lie in a folder of the page's stem beside the page.
+
+    Raises:
+        BenchmarkError: The file is no result.
+        InputError: The file is missing or no JSON.
+        OutputError: The page is there already, is no Markdown file, or cannot be written.
+    """
+    _refuse_existing(None, page, force=force)
+    refuse_unwritable(page.parent)
+    result = result_from_file(results)
+    _write_page(result, page)
+    return result
+
+
+def _write_page(result: Result, page: Path) -> None:
+    from mmvision_export.benchmark.charts import write_charts
+
+    with new_files(page.parent / page.stem, name="charts") as new:
+        _write_results(result, new)  # from which the page can be written anew
+        write_charts(result, new)
+    with new_files(page.parent, name=page.name) as new:
+        (new / page.name).write_text(page_from_result(result, plots=page.stem), encoding="utf-8")
+
+
+def _write_results(result: Result, folder: Path) -> None:
+    content = json.dumps(result.to_dict(), indent=1, allow_nan=False)
+    (folder / RESULTS).write_text(content + "\n", encoding="utf-8")

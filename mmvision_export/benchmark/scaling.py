@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 
 from mmvision_export.benchmark.result import Result
-from mmvision_export.benchmark.sides import label_of
 from mmvision_export.benchmark.workloads import Workload
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.costs import Costs
@@ -64,7 +63,7 @@ def scaling_markdown(result: Result) -> str:
     for side in result.sides:
         if fit := fit_of(result, side):
             cells = (f"{1e6 * fit.per_patch:.0f}", f"{1e9 * fit.per_pair:.1f}", f"{fit.worst:.0%}")
-            lines.append(f"| {label_of(side)} | {' | '.join(cells)} | {fit.points} |")
+            lines.append(f"| {result.label(side)} | {' | '.join(cells)} | {fit.points} |")
     lines += [
         "",
         "## Operations and memory of each way of attention, counted",

@@ -11,24 +11,25 @@ BF16 = "-bf16"
 """Ends the name of a side that computes in bfloat16, whatever the model directory's precision."""
 
 PEERS: Mapping[str, str] = {
-    "transformers-eager": "transformers, eager attention",
-    "transformers-sdpa": "transformers, SDPA",
-    "transformers-sdpa-bf16": "transformers, SDPA, bf16",
+    "transformers-eager": "transformers eager",
+    "transformers-sdpa": "transformers SDPA",
+    "transformers-sdpa-bf16": "transformers SDPA bf16",
     "nemo": "NeMo",
-    "torch-eager": "PyTorch, SDPA",
-    "torch-eager-bf16": "PyTorch, SDPA, bf16",
-    "torch-compile": "PyTorch, compiled",
-    "torch-compile-bf16": "PyTorch, compiled, bf16",
+    "torch-eager": "PyTorch SDPA",
+    "torch-eager-bf16": "PyTorch SDPA bf16",
+    "torch-compile": "PyTorch compiled",
+    "torch-compile-bf16": "PyTorch compiled bf16",
 }
 """Name for `--against` -> what tables call it. `torch-*` are this package's own encoder."""
 
 _BACKENDS = {
     "onnxruntime-cpu": "ONNX Runtime",
-    "onnxruntime-cuda": "ONNX Runtime, CUDA",
-    "onnxruntime-tensorrt": "ONNX Runtime, TensorRT",
-    "onnxruntime-rtx": "ONNX Runtime, TensorRT-RTX",
+    "onnxruntime-amx": "ONNX Runtime AMX",
+    "onnxruntime-cuda": "ONNX Runtime CUDA",
+    "onnxruntime-tensorrt": "ONNX Runtime TensorRT",
+    "onnxruntime-rtx": "ONNX Runtime TensorRT-RTX",
     "openvino": "OpenVINO",
-    "openvino-bf16": "OpenVINO, bf16",
+    "openvino-bf16": "OpenVINO bf16",
     "tensorrt": "TensorRT",
     "tensorrt-rtx": "TensorRT-RTX",
 }
@@ -42,7 +43,7 @@ def label_of(side: str) -> str:
     """What tables call a side."""
     backend, _, graph = side.partition(":")
     name = PEERS.get(backend) or _BACKENDS.get(backend, backend)
-    return f"{name}, {_GRAPHS.get(graph, graph)}" if graph else name
+    return f"{name} {_GRAPHS.get(graph, graph)}" if graph else name
 
 
 def without_precision(side: str) -> tuple[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -14,12 +14,16 @@ from mmvision_export.cli.console import console, progress_display
 from mmvision_export.cli.options import AsJson, ModelOption, Quiet, Verbose, print_json, the_model
 from mmvision_export.core.errors import BenchmarkError
 
+if TYPE_CHECKING:
+    from mmvision_export.benchmark.result import Result
+
 __all__ = ["benchmark"]
 
 
 @examples(
     "mmvision benchmark --backend onnxruntime-cpu openvino --against transformers-sdpa",
     "mmvision benchmark --precision fp32,int8 --page speed.md",
+    "mmvision benchmark --results benchmark/results.json --page speed.md --force",
 )
 def benchmark(
     model: ModelOption = None,
@@ -66,14 +70,21 @@ def benchmark(
         Optional[Path],
         typer.Option(
             metavar="DIR",
-            help="Folder for results.json and the plots. Default: benchmark/ in the current folder.",
+            help="Folder for results.json and the charts. Default: benchmark/ in the current folder.",
         ),
     ] = None,
     page: Annotated[
         Optional[Path],
         typer.Option(
             metavar="FILE.md",
-            help="Write a page about it too, with its plots in a folder of the same stem.",
+            help="Write a page too. Its charts and results.json go into a folder of the same stem.",
+        ),
+    ] = None,
+    results: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE.json",
+            help="Write the page of this results.json again, and measure nothing.",
         ),
     ] = None,
     force: Annotated[
@@ -90,9 +101,20 @@ def benchmark(
     """
     if quick and photographs:
         raise BenchmarkError("--quick and --photographs are two sets", hint="give one of them")
-    from mmvision_export.benchmark.run import run_benchmark
-    from mmvision_export.benchmark.sides import label_of
+    if results is not None and (page is None or output is not None):
+        raise BenchmarkError(
+            "--results goes with --page, and without --output",
+            hint="mmvision benchmark --results benchmark/results.json --page speed.md",
+        )
+    from mmvision_export.benchmark.run import page_from_file, run_benchmark
 
+    if results is not None and page is not None:
+        result = page_from_file(results, page, force=force)
+        if as_json:
+            print_json({"kind": "benchmark", "path": page, **result.to_dict()})
+        else:
+            console.print(f"{page}: written from {results}", markup=False)
+        return
     with progress_display() as progress:
         result, folder = run_benchmark(
             the_model(model),
@@ -111,17 +133,22 @@ def benchmark(
     if as_json:
         print_json({"kind": "benchmark", "path": folder, **result.to_dict()})
         return
+    _print_table(result)
+    console.print(f"{folder}: results.json and charts", markup=False)
+
+
+def _print_table(result: Result) -> None:
     first, *others = result.sides
-    title = f"{label_of(first)}: median milliseconds of one run, their range, share of the peak"
+    title = f"{result.label(first)}: median milliseconds of one run, their range, share of the peak"
     if others:
         title += "; the others: how many times as long they take (above 1: slower)"
     table = Table(box=None, header_style="bold", title=title, title_justify="left")
     for title in (
         "workload",
-        f"{label_of(first)}, ms",
+        f"{result.label(first)}, ms",
         "range",
         "of peak",
-        *(f"x {label_of(other)}" for other in others),
+        *(f"x {result.label(other)}" for other in others),
     ):
         table.add_column(title, justify="left" if title == "workload" else "right")
     for workload in result.workloads:
@@ -134,4 +161,3 @@ def benchmark(
         table.add_row(workload.name, f"{1e3 * ours.median:.0f}", spread, f"{share:.0%}", *cells)
     # Not folded to a width that a pipe has not: a terminal may fold it.
     Console(width=max(console.width, 60 + 30 * len(result.sides))).print(table)
-    console.print(f"{folder}: results.json and plots", markup=False)

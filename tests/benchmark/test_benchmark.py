@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from PIL import Image
 
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.benchmark import measure as measuring
@@ -27,7 +25,7 @@ from mmvision_export.benchmark.gpu_roofline import (
 )
 from mmvision_export.benchmark.measure import measure
 from mmvision_export.benchmark.peers import peer_from_encoder
-from mmvision_export.benchmark.report import PLOTS, page_from_result, write_plots
+from mmvision_export.benchmark.report import page_from_result
 from mmvision_export.benchmark.result import Measurement, Result
 from mmvision_export.benchmark.run import run_benchmark, sides_from
 from mmvision_export.benchmark.sides import BF16, PEERS, cpu_has_bf16, label_of, without_precision
@@ -102,7 +100,7 @@ def test_labels_tell_sides_apart() -> None:
         "onnxruntime-cpu:plain",
     ]
     assert len({label_of(name) for name in names}) == len(names)
-    assert label_of("onnxruntime-cpu:model.cpu-int8.onnx") == "ONNX Runtime, INT8"
+    assert label_of("onnxruntime-cpu:model.cpu-int8.onnx") == "ONNX Runtime INT8"
     assert without_precision("torch-eager-bf16") == ("torch-eager", "bf16")
     assert without_precision("torch-eager") == ("torch-eager", None)
 
@@ -129,7 +127,7 @@ def test_every_side_is_measured_in_every_round(result: Result) -> None:
         assert len(m.seconds) == 2
         assert m.warm
         assert min(m.seconds) > 0
-        assert m.peak_bytes > 1e7
+        assert (m.peak_bytes or 0) > 1e7
         assert m.relative_l2 <= 1e-5
     assert result.measurements[0].relative_l2 == 0
     assert result.gemm_peak_gflops == max(result.gemm_gflops.values()) > 0
@@ -155,8 +153,9 @@ def test_bf16_beside_float32(exported: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert len(rows[side].seconds) == (2 if cpu_has_bf16() else 1)
         assert result.ratio(side, "two") is not None
     page = page_from_result(result, plots="x")
-    assert "| OpenVINO | `openvino` |" in page
-    assert f"| PyTorch, SDPA, bf16 | bf16 | {rows['torch-eager-bf16'].min_cosine:.6f} |" in page
+    page = page.replace("\N{NO-BREAK SPACE}", " ")
+    assert "| OpenVINO fp32 |" in page
+    assert f"| PyTorch SDPA bf16 | {rows['torch-eager-bf16'].min_cosine:.6f} |" in page
 
     if not cpu_has_bf16():
         monkeypatch.setattr(measuring, "EMULATED_MAX_PATCHES", 27)
@@ -248,9 +247,9 @@ def test_what_has_no_memory_is_left_out_with_what_it_said(
     result = run(exported, ["onnxruntime-cpu", "onnxruntime-cpu:model.onnx"], [])
     assert [m.side for m in result.measurements] == ["onnxruntime-cpu"]
     assert result.refused == {"onnxruntime-cpu:model.onnx: two": "image 0 needs 40 GB"}
-    assert "portable graph refused two before it began: image 0" in page_from_result(
-        result, plots="x"
-    )
+    page = page_from_result(result, plots="x")
+    assert "ONNX Runtime portable graph fp32 refused the workload" in page
+    assert "* two: image 0 needs 40 GB." in page
 
 
 def test_a_side_that_fails_is_named(exported: Path) -> None:
@@ -258,16 +257,6 @@ def test_a_side_that_fails_is_named(exported: Path) -> None:
         run(exported, ["onnxruntime-cuda"], [])
     with refused(BenchmarkError, "side", "torch-eager, torch-eager"):
         run(exported, ["torch-eager", "torch-eager"], [])
-
-
-def test_page_and_plots(result: Result, tmp_path: Path) -> None:
-    write_plots(result, tmp_path)
-    for name in PLOTS:
-        with Image.open(tmp_path / name) as image:
-            assert len(np.unique(np.asarray(image.convert("L")))) > 10  # something is drawn
-    page = page_from_result(result, plots="benchmarks")
-    assert "| two | 28 |" in page
-    assert "![Time of one image against its size](benchmarks/latency.png)" in page
 
 
 def test_sides(exported: Path) -> None:
