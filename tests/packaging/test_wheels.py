@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.dockerfiles import instructions_of, pip_requirement
+
 ROOT = Path(__file__).parents[2]
 UV = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
 # glibc 2.35 is Ubuntu 22.04's, and so JetPack 6's.
@@ -115,6 +117,36 @@ def test_jetpack_6_keeps_its_numpy(extra: str) -> None:
         constraints=ROOT / "constraints-jetpack6.txt",
     )
     assert packages["numpy"].startswith("1.26.")
+
+
+# The platform is the image's release of Ubuntu or Debian, and the Python is the one that it has.
+@pytest.mark.parametrize(
+    ("dockerfile", "platform", "python", "brings"),
+    [
+        ("python", "x86_64-manylinux_2_36", "3.12", "onnxruntime"),
+        ("python", "aarch64-manylinux_2_36", "3.12", "onnxruntime"),
+        ("jetpack6", ARM, "3.10", "triton"),
+        ("tensorrt", "x86_64-manylinux_2_39", "3.12", "triton"),
+        ("tensorrt", "aarch64-manylinux_2_39", "3.12", "triton"),
+    ],
+)
+def test_an_images_packages_have_wheels_and_bring_no_cuda(
+    dockerfile: str, platform: str, python: str, brings: str
+) -> None:
+    path = ROOT / "docker" / f"{dockerfile}.Dockerfile"
+    extras, constraints = pip_requirement(instructions_of(path))
+    assert constraints is not None
+    packages: dict[str, str] = {}
+    for extra in extras:
+        packages |= _resolved(
+            "pyproject.toml",
+            extra=extra,
+            platform=platform,
+            python=python,
+            constraints=ROOT / constraints,
+        )
+    assert brings in packages
+    assert not _cuda_majors(packages), packages
 
 
 def test_control_a_bare_requirement_of_cudas_bindings_is_seen_to_bring_cuda_13() -> None:
