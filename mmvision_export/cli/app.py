@@ -60,7 +60,8 @@ app = typer.Typer(
     # Plain help: at 80 columns the boxed one cuts option names short.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Take the MiniMax-M3-VL vision encoder from a PyTorch checkpoint to an engine that is the same function.",
+    help="Take the MiniMax-M3-VL vision encoder from a PyTorch checkpoint to an engine that computes "
+    "the same function.",
 )
 
 
@@ -102,14 +103,14 @@ def parity(
     checkpoint: Annotated[
         Optional[str],
         typer.Option(
-            metavar="DIR|HUB_ID", help="Where the weights are. Default: where they were at export."
+            metavar="DIR|HUB_ID", help="Where the weights are. Default: the source of the export."
         ),
     ] = None,
     image: Annotated[
         Optional[list[Path]],
         typer.Option(
             metavar="FILE|FOLDER",
-            help="Images to compare on: files, folders, quoted patterns; packed into few batches.",
+            help="Images to compare on: files, folders, quoted patterns. They are packed into few batches.",
         ),
     ] = None,
     pixel_values: Annotated[
@@ -126,22 +127,21 @@ def parity(
         Optional[Path],
         typer.Option(
             metavar="FILE",
-            help="Compare onnxruntime-amx too, with what build-plugins --cpu built.",
+            help="Also compare onnxruntime-amx with this library, built by build-plugins --cpu.",
         ),
     ] = None,
     trust: Annotated[
         bool,
         typer.Option(
             "--trust",
-            help="Open engines of the directory also if you have not built them here: they are "
-            "executable content.",
+            help="Also open engines of the directory that you have not built here. Engines are executable content.",
         ),
     ] = False,
     report: Annotated[
         Optional[Path],
         typer.Option(
             metavar="HTML",
-            help="Write a report with plots here, and all numbers as .json beside it.",
+            help="Write a report with plots here, and all its numbers as .json beside it.",
         ),
     ] = None,
     force: Annotated[
@@ -154,8 +154,8 @@ def parity(
     """Compare graphs and engines with PyTorch in float64.
 
     The command compares every graph of the model directory, and every engine that fits this machine.
-    It uses the images or patches that you give, or random pixels in grids of every kind. On the worst
-    of them it compares layer by layer. It writes a summary into manifest.json. It exits with 1 if a
+    It uses the images or patches that you give, or random pixels in grids of every kind. It
+    compares the worst input layer by layer. It writes a summary into manifest.json. It exits with 1 if a
     difference is beyond its gate, or if a value is not finite.
     """
     if (pixel_values is None) != (grid_thw is None):

@@ -31,9 +31,9 @@ def benchmark(
         Optional[list[str]],
         typer.Option(
             metavar="NAME[:GRAPH]",
-            help="Backend to measure, or one graph of the directory in it, as onnxruntime-cpu:model.onnx; "
-            "or openvino-bf16. May be repeated: the others are compared with the first. "
-            "Default: onnxruntime-cpu.",
+            help="Backend to measure. NAME:GRAPH takes one graph of the directory, as "
+            "onnxruntime-cpu:model.onnx; openvino-bf16 computes in bfloat16. Takes several "
+            "values; the others are compared with the first. Default: onnxruntime-cpu.",
         ),
     ] = None,
     precision: Annotated[
@@ -47,8 +47,9 @@ def benchmark(
         str,
         typer.Option(
             metavar="PEERS",
-            help="transformers-eager, transformers-sdpa, nemo, torch-eager, torch-compile; "
-            "in bfloat16 transformers-sdpa-bf16, torch-eager-bf16, torch-compile-bf16; commas between.",
+            help="PyTorch implementations to compare with, commas between: transformers-eager, "
+            "transformers-sdpa, nemo, torch-eager, torch-compile; in bfloat16 "
+            "transformers-sdpa-bf16, torch-eager-bf16, torch-compile-bf16.",
         ),
     ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Small batches, for CI.")] = False,
@@ -57,7 +58,8 @@ def benchmark(
         typer.Option("--photographs", help="Images of 4,096 to 65,536 patches; takes an hour."),
     ] = False,
     threads: Annotated[
-        Optional[int], typer.Option(metavar="N", help="Of each side. Default: all CPUs.", min=1)
+        Optional[int],
+        typer.Option(metavar="N", help="Threads of each side. Default: all CPUs.", min=1),
     ] = None,
     repeats: Annotated[
         int, typer.Option(metavar="N", help="Most runs of each side on a workload.", min=1)
@@ -88,16 +90,17 @@ def benchmark(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace results and a page that are there.")
+        bool, typer.Option("--force", help="Replace results and a page that exist.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure backends and PyTorch implementations side by side.
+    """Measure backends and PyTorch side by side.
 
     Every side has the same weights, inputs and threads, and a process of its own. The sides take
-    turns. Results are kept after each workload, so that an interrupt loses only the last one.
+    turns. The command keeps the results after each workload, so an interrupt loses only the last
+    workload.
     """
     if quick and photographs:
         raise BenchmarkError("--quick and --photographs are two sets", hint="give one of them")

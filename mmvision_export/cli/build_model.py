@@ -95,7 +95,8 @@ def build(
     target: Annotated[
         Optional[Target],
         typer.Option(
-            help="What it is for. cpu: no engine. rtx: TensorRT-RTX. dgpu and jetson: TensorRT, which builds "
+            help="Where the encoder will run. cpu: no engine. rtx: TensorRT-RTX. dgpu and jetson: "
+            "TensorRT, which builds"
             "on the GPU that it builds for. Default: the TensorRT that is installed."
         ),
     ] = None,

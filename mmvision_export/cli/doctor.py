@@ -30,7 +30,7 @@ def doctor(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show what this machine has, and which backends work here.
+    """Show this machine and the backends that work.
 
     Backends come fastest first, each with the reason if it does not work. With --model, the command
     also opens the model directory and says which backend auto takes, and why it passes over others.

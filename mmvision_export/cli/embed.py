@@ -52,7 +52,10 @@ def embed(
     ],
     model: ModelOption = None,
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="As of mmvision run. Default: the first that works.")
+        str,
+        typer.Option(
+            metavar="NAME", help="Backend, as in mmvision run. Default: the first that works."
+        ),
     ] = "auto",
     threads: Annotated[
         Optional[int], typer.Option(metavar="N", help="Threads of a CPU backend.", min=1)
@@ -75,7 +78,11 @@ def embed(
     ] = "bfloat16",
     rows_per_part: Annotated[
         int,
-        typer.Option(metavar="N", help="Rows of one file: what a killed run does again.", min=1),
+        typer.Option(
+            metavar="N",
+            help="Rows of one output file. A killed run repeats only its unfinished files.",
+            min=1,
+        ),
     ] = DEFAULT_ROWS_PER_PART,
     patches_per_call: Annotated[
         Optional[int],
@@ -102,30 +109,31 @@ def embed(
     workers: Annotated[
         Optional[int],
         typer.Option(
-            metavar="N", help="Embed on Ray, with so many encoders. Default: no Ray.", min=1
+            metavar="N", help="Embed on Ray, with this number of encoders. Default: no Ray.", min=1
         ),
     ] = None,
     ray: Annotated[
         Optional[str],
         typer.Option(
             metavar="ADDRESS",
-            help="Embed on this Ray cluster, or auto. Default: one started for it.",
+            help="Embed on this Ray cluster, or auto. Default: a cluster that the run starts.",
         ),
     ] = None,
     gpus_per_worker: Annotated[
         float, typer.Option(metavar="N", help="GPUs that Ray reserves for each encoder.", min=0)
     ] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, and say what would be done.")
+        bool, typer.Option("--dry-run", help="Check everything, and print what the run would do.")
     ] = False,
     retry_failed: Annotated[
         bool,
         typer.Option(
-            "--retry-failed", help="Do parts with failures again, as after a broken network."
+            "--retry-failed",
+            help="Repeat the parts that have failures, for example after a broken network.",
         ),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Embed all anew, in place of what is there.")
+        bool, typer.Option("--force", help="Embed everything again, and replace the tables.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -133,9 +141,9 @@ def embed(
 ) -> None:
     """Embed very many images into Parquet.
 
-    The command writes a table of embeddings, and a table of the images that failed. Run it again after
-    an interrupt or a kill: it does what is missing, and each image stands in one table once.
-    It exits with 1 if an image has failed.
+    The command writes a table of embeddings, and a table of the images that failed. Run it again
+    after an interrupt or a kill: it does what is missing, and each image has one row in one of the
+    tables. It exits with 1 if an image has failed.
     """
     from mmvision_export.embed.run import embed as run_embed
     from mmvision_export.embed.settings import EmbedSettings

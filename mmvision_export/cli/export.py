@@ -105,7 +105,7 @@ def export(
 ) -> None:
     """Export the encoder to ONNX, into a new model directory.
 
-    A float32 directory, the default, is the one that build-engine --fp16 and quantize start from.
+    The default is a float32 directory. build-engine --fp16 and quantize start from one.
     """
     precision = one_precision(fp32=fp32, fp16=fp16, bf16=bf16) or "fp32"
     if random_weights and (checkpoint or revision):

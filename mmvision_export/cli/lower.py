@@ -34,7 +34,7 @@ def lower(
     attention: Annotated[
         Way,
         typer.Option(
-            help="plugin: our operators stay, for our library. packed: TensorRT 11.1's own. uniform and "
+            help="plugin: our operators stay in the graph, for our library. packed: TensorRT 11.1's own. uniform and "
             "equal: images in slots. native: one masked product."
         ),
     ],
@@ -69,10 +69,11 @@ def lower(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the graph that build-engine parses, for others.
+    """Write the graph that build-engine parses.
 
-    Beside the graph lie its weights and a .json file with the shapes of the profiles and the command
-    that builds an engine. The command needs neither TensorRT nor a GPU.
+    trtexec, DeepStream, Triton and other tools read the same graph. Beside the graph lie its weights
+    and a .json file with the shapes of the profiles and the command that builds an engine. Lowering
+    needs neither TensorRT nor a GPU.
     """
     from mmvision_export.artifacts.build_target import TensorRTVersion
     from mmvision_export.artifacts.manifest import Manifest

@@ -39,21 +39,24 @@ def quantize(
     ] = False,
     cpu_int8: Annotated[
         bool,
-        typer.Option("--cpu-int8", help="INT8 for ONNX Runtime's CPU provider; needs no ranges."),
+        typer.Option(
+            "--cpu-int8", help="INT8 for ONNX Runtime's CPU provider, without calibrated ranges."
+        ),
     ] = False,
     model: ModelOption = None,
     image: Annotated[
         Optional[list[Path]],
         typer.Option(
             metavar="PATH",
-            help="Images to calibrate on: files, folders or patterns. Several values.",
+            help="Images to calibrate on: files, folders or quoted patterns. Takes several values.",
         ),
     ] = None,
     calibration: Annotated[
         Optional[Path], typer.Option(metavar="FOLDER", help="Folder of images to calibrate on.")
     ] = None,
     calibration_method: Annotated[
-        CalibrationMethod, typer.Option(help="How much of the largest values is cut off.")
+        CalibrationMethod,
+        typer.Option(help="How the largest values are clipped; minmax clips none."),
     ] = "minmax",
     min_cosine: Annotated[
         float,
@@ -71,9 +74,10 @@ def quantize(
 ) -> None:
     """Make a quantised flavour of a float32 model directory.
 
-    Layers that cost the most accuracy stay in higher precision, as few as let every token of every
-    image pass the gate with a margin. At least a quarter of the images is held out of calibration.
-    With no images, calibrates on seeded random ones, which is good for a trial only.
+    The units that cost the most accuracy stay in higher precision, as few as possible:
+    every token of every image must pass the gate with a margin. The command holds out at least a
+    quarter of the images. Without images, it calibrates on seeded random ones, which are good for a
+    trial only.
     """
     from mmvision_export.quantize.quantize import quantize as make
     from mmvision_export.quantize.quantize import refuse_unsuitable

@@ -34,14 +34,20 @@ def triton_repository(
         str, typer.Option(metavar="NAME", help="Name of the server's model.")
     ] = "vision_encoder",
     backend: Annotated[
-        str, typer.Option(metavar="NAME", help="As of mmvision run. Default: the first that works.")
+        str,
+        typer.Option(
+            metavar="NAME", help="Backend, as in mmvision run. Default: the first that works."
+        ),
     ] = "auto",
     threads: Annotated[
         Optional[int],
-        typer.Option(metavar="N", help="Threads of a CPU backend, each instance.", min=1),
+        typer.Option(metavar="N", help="Threads of a CPU backend in each instance.", min=1),
     ] = None,
     instances: Annotated[
-        int, typer.Option(metavar="N", help="Encoders at once; on GPUs, on each.", min=1)
+        int,
+        typer.Option(
+            metavar="N", help="Encoders that work at once. With GPUs: on each GPU.", min=1
+        ),
     ] = 1,
     max_delay_ms: Annotated[
         float,
@@ -50,7 +56,7 @@ def triton_repository(
         ),
     ] = 5,
     max_requests: Annotated[
-        int, typer.Option(metavar="N", help="Most requests that are gathered.", min=1)
+        int, typer.Option(metavar="N", help="Most requests that the server gathers.", min=1)
     ] = 64,
     resize_to_fit: Annotated[
         bool,
@@ -60,7 +66,7 @@ def triton_repository(
         int, typer.Option(metavar="N", help="Most pixels of an image, before decoding.", min=1)
     ] = MAX_FILE_PIXELS,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a repository that is there.")
+        bool, typer.Option("--force", help="Replace the repository if it exists.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

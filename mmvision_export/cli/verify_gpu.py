@@ -50,7 +50,8 @@ def verify_gpu(
     budget_minutes: Annotated[
         float,
         typer.Option(
-            metavar="MINUTES", help="Begin nothing more when its part of this time is over."
+            metavar="MINUTES",
+            help="Time for all parts. A part begins no check after its share is over.",
         ),
     ] = 45,
     quiet: Quiet = False,
@@ -58,11 +59,12 @@ def verify_gpu(
 ) -> None:
     """Check on a GPU everything that has never run on one.
 
-    The command writes one JSON and one page to send back. In order, it checks the attention and
-    rotary kernels by the CUDA driver alone, against float64; an engine for each TensorRT here and
-    each way of attention, with one dynamic profile and with buckets, against ONNX Runtime on the CPU;
-    captures of every bucket; leaks; latency, clocks and power; arrays on the device; what must be
-    refused. A failure is a finding, and the next part goes on. Ctrl-C keeps the findings so far.
+    The command writes one JSON file and one page to send back. It launches the attention and rotary
+    kernels by the CUDA driver alone, and compares them with float64. It builds an engine for each
+    installed TensorRT and each way of attention, and compares it with ONNX Runtime on the CPU. It
+    captures every bucket, looks for leaks, measures latency, clocks and power, gives arrays on the
+    device, and checks refusals. A failed check is a finding, and the next check goes on. Ctrl-C keeps
+    the findings so far.
 
     Without a GPU the kernels run against a stand-in for the driver, which checks launches and
     computes nothing. The other parts do not run then. Every line says so.

@@ -51,7 +51,7 @@ Ctrl-C; 141 if nobody reads the output; 143 after SIGTERM""",
     model.add_argument("--model", type=Path, metavar="DIR", help="model directory, or an .engine file (default: the "
                        "only one under engines/)")  # fmt: skip
     model.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="runtime (default: %(default)s, "
-                       "the fastest that works here)")  # fmt: skip
+                       "the fastest one that works here)")  # fmt: skip
     model.add_argument(
         "--device", type=int, default=0, metavar="N", help="CUDA device (default: %(default)s)"
     )
@@ -62,27 +62,27 @@ Ctrl-C; 141 if nobody reads the output; 143 after SIGTERM""",
                        "buckets on opening, so that no later call captures one")  # fmt: skip
     model.add_argument("--flavour", metavar="NAME", help="graph of the model directory that onnxruntime-cpu runs, as "
                        "cpu-int8 (default: the best exact one)")  # fmt: skip
-    model.add_argument("--precision", choices=("fp32", "bf16"), help="what openvino computes in "
-                       "(default: fp32; a CPU without bfloat16 refuses bf16)")  # fmt: skip
+    model.add_argument("--precision", choices=("fp32", "bf16"), help="type that openvino computes "
+                       "in (default: fp32; a CPU without bfloat16 refuses bf16)")  # fmt: skip
     model.add_argument(
         "--kernel-library",
         type=Path,
         metavar="FILE",
-        help="for onnxruntime-amx: what mmvision build-plugins --cpu built (default: the one in "
-        "the model directory's plugins/)",
+        help="library for onnxruntime-amx, built by mmvision build-plugins --cpu (default: the one "
+        "in the model directory's plugins/)",
     )
     for name, what in (("patches", "4096"), ("images", "64")):
         model.add_argument(f"--max-{name}", type=int, metavar="N", help=f"for onnxruntime-tensorrt: most {name} of a "
                            f"launch (default: {what})")  # fmt: skip
-    model.add_argument("--trust", action="store_true", default=None, help="open engines and libraries of the model "
-                       "directory also if you have not built them here: they are executable content")  # fmt: skip
+    model.add_argument("--trust", action="store_true", default=None, help="also open engines and libraries "
+                       "of the model directory that you have not built here; they are executable content")  # fmt: skip
     model.add_argument("--verify", choices=VERIFY, default="once", help="when the weights are hashed: the first time "
                        "you open them, always, or never (default: %(default)s)")  # fmt: skip
     inputs = parser.add_argument_group("input")
     inputs.add_argument("--image", type=Path, nargs="+", action="extend", metavar="FILE",
-                        help="images, encoded as one batch; - reads one from standard input; a pattern as 'a*.jpg' "
-                        "takes what it matches; with a folder among them, one after the other into the folder "
-                        "--output")  # fmt: skip
+                        help="images, encoded as one batch; - reads one from standard input; a quoted pattern "
+                        "as 'a*.jpg' takes the files that match; if one is a folder, each file is encoded by itself, "
+                        "into the folder --output")  # fmt: skip
     inputs.add_argument(
         "--video", type=Path, metavar="FILE", help="a video, encoded segment by segment"
     )
@@ -100,7 +100,7 @@ Ctrl-C; 141 if nobody reads the output; 143 after SIGTERM""",
     )
     inputs.add_argument("--resize", choices=RESIZE_RULES, help="how large an image becomes: area as in transformers, "
                         "long-side as in SGLang, box as in M3.1 (default: the model directory's)")  # fmt: skip
-    inputs.add_argument("--max-long-side", type=int, metavar="PIXELS", help="of --resize long-side: 112 to 3584, a "
+    inputs.add_argument("--max-long-side", type=int, metavar="PIXELS", help="with --resize long-side: 112 to 3584, a "
                         "multiple of 28 (default: 2016)")  # fmt: skip
     inputs.add_argument("--resize-to-fit", action="store_true", help="shrink an image that is too large for the "
                         "engine, rather than refuse it")  # fmt: skip
@@ -110,12 +110,14 @@ Ctrl-C; 141 if nobody reads the output; 143 after SIGTERM""",
                         "of its size if it is much larger than the encoder's; --no-draft is exact")  # fmt: skip
     outputs = parser.add_argument_group("output")
     outputs.add_argument("--output", type=Path, metavar="FILE|DIR", help="write image embeddings [tokens, text_hidden] "
-                         "here: .npy, .safetensors or .jsonl; of a folder, a folder")  # fmt: skip
+                         "here: a .npy, .safetensors or .jsonl file; for a folder of images, a folder")  # fmt: skip
     outputs.add_argument(
-        "--format", choices=FORMATS, help="of the files in a folder (default: npy)"
+        "--format",
+        choices=FORMATS,
+        help="format of the files in the folder --output (default: npy)",
     )
-    outputs.add_argument("--force", action="store_true", help="replace what is there")
-    outputs.add_argument("--json", action="store_true", help="print JSON on a terminal too")
+    outputs.add_argument("--force", action="store_true", help="replace an output that exists")
+    outputs.add_argument("--json", action="store_true", help="print JSON, also on a terminal")
     outputs.add_argument("--quiet", action="store_true", help="print no progress and no notes")
     parser.add_argument("--verbose", action="store_true", help="show the traceback of an error, and why other "
                         "backends were passed over")  # fmt: skip
