@@ -181,7 +181,12 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Write `manifest.json` into the directory, in one piece."""
         with new_files(directory, name=MANIFEST) as new:
-            (new / MANIFEST).write_text(json_text(self, form=_FORMAT), encoding="utf-8")
+            (new / MANIFEST).write_text(self.text, encoding="utf-8")
+
+    @property
+    def text(self) -> str:
+        """The file."""
+        return json_text(self, form=_FORMAT)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from mmvision_export.cli.benchmark import benchmark
 from mmvision_export.cli.build import build_engine, build_plugins
 from mmvision_export.cli.build_model import build
+from mmvision_export.cli.bundle import bundle
 from mmvision_export.cli.command import (
     MmvisionCommand,
     OptionalValueCommand,
@@ -32,6 +33,7 @@ from mmvision_export.cli.lower import lower
 from mmvision_export.cli.options import Quiet, Verbose, the_model
 from mmvision_export.cli.quantize import quantize
 from mmvision_export.cli.triton_repository import triton_repository
+from mmvision_export.cli.verify import verify
 from mmvision_export.cli.verify_gpu import verify_gpu
 from mmvision_export.core.atomic import refuse_unwritable
 from mmvision_export.core.command import exit_code_of, print_failure
@@ -240,6 +242,8 @@ def run(context: typer.Context) -> None:
 
 add_command(app, "embed", embed)
 add_command(app, "triton-repository", triton_repository)
+add_command(app, "bundle", bundle)
+add_command(app, "verify", verify)
 add_command(app, "inspect", inspect)
 add_command(app, "doctor", doctor)
 

@@ -8,10 +8,11 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
+from mmvision_export.artifacts.deployment import DEPLOYMENTS, DeploymentName
 from mmvision_export.artifacts.manifest import MANIFEST, Manifest, flavour_graph
 from mmvision_export.artifacts.verdicts import is_compared
 from mmvision_export.cli.command import examples
@@ -23,16 +24,6 @@ from mmvision_export.models.minimax_m3_vl.config import Preset
 from mmvision_export.models.random_kind import RandomKind
 
 __all__ = ["build"]
-
-Target = Literal["cpu", "rtx", "dgpu", "jetson-orin", "jetson-thor"]
-
-_BACKENDS: dict[Target, str] = {
-    "rtx": "tensorrt-rtx",
-    "dgpu": "tensorrt",
-    "jetson-orin": "tensorrt",
-    "jetson-thor": "tensorrt",
-}
-_JETSONS: dict[Target, str] = {"jetson-orin": "8.7", "jetson-thor": "11.0"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +84,7 @@ def build(
     fp16: Annotated[bool, typer.Option("--fp16", help="float16 engine (default).")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="float32 engine.")] = False,
     target: Annotated[
-        Optional[Target],
+        Optional[DeploymentName],
         typer.Option(
             help="Where the encoder will run. cpu: no engine. rtx: TensorRT-RTX. dgpu and jetson: "
             "TensorRT, which builds"
@@ -170,7 +161,7 @@ def build(
         options = [
             *(["--fp16"] if precision == "fp16" else []),
             *model,
-            *(["--backend", _BACKENDS[target]] if target else []),
+            *(["--backend", str(DEPLOYMENTS[target].tensorrt)] if target else []),
             *gpus,
             *(["--buckets", buckets] if buckets else []),
         ]
@@ -281,9 +272,9 @@ def _compared(directory: Path, derives: bool) -> str | None:
     return None
 
 
-def _elsewhere(target: Target | None, directory: Path) -> str | None:
+def _elsewhere(target: DeploymentName | None, directory: Path) -> str | None:
     """What is left to do on another machine: TensorRT builds on the GPU that it builds for."""
-    if target not in _JETSONS:
+    if target is None or not DEPLOYMENTS[target].capabilities:
         return None
     from mmvision_export.runtime.backends.cuda import current_compute_capability
 
@@ -292,7 +283,7 @@ def _elsewhere(target: Target | None, directory: Path) -> str | None:
     except MmvisionError:
         found = None
     here = "no GPU" if found is None else f"a GPU of compute capability {found}"
-    if found is not None and str(found) == _JETSONS[target]:
+    if found is not None and DEPLOYMENTS[target].has_gpu(found):
         return None
     return (
         f"TensorRT builds an engine on the GPU that the engine is for, and this machine has {here}: copy "

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from mmvision_export.core.errors import ManifestError, MmvisionError
 from mmvision_export.core.files import read_json
 
-__all__ = ["json_from_record", "json_text", "read_record", "record_from_json"]
+__all__ = ["json_from_record", "json_text", "parsed_record", "read_record", "record_from_json"]
 
 _Record = TypeVar("_Record")
 
@@ -48,7 +48,29 @@ def read_record(
     Raises:
         ManifestError: The file is missing, no JSON, of another format, or a field is wrong.
     """
-    content = read_json(path)
+    return parsed_record(
+        cls, read_json(path), path, what=what, formats=formats, hint=hint, upgraded=upgraded
+    )
+
+
+def parsed_record(
+    cls: type[_Record],
+    content: Any,
+    path: Path,
+    *,
+    what: str,
+    formats: Sequence[int],
+    hint: str,
+    upgraded: Callable[[int, dict[str, Any]], dict[str, Any]] = lambda _, content: content,
+) -> _Record:
+    """A record from the JSON value of its file; for the rest see `read_record`.
+
+    Raises:
+        ManifestError: It is no object, of another format, changed, or a field is wrong.
+    """
+    if not isinstance(content, dict):
+        raise ManifestError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    content = dict(content)
     _refuse_damage(path, content.pop(_CHECKSUM, None), content, hint)
     form = content.pop("format", None)
     # True is 1 to Python.
