@@ -13,7 +13,7 @@ COPY plugins plugins
 # TensorRT's Python module is the system's. It is not imported here: it needs libraries that only a running
 # container gets, from the Jetson.
 RUN python3 -m venv --system-site-packages /opt/mmvision \
-    && /opt/mmvision/bin/pip install --no-cache-dir --constraint constraints-jetpack6.txt '.[engine,plugins,video]'
+    && /opt/mmvision/bin/pip install --no-cache-dir --constraint constraints-jetpack6.txt '.[cpu,engine,plugins,video]'
 ENV PATH=/opt/mmvision/bin:$PATH
 # The user's number is that of the owner of the model directory: an engine loads only from a folder of its user.
 ARG UID=1000

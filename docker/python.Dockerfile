@@ -1,6 +1,6 @@
 # A CPU, or an RTX PC: TensorRT-RTX comes from PyPI and needs the driver alone.
 #   docker build -f docker/python.Dockerfile -t mmvision:cpu .
-#   docker build -f docker/python.Dockerfile -t mmvision:rtx --build-arg EXTRAS=rtx,video .
+#   docker build -f docker/python.Dockerfile -t mmvision:rtx --build-arg EXTRAS=cpu,rtx,video .
 FROM python:3.12.12-slim-bookworm AS wheel
 WORKDIR /source
 COPY LICENSE NOTICE README.md pyproject.toml ./

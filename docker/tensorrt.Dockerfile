@@ -15,7 +15,7 @@ COPY mmvision_export mmvision_export
 COPY plugins plugins
 # TensorRT's Python module is the image's. PIP_CONSTRAINT is the image's own list of versions, for its other packages.
 RUN python3 -m venv --system-site-packages /opt/mmvision \
-    && PIP_CONSTRAINT='' /opt/mmvision/bin/pip install --no-cache-dir --constraint constraints.txt '.[engine,plugins,video]'
+    && PIP_CONSTRAINT='' /opt/mmvision/bin/pip install --no-cache-dir --constraint constraints.txt '.[cpu,engine,plugins,video]'
 ENV PATH=/opt/mmvision/bin:$PATH
 # The user's number is that of the owner of the model directory: an engine loads only from a folder of its user.
 ARG UID=1000

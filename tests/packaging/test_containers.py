@@ -168,7 +168,7 @@ def test_the_readme_has_each_with_a_command_that_builds_it() -> None:
 
 def test_extras_and_constraints_are_read() -> None:
     assert pip_requirement(instructions_of(FOLDER / "jetpack6.Dockerfile")) == (
-        ["engine", "plugins", "video"],
+        ["cpu", "engine", "plugins", "video"],
         "constraints-jetpack6.txt",
     )
     assert pip_requirement(instructions_of(FOLDER / "python.Dockerfile")) == (
