@@ -242,10 +242,15 @@ class EngineRecord:
         path = sidecar_path(engine)
         if not path.is_file():
             raise ManifestError(
-                f"{path} is missing: nothing says what {engine.name} is valid for", hint=_REBUILD
+                f"{path} is missing, which records what {engine.name} is valid for", hint=_REBUILD
             )
         return read_record(
-            cls, path, what="a sidecar", formats=(1, _FORMAT), hint=_REBUILD, upgraded=_upgraded
+            cls,
+            path,
+            what="an engine's record",
+            formats=(1, _FORMAT),
+            hint=_REBUILD,
+            upgraded=_upgraded,
         )
 
 

@@ -90,7 +90,8 @@ def _locations_of_entry(content: memoryview) -> set[str]:
         return {value.decode("utf-8") for value in values or [b""]}
     except UnicodeDecodeError:
         raise ManifestError(
-            f"the graph names a weight file that is no text: {values!r}", reason="unsafe"
+            f"the graph names a weight file by something other than text: {values!r}",
+            reason="unsafe",
         ) from None
 
 
@@ -129,4 +130,4 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
 
 
 def _malformed(what: str) -> ManifestError:
-    return ManifestError(f"the graph is no ONNX model: {what}", reason="malformed")
+    return ManifestError(f"the graph is not an ONNX model: {what}", reason="malformed")

@@ -98,7 +98,7 @@ class Manifest:
         )
         if required is None or not required <= set(self.source):
             raise ManifestError(
-                f"source must say how to load the weights again, got {self.source!r}"
+                f"source must name a way to load the weights again, got {self.source!r}"
             )
 
     def update(
@@ -263,7 +263,7 @@ class Manifest:
         path = directory / name
         if path.is_symlink():
             raise ManifestError(
-                f"{path} is a symbolic link, and the files of a model directory lie in it",
+                f"{path} is a symbolic link; a model directory must hold its files itself",
                 hint="put a copy of the file in its place",
                 reason="unsafe",
             )

@@ -111,8 +111,8 @@ def gpu_markdown() -> str:
         side = math.isqrt(tokens * config.patches_per_token)
         works[tokens] = work_of(config, ((1, side, side),), bytes_per_value=2)
     lines = [
-        "The table counts what the full encoder (865 M parameters, float16) has to do for one image; "
-        "attention is counted as one fused kernel that never writes its scores.",
+        "The table counts the work of the full encoder (865 M parameters, float16) for one image. "
+        "Attention is counted as one fused kernel that never writes its scores.",
         "",
         "| operator | " + " | ".join(f"{t} tokens: GFLOP | MB" for t in TOKENS) + " |",
         "| --- | " + " | ".join("---: | ---:" for _ in TOKENS) + " |",
@@ -129,8 +129,9 @@ def gpu_markdown() -> str:
     lines += [
         f"| all | {' | '.join(cells)} |",
         "",
-        "The least time that leaves, each operator bound by arithmetic or by memory, whichever is longer. A real kernel "
-        "reaches a part of a GPU's peak, so that real times are longer; by how much only a measurement can say.",
+        "The next table has the least time that follows. Each operator is bound by arithmetic or by memory, "
+        "whichever takes longer. A real kernel reaches a part of a GPU's peak, so real times are longer. Only a "
+        "measurement can say by how much.",
         "",
         "| GPU | peak, FP16 dense | memory | "
         + " | ".join(f"{t} tokens" for t in TOKENS)

@@ -326,9 +326,9 @@ def _measurements(
         )
         if distance.non_finite or not same:
             raise BenchmarkError(
-                f"{name} computes something else than {reference} on {workload.name}: relative L2 "
+                f"{name} computes another function than {reference} on {workload.name}: relative L2 "
                 f"{distance.relative_l2:.2e}, minimum cosine {distance.min_cosine:.6f}",
-                hint="a comparison of different functions says nothing; leave this side out",
+                hint="leave this side out: only sides that compute the same function can be compared",
             )
         device = [run["device_ms"] for run in runs if run["device_ms"] is not None]
         found.append(

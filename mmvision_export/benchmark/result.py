@@ -179,7 +179,9 @@ def result_from_file(path: Path) -> Result:
         known = {workload.name for workload in result.workloads}
         for m in result.measurements:
             if m.side not in result.sides or m.workload not in known or not m.seconds:
-                raise ManifestError(f"a measurement of {m.side}, {m.workload} belongs to nothing")
+                raise ManifestError(
+                    f"a measurement has an unknown side or workload, or no times: {m.side}, {m.workload}"
+                )
         if not any(m.side == next(iter(result.sides)) for m in result.measurements):
             raise ManifestError("the first side has no measurement")
     except (ManifestError, KeyError, TypeError, AttributeError, StopIteration) as error:

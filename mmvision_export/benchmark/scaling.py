@@ -53,9 +53,9 @@ def scaling_markdown(result: Result) -> str:
     lines = [
         "## Does the cost follow the sum of the squares?",
         "",
-        "Each side's times, fitted by a * patches + b * sum over images of their patches squared. "
-        "A side whose cost were the square of the whole batch would miss the batches of several "
-        "images by far.",
+        "We fit each side's times by a * patches + b * sum over images of their patches squared. The "
+        "batches of several images are the test: a side whose cost is the square of the whole batch is "
+        "far from its fit there.",
         "",
         "| side | a, µs a patch | b, ns a pair | farthest time from the fit | batches |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -68,39 +68,45 @@ def scaling_markdown(result: Result) -> str:
         "",
         "## Operations and memory of each way of attention, counted",
         "",
-        "Counted from the dimensions of the encoder above, in TFLOP of the whole encoder and in GB "
-        "beside the weights; nothing here is measured. *Segments* is what a plugin, packed attention "
-        "and `model.cpu.onnx` do. *Slots* is `uniform`, an image in each slot of its own length. "
-        "*Dense* masks one product of the whole launch; on a CPU without a fused kernel it keeps all "
-        "scores.",
+        "These figures are counted from the dimensions of the encoder above. Nothing here is measured. "
+        "*Segments* is the work of a plugin, of packed attention and of `model.cpu.onnx`. *Slots* is "
+        "`uniform` attention, with each image in a slot of its own length. *Dense* masks one product of "
+        "the whole launch. On a CPU without a fused kernel it keeps all scores.",
         "",
-        "| workload | segments: TFLOP | GB, CPU flavour | slots: TFLOP | GB, fused kernel | dense: "
-        "TFLOP | GB, fused kernel | GB, scores kept |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "TFLOP of the whole encoder:",
+        "",
+        "| workload | segments | slots | dense |",
+        "| --- | ---: | ---: | ---: |",
     ]
-    for workload in result.workloads:
-        lines.append(f"| {workload.name} | {' | '.join(_ways(config, workload))} |")
+    ways = {workload.name: _ways(config, workload) for workload in result.workloads}
+    lines += [f"| {name} | {' | '.join(tflop)} |" for name, (tflop, _) in ways.items()]
+    lines += [
+        "",
+        "GB beside the weights:",
+        "",
+        "| workload | segments, CPU flavour | slots, fused kernel | dense, fused kernel | dense, scores kept |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [f"| {name} | {' | '.join(memory)} |" for name, (_, memory) in ways.items()]
     return "\n".join(lines) + "\n"
 
 
-def _ways(config: EncoderConfig, workload: Workload) -> list[str]:
+def _ways(config: EncoderConfig, workload: Workload) -> tuple[list[str], list[str]]:
+    """TFLOP of segments, slots and dense; GB of segments, slots, dense and dense with its scores."""
     lengths = [t * h * w for t, h, w in workload.grid]
     patches, images = workload.patches, len(lengths)
     segments, dense = Costs(config, masked=False), Costs(config, masked=True)
-    in_slots = sum(segments.uniform(1, length) for length in lengths)
+    flops = (
+        segments.of(patches, _squares(workload)),
+        sum(segments.uniform(1, length) for length in lengths),
+        dense.of(patches, 0),
+    )
     blocked = LaunchMemory(config=config, way="blocked").of(patches, rows=images)
     slots = LaunchMemory(config=config, way="uniform", fused=True).image(max(lengths))
     fused = LaunchMemory(config=config, way="dense", fused=True).of(patches, rows=images)
     kept = LaunchMemory(config=config, way="dense").of(patches, rows=images)
-    return [
-        f"{segments.of(patches, _squares(workload)) / 1e12:.3g}",
-        f"{blocked.total / 1e9:.2g}",
-        f"{in_slots / 1e12:.3g}",
-        f"{slots.total / 1e9:.2g}",
-        f"{dense.of(patches, 0) / 1e12:.3g}",
-        f"{fused.total / 1e9:.2g}",
-        f"{kept.total / 1e9:.3g}",
-    ]
+    memory = [f"{each.total / 1e9:.2g}" for each in (blocked, slots, fused)]
+    return [f"{each / 1e12:.3g}" for each in flops], [*memory, f"{kept.total / 1e9:.3g}"]
 
 
 def _squares(workload: Workload) -> int:

@@ -92,7 +92,7 @@ def _open(side: str, directory: Path, threads: int) -> tuple[Run, dict[str, Any]
     precision = asked or manifest.precision
     loaded = source.load(DTYPES[precision])
     if loaded.source.get("sha256") != manifest.source.get("sha256"):
-        raise BackendError("the weights are not those that were exported")
+        raise BackendError("the weights differ from the exported ones")
     peer = peer_from_encoder(name, loaded.encoder)
 
     def run(pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:

@@ -103,7 +103,9 @@ def benchmark(
     workload.
     """
     if quick and photographs:
-        raise BenchmarkError("--quick and --photographs are two sets", hint="give one of them")
+        raise BenchmarkError(
+            "--quick and --photographs exclude each other", hint="give one of them"
+        )
     if results is not None and (page is None or output is not None):
         raise BenchmarkError(
             "--results goes with --page, and without --output",

@@ -105,7 +105,7 @@ def build_plugins(
     """
     if cpu:
         if sm or head_dim or machine is not None or tensorrt_include is not None:
-            raise typer.BadParameter("--cpu goes with --output, --onnxruntime-include and --force")
+            raise typer.BadParameter("--cpu takes only --output, --onnxruntime-include and --force")
         _build_amx_library(output, onnxruntime_include, force)
         return
     from mmvision_export.kernels.tensorrt_library import build_plugins as build

@@ -41,7 +41,7 @@ class EngineSizes:
     def __post_init__(self) -> None:
         if self.buckets is not None and self._range_is_given:
             raise typer.BadParameter(
-                "--buckets goes without --min-patches, --opt-patches and --max-patches"
+                "--buckets excludes --min-patches, --opt-patches and --max-patches"
             )
         if self.buckets is not None and not (self._patches or self._pairs):
             raise typer.BadParameter(
@@ -49,7 +49,7 @@ class EngineSizes:
                 f"1x256,8x1024, got {self.buckets!r}"
             )
         if self._pairs and self.max_images is not None:
-            raise typer.BadParameter("--buckets of slots goes without --max-images")
+            raise typer.BadParameter("--buckets of slots excludes --max-images")
         if len(self._images) > 1 and self.buckets is None:
             raise typer.BadParameter("--max-images takes several numbers only with --buckets")
 

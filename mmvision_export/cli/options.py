@@ -101,6 +101,6 @@ def refuse_undecodable(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{path}: the name is not UTF-8, and ONNX Runtime opens no such file",
+            f"{path}: the name is not UTF-8; ONNX Runtime cannot open such a file",
             hint="rename the file or folder",
         ) from None

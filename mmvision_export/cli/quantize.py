@@ -143,7 +143,7 @@ def _batches(
         )
     if len(images) < 2:
         raise QuantizationError(
-            "at least 2 images are needed, to calibrate on and to check with, got 1"
+            "at least 2 images are needed, one to calibrate on and one to check with, got 1"
         )
     parts = split(images)
     preprocessor = preprocessor_of(directory, manifest)

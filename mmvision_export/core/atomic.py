@@ -122,7 +122,7 @@ def refuse_existing(path: Path, *, marker: str, force: bool) -> None:
         # Another directory takes its place, and whoever works in the old one is nowhere.
         raise OutputError(
             f"{path} is the folder that this command runs in",
-            hint="name a folder to be made in it, as --output model",
+            hint="name a new folder inside it, as --output model",
         )
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
@@ -156,7 +156,7 @@ def refuse_unwritable(folder: Path) -> None:
     except OSError as error:
         raise OutputError(
             f"{there}: cannot be written to: {error.strerror}",
-            hint="copy it, or choose a folder, where you may write",
+            hint="copy it to a folder where you may write, or choose such a folder",
         ) from error
 
 

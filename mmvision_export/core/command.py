@@ -74,7 +74,7 @@ def exit_code_of(
                     raise
                 return on_error(error)
     if received or code == INTERRUPTED:
-        print_error("interrupted; what was not finished is not kept")
+        print_error("interrupted; unfinished work is not kept")
         return 128 + received[0] if received else INTERRUPTED
     return code
 

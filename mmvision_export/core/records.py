@@ -147,7 +147,7 @@ def _refuse_damage(path: Path, checksum: Any, content: dict[str, Any], hint: str
     """Records of earlier versions have no checksum."""
     if checksum is not None and checksum != _checksum(content):
         raise ManifestError(
-            f"{path} was changed or damaged: its content has another sha256 than it says",
+            f"{path} was changed or damaged: its content does not have the sha256 that it states",
             hint=f"copy it again, or {hint}",
             reason="malformed",
         )

@@ -22,7 +22,7 @@ def required_pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise BackendError(
-            f"pyarrow is not installed, which reads and writes Parquet: {error}",
+            f"pyarrow, which reads and writes Parquet, is not installed: {error}",
             hint=install_command("embed"),
         ) from error
     return pyarrow

@@ -87,12 +87,12 @@ def files_of_folder(folder: Path, *, rows_per_part: int) -> Listing:
     """Every file of a folder and of all folders below, hidden ones excepted.
 
     Raises:
-        InputError: A folder cannot be looked into, or there are no files.
+        InputError: A folder cannot be listed, or there are no files.
     """
     listed = files_below([folder])
     if listed.unreadable:
         path, reason = listed.unreadable[0]
-        raise InputError(f"{path}: cannot be looked into: {reason}", reason="unreadable")
+        raise InputError(f"{path}: cannot be listed: {reason}", reason="unreadable")
     if not listed.files:
         raise InputError(f"no files in {folder}", reason="missing")
     digest = hashlib.sha256()

@@ -47,7 +47,7 @@ def listed_input(name: str, *, rows_per_part: int, columns: Columns) -> Listing:
     else:
         raise InputError(
             f"{path} is neither a folder nor a {_TABLE} file",
-            hint="of single images, mmvision run makes embeddings",
+            hint="for single images use mmvision run",
         )
     return rows_of_tables(name, named, None, columns, rows_per_part=rows_per_part)
 

@@ -285,6 +285,6 @@ def _most_bytes(parts: Sequence[Part], preprocessor: PreprocessorConfig) -> int:
         raise InputError(
             f"a part of {rows} images of up to {image_bytes} bytes is more than Ray passes on, "
             f"{_MOST_PART_BYTES} bytes",
-            hint="choose a smaller --rows-per-part; Parquet needs row groups as small",
+            hint="choose a smaller --rows-per-part; row groups of Parquet must be as small too",
         )
     return rows * image_bytes

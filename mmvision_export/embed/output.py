@@ -112,7 +112,7 @@ def check_output(output: Path, listing: Listing, identity: dict[str, Any], *, fo
     if differing:
         raise OutputError(
             f"{output} holds embeddings of another run: {', '.join(differing)} differs",
-            hint="choose another --output, or embed all of it anew with --force",
+            hint="choose another --output, or embed everything again with --force",
         )
 
 

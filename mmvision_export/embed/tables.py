@@ -171,7 +171,7 @@ def _checked_columns(name: str, schema: Any, columns: Columns) -> Columns:
     for column in (columns.image, identity):
         if column is not None and column not in schema.names:
             raise InputError(
-                f"{name} has no column {column}, it has {there}",
+                f"{name} has no column {column}; its columns are {there}",
                 hint="choose with --image-column and --id-column",
             )
     kind = schema.field(columns.image).type

@@ -136,7 +136,7 @@ def first_that_builds(
     others = list(passed_over)[1:]
     if not others:
         raise first
-    raise EngineError(f"{first}\n  nor could be built: {'; '.join(others)}") from first
+    raise EngineError(f"{first}\n  these could not be built either: {'; '.join(others)}") from first
 
 
 def _same_attention(a: Attempt, b: Attempt) -> bool:

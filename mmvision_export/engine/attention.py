@@ -158,10 +158,10 @@ def choose_lowering(
             raise
         if without_plugins is native:
             progress.note(
-                f"attention costs the square of the whole batch without plugins: {error.message}"
+                f"without plugins, attention costs the square of the whole batch: {error.message}"
             )
         elif without_plugins.in_slots:
-            progress.note(f"images take slots of equal length without plugins: {error.message}")
+            progress.note(f"without plugins, images take slots of equal length: {error.message}")
         return without_plugins
 
 

@@ -216,13 +216,13 @@ def _already_there(
         if each in manifest.files
     ]
     if not {record.graph.sha256, record.graph.data_sha256} <= set(digests):
-        return OutputError(f"{engine} already exists, of another graph", hint=keep)
+        return OutputError(f"{engine} already exists, built from another graph", hint=keep)
     asked = [[checked_profile(each, manifest.config) for each in group] for group in sizes if group]
     if list(record.profiles) not in asked:
         there = "; ".join(map(str, record.profiles))
-        return OutputError(f"{engine} already exists, for other sizes: {there}", hint=keep)
+        return OutputError(f"{engine} already exists, built for other sizes: {there}", hint=keep)
     return OutputError(
-        f"{engine} already exists, of this graph and for these sizes",
+        f"{engine} already exists, built from this graph for these sizes",
         hint="use it, or replace it with --force",
         reason="exists",
     )
@@ -244,7 +244,7 @@ def _refuse_failed_parity(
                 f"{name} did not pass its comparison with PyTorch"
                 + (f": {standing}" if standing else ""),
                 hint=f"see: mmvision parity --model {directory}; the failure stands until the same "
-                "sample passes or the graph is another one; build it all the same with --no-check",
+                "sample passes or the graph changes; --no-check builds it anyway",
             )
 
 
@@ -337,9 +337,7 @@ def _trust(engine: Path, record: EngineRecord, progress: Progress) -> None:
         files[plugins.record.sha256] = engine.parent / plugins.name
     for sha256, path in files.items():
         if (obstacle := record_built(sha256, path)) is not None:
-            progress.note(
-                f"{path.name} will have to be named, or trusted, to be opened: {obstacle}"
-            )
+            progress.note(f"{path.name} opens only if you name it or pass --trust: {obstacle}")
 
 
 def _note_repeated_weights(record: EngineRecord, progress: Progress) -> None:
@@ -349,10 +347,10 @@ def _note_repeated_weights(record: EngineRecord, progress: Progress) -> None:
     assert record.graph.data_bytes is not None
     progress.note(
         f"the engine has {record.engine.size_bytes / 1e6:.1f} MB for "
-        f"{record.graph.data_bytes / 1e6:.1f} MB of weights, {ratio:.2f} times as much, where at "
-        f"most {_LARGEST_PLAN} is expected: its {len(record.profiles)} profiles have kernels of "
-        "their own, which is much beside small weights only, or keep weights once more; fewer "
-        "--buckets or a newer TensorRT make it smaller"
+        f"{record.graph.data_bytes / 1e6:.1f} MB of weights, {ratio:.2f} times as much; at "
+        f"most {_LARGEST_PLAN} is expected. Its {len(record.profiles)} profiles have kernels of "
+        "their own, which are large beside small weights, or keep the weights once more. Fewer "
+        "--buckets or a newer TensorRT make the engine smaller"
     )
 
 

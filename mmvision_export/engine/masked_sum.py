@@ -62,6 +62,6 @@ def _refuse_other_kinds(node: ir.Node) -> None:
     flags = [name for name in ("exclusive", "reverse") if node.attributes.get_int(name, 0)]
     if along not in (0, -1) or flags:
         raise EngineError(
-            f"{node.name}: CumSum must run forwards along axis 0 and take its own term in, got "
+            f"{node.name}: CumSum must run forwards along axis 0 and include its own term, got "
             f"axis {along}{''.join(f', {name}' for name in flags)}"
         )

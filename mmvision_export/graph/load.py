@@ -25,8 +25,7 @@ def load_graph(path: Path) -> ir.Model:
         if weights.is_file() and weights.stat().st_nlink > 1:
             name, copy = shlex.quote(str(weights)), shlex.quote(f"{weights}.copy")
             raise ManifestError(
-                f"{weights} has {weights.stat().st_nlink} names (hard links), and onnx reads no "
-                "such weights",
+                f"{weights} has {weights.stat().st_nlink} names (hard links); onnx refuses to read such weights",
                 hint=f"give the directory a copy of its own: cp {name} {copy} && mv {copy} {name}",
                 reason="unsafe",
             )

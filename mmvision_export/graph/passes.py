@@ -149,7 +149,7 @@ def retype(model: ir.Model, dtype: ir.DataType) -> None:
             continue
         if not all(out in reached for node, _ in uses for out in node.outputs):
             raise ExportError(
-                f"initializer {value.name} is used both by pixels and by geometry, and has no single type"
+                f"initializer {value.name} is used both by pixels and by geometry, so it has no single type"
             )
         assert value.const_value is not None
         value.const_value = _retyped(value.const_value, value.name or "", dtype)

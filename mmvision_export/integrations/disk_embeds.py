@@ -187,6 +187,6 @@ def _read(file: BinaryIO, key: str) -> ImageEmbeds:
     digest = hashlib.sha256(body)
     digest.update(values)
     if digest.digest() != stored:
-        raise InputError("its content has another hash than the one it was written with")
+        raise InputError("its content does not have the hash that it was written with")
     t, h, w = row
     return ImageEmbeds(bits.astype(np.uint16, copy=False), (t, h, w))

@@ -4,8 +4,8 @@
 cache = EmbedsCache(memory_bytes=1 << 30, folder=Path("embeds"), disk_bytes=20 << 30)
 ```
 
-A cache never makes an encoder fail: what cannot be written is counted and left out, and an entry
-that is damaged counts as missing.
+A cache never makes an encoder fail. An entry that cannot be written is counted and left out. A
+damaged entry counts as missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DISK_BYTES = 16 << 30
 
 @dataclasses.dataclass(frozen=True)
 class CacheCounts:
-    """What a cache of this process was asked for so far.
+    """Counts of a cache's hits, misses and failures so far, in this process.
 
     Attributes:
         memory_hits: Found in memory.
@@ -83,7 +83,7 @@ class EmbedsCache:
 
     @property
     def counts(self) -> CacheCounts:
-        """What was found so far, by this object."""
+        """Hits, misses and failures of this object so far."""
         return self._counts
 
     @property
@@ -92,7 +92,7 @@ class EmbedsCache:
         return self._held_bytes
 
     def get(self, key: str) -> ImageEmbeds | None:
-        """The embeddings of a key; None if they have to be made."""
+        """The embeddings of a key; None if the cache has none."""
         with self._lock:
             if (found := self._entries.get(key)) is not None:
                 self._entries.move_to_end(key)
@@ -113,7 +113,7 @@ class EmbedsCache:
         return found
 
     def put(self, entries: Mapping[str, ImageEmbeds]) -> None:
-        """Keep embeddings, and drop those that were not used for longest where room is needed."""
+        """Keep embeddings. Drop the least recently used ones if room is needed."""
         with self._lock:
             for key, embeds in entries.items():
                 self._keep(key, embeds)

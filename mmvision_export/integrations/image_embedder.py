@@ -7,7 +7,7 @@ with VisionEncoder.open("engines/MiniMax-M3") as encoder:
     photo.tensor()  # torch.bfloat16 [tokens, 6144]
 ```
 
-What a hit gives equals, to the bit, what the miss gave that made the entry.
+A hit equals, to the bit, the result of the miss that made the entry.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PreparedImage:
 
     @property
     def num_patches(self) -> int:
-        """What encoding it costs, to first order."""
+        """The cost of encoding the image, to first order."""
         return self.batch.grid.num_patches
 
 
@@ -102,14 +102,14 @@ class ImageEmbedder:
         self._keys = CacheKeys.for_encoder(encoder, self._preprocessor)
 
     def encode_images(self, images: Sequence[GivenImage]) -> list[ImageEmbeds]:
-        """Encode images of any sizes; those of one key once, those of the cache not at all.
+        """Encode images of any sizes. Images of one key are encoded once, cached ones not at all.
 
         Returns:
             One for each image, in order.
 
         Raises:
-            InputError: No images, one that cannot be read or processed, or one larger than the
-                engine takes or than there is memory for; it says which.
+            InputError: There are no images, an image cannot be read or processed, or an image is too
+                large for the engine or for the available memory. The error names the image.
             NotFiniteError: Embeddings of some images are not finite; it has those of the others.
             BackendError: The runtime failed.
         """
@@ -145,7 +145,7 @@ class ImageEmbedder:
         return PreparedImage(keyed.key, batch)
 
     def encode_prepared(self, images: Sequence[PreparedImage]) -> list[ImageEmbeds]:
-        """Encode what `prepare` made, in one packed batch; see `encode_images`."""
+        """Encode images from `prepare`, in one packed batch; see `encode_images`."""
         if not images:
             raise InputError("no images were given", reason="missing")
         keys = [each.key for each in images]
@@ -159,7 +159,7 @@ class ImageEmbedder:
         return _all_of(found)
 
     def encode_patches(self, pixel_values: Any, grid_thw: Any) -> list[ImageEmbeds]:
-        """Encode what somebody else's processor made.
+        """Encode the output of another processor.
 
         Args:
             pixel_values: `[num_patches, patch_dim]` float32, or the encoder's type.

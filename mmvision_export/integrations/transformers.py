@@ -55,8 +55,8 @@ class EncoderTower(nn.Module):
 def _refuse_saving(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     """A checkpoint would have no vision tower, and nobody would be told."""
     raise InputError(
-        "the model's vision tower is a VisionEncoder, whose weights are not the model's to save",
-        hint="put back what replace_vision_tower returned, save, and replace it again",
+        "the model's vision tower is a VisionEncoder, whose weights the model cannot save",
+        hint="put back the tower and projector that replace_vision_tower returned, save, and replace them again",
     )
 
 
@@ -75,22 +75,22 @@ def replace_vision_tower(model: nn.Module, encoder: VisionEncoder) -> tuple[nn.M
     """Let a loaded model take its image and video features from an encoder.
 
     `get_image_features` and `get_video_features` then give `pooler_output` as before: the same
-    shapes and dtype. Their `last_hidden_state` is the image tokens too, `[1, tokens,
-    text_hidden_size]`: the tower's own hidden states stay inside the encoder.
+    shapes and dtype. Their `last_hidden_state` also holds the image tokens, `[1, tokens,
+    text_hidden_size]`, because the tower's own hidden states stay inside the encoder.
 
     A second call replaces the encoder. A copy of the model runs the same encoder. `save_pretrained`
     and `state_dict` are refused until the tower is put back.
 
     Args:
-        model: A `MiniMaxM3VLModel`, or a model with one for its `model`; changed in place.
+        model: A `MiniMaxM3VLModel`, or a model whose `model` is one. It is changed in place.
         encoder: An encoder of the same checkpoint; it stays open for as long as the model is used.
 
     Returns:
-        The tower and the projector that were there, which a second call made if it is one. Drop them
-        to free their memory, or assign them back.
+        The tower and the projector that were replaced. Drop them to free their memory, or assign them
+        back. A second call returns the stand-ins of the first call.
 
     Raises:
-        InputError: The model is another one, or the encoder's dimensions are not its.
+        InputError: The model is of another family, or its dimensions differ from the encoder's.
     """
     inner: Any = getattr(model, "model", model)
     if not (hasattr(inner, "vision_tower") and hasattr(inner, "multi_modal_projector")):

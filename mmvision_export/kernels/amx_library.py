@@ -85,7 +85,7 @@ def build_amx_library(
         )
         record.write(new / library_record_path(library).name)
     if (obstacle := record_built(record.library.sha256, library)) is not None:
-        progress.note(f"{library.name} will have to be named to be loaded: {obstacle}")
+        progress.note(f"{library.name} loads only if you name it: {obstacle}")
     return library, record
 
 

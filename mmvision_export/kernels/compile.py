@@ -233,7 +233,7 @@ def _compile(
 
     if triton.knobs.runtime.interpret:
         raise PluginError(
-            "TRITON_INTERPRET is set: kernels are interpreted, and cannot be compiled",
+            "TRITON_INTERPRET is set, so kernels are interpreted and cannot be compiled",
             hint="unset it",
         )
     names = list(kernel.arg_names)

@@ -114,7 +114,7 @@ def build_plugins(
         record.write(new / library_record_path(library).name)
         (new / "kernels.md").write_text(resource_table(kernels) + "\n", encoding="utf-8")
     if (obstacle := record_built(record.library.sha256, library)) is not None:
-        progress.note(f"{library.name} will have to be named to be loaded: {obstacle}")
+        progress.note(f"{library.name} loads only if you name it: {obstacle}")
     return library, record
 
 

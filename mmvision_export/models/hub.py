@@ -123,8 +123,8 @@ def _cached(repo_id: str, name: str, *, revision: str | None, optional: bool) ->
     if optional:
         return None
     raise CheckpointError(
-        f"{repo_id}: {name} is not in the local cache of the Hugging Face hub, and a manifest "
-        "cannot have it downloaded",
+        f"{repo_id}: {name} is not in the local cache of the Hugging Face hub; a checkpoint that "
+        f"a manifest names is never downloaded",
         hint=f"--checkpoint {repo_id} downloads it",
     )
 

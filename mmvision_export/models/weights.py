@@ -130,7 +130,8 @@ class WeightSource:
         if folder.is_dir():
             if self.revision is not None:
                 raise CheckpointError(
-                    f"{folder} is a folder, which has no revision", hint="leave --revision out"
+                    f"{folder} is a folder, and a folder has no revision",
+                    hint="leave --revision out",
                 )
         else:
             if folder.exists() or not is_hub_id(self.checkpoint):

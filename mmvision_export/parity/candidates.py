@@ -151,7 +151,9 @@ def candidate_from_engine(
     """
     name, source = f"{PLANS}/{engine.name}", record.graph.name
     if source not in graphs:
-        raise ManifestError(f"{engine.name} was built from {source}, which the manifest lacks")
+        raise ManifestError(
+            f"{engine.name} was built from {source}, which the manifest does not list"
+        )
     facts = graphs[source].facts
     return Candidate(
         name, facts.precision, facts.float_type, EngineRunner(name, engine, record, trust=trust)

@@ -57,7 +57,8 @@ def directory_from_path(path: Path) -> Path:
     directory = model_directory_of(path)
     if directory is None:
         raise ParityError(
-            f"{path} is not in the plans/ of a model directory, which says what it should compute",
+            f"{path} is not in the plans/ of a model directory, and only the directory tells "
+            f"what the engine should compute",
             hint="name the model directory, or put the engine back into it",
         )
     return directory

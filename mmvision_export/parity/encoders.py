@@ -36,7 +36,7 @@ class Encoders:
         exported, now = self.manifest.source.get("sha256"), loaded.source.get("sha256")
         if exported and now and exported != now:
             raise ParityError(
-                f"the weights have sha256 {now}, those that were exported had {exported}",
+                f"the weights have sha256 {now}, the exported weights had {exported}",
                 hint="name the checkpoint that was exported with --checkpoint, or export again",
             )
         return loaded.encoder

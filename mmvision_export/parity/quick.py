@@ -69,7 +69,7 @@ class QuickCheck:
         distance, gate = metrics(found, self._expected), PRECISIONS[self._precision].gate.min_cosine
         if distance.non_finite or not distance.min_cosine >= gate:
             raise ExportError(
-                f"{graph.name} is not the encoder's function on one grid: {distance.non_finite} values "
+                f"{graph.name} does not compute the encoder's function on one grid: {distance.non_finite} values "
                 f"not finite, smallest cosine {distance.min_cosine:.6f} (gate {gate})",
-                hint="keep the directory all the same with --no-check, and look with: mmvision parity",
+                hint="to keep the directory anyway, use --no-check; to look closer: mmvision parity",
             )

@@ -96,16 +96,14 @@ def _refuse_control_flow(graph: ir.Graph) -> None:
     for node in graph:
         if any(attribute.type in _SUBGRAPHS for attribute in node.attributes.values()):
             raise ParityError(
-                f"node {node.name} has control flow ({node.op_type}), into which rounding cannot be put"
+                f"node {node.name} has control flow ({node.op_type}), and rounding cannot be inserted into it"
             )
 
 
 def _refuse_untyped(nodes: list[ir.Node]) -> None:
     for node in nodes:
         if any(value.dtype is None for value in node.outputs if value.name):
-            raise ParityError(
-                f"nothing tells the type of what node {node.name} ({node.op_type}) gives"
-            )
+            raise ParityError(f"the output type of node {node.name} ({node.op_type}) is unknown")
 
 
 def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:

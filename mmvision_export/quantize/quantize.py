@@ -110,8 +110,8 @@ def quantize(
             )
             if number is None or number == len(units):
                 raise QuantizationError(
-                    f"no unit can be {flavour} with every token's cosine at least {1 - allowed:.8g}, which "
-                    f"is the gate {min_cosine} with its margin; the best graph reached "
+                    f"no unit can be {flavour}: every token needs a cosine of {1 - allowed:.8g}, the "
+                    f"gate {min_cosine} with its margin, and the best graph reached "
                     f"{1 - graphs.least:.6f}",
                     hint="lower --min-cosine",
                 )

@@ -31,7 +31,7 @@ def host_array(array: Any) -> Any:
         return np.asarray(array.cpu() if hasattr(array, "cpu") else array.get())
     if getattr(array, "requires_grad", False):
         raise InputError(
-            f"a {type(array).__name__} that requires a gradient was given, and an encoder gives none",
+            f"a {type(array).__name__} that requires a gradient was given, and an encoder computes no gradients",
             hint="give pixel_values.detach()",
         )
     if str(getattr(array, "dtype", "")) == "torch.bfloat16":

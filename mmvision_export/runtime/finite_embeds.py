@@ -53,7 +53,7 @@ def refuse_not_finite(
                 per_image[image][:] = embeds
     if refused:
         raise NotFiniteError(
-            f"the embeddings are not finite, of image {', '.join(map(str, refused))}",
+            f"the embeddings of image {', '.join(map(str, refused))} are not finite",
             images=refused,
             image_embeds=[
                 None if image in refused else embeds for image, embeds in enumerate(per_image)

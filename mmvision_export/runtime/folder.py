@@ -74,13 +74,13 @@ def encode_folder(
 
     Yields:
         For each file its `input`, its `status` (one of `STATUSES`), and the numbers or the error;
-        the same for folders that cannot be looked into.
+        the same for folders that cannot be listed.
 
     Raises:
         OutputError: The records of the folder cannot be read or written.
     """
     for folder, reason in listed.unreadable:
-        error = f"{folder}: cannot be looked into: {reason}"
+        error = f"{folder}: cannot be listed: {reason}"
         yield {"input": str(folder), "status": "failed", "error": error}
     for link in listed.linked:
         error = f"{link}: a link to a folder is not followed"

@@ -60,7 +60,7 @@ def files_below(inputs: Sequence[Path]) -> FolderFiles:
             earlier = by_name.setdefault(file.name, file.source)
             if earlier.absolute() != file.source.absolute():
                 raise InputError(
-                    f"{earlier} and {file.source} would have one output, of the name {file.name}",
+                    f"{earlier} and {file.source} would have the same output, {file.name}",
                     hint="encode them into different folders, or give a folder that holds both",
                     reason="exists",
                 )

@@ -61,7 +61,7 @@ def refuse_foreign_output(
             differing = ", ".join(name for name in identity if there.get(name) != identity[name])
             raise OutputError(
                 f"{output} holds embeddings of another run: {differing} differs",
-                hint="choose another --output, or encode all of it anew with --force",
+                hint="choose another --output, or encode everything again with --force",
             )
     if force:
         # Before the new mark: what is recorded must never be taken for another model's.

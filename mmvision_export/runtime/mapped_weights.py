@@ -38,8 +38,8 @@ class MappedWeights:
                 continue
             if (now.st_size, now.st_mtime_ns) != (opened.st_size, opened.st_mtime_ns):
                 raise BackendError(
-                    f"{path} was written into while the encoder uses it",
-                    hint="open the encoder again, and replace files in use by renaming others over them",
+                    f"{path} was changed while the encoder was using it",
+                    hint="open the encoder again; to replace a file in use, rename another file over it",
                 )
 
 

@@ -171,8 +171,7 @@ def arguments_of_run(argv: Sequence[str] | None, prog: str) -> argparse.Namespac
         arguments.output is None or arguments.output.suffix.removeprefix(".") in FORMATS
     ):
         parser.error(
-            "a folder of images needs --output, a folder for their embeddings; --format says in "
-            "which files"
+            "a folder of images needs --output, a folder for the embeddings; --format chooses the files in it"
         )
     if arguments.format is not None and not arguments.folder:
         parser.error("--format goes with a folder of images")

@@ -1,4 +1,4 @@
-"""`VisionEncoder`: open a model and call it. This, with what it imports, is what is deployed.
+"""`VisionEncoder`: open a model and call it. This class and its imports are what a user deploys.
 
 Needs numpy, pillow and the chosen backend; loads neither torch nor onnx. PyAV is needed for video.
 """
@@ -80,22 +80,22 @@ class VisionEncoder:
     ) -> VisionEncoder:
         """Open a model directory or an engine file.
 
-        Graphs and weights may come from anybody. An engine is executable content: one that lies in
-        the directory is opened if this user has built it (`core.trust`), any other only if it is
-        named, or with `trust=True`.
+        Graphs and weights may come from anybody. An engine is executable content. An engine in the
+        directory is opened if this user has built it (`core.trust`). Any other engine is opened only
+        if `path` names it, or with `trust=True`.
 
         Args:
-            path: The directory, or an `.engine` with its sidecar beside it.
-            options: How.
+            path: The directory, or an `.engine` with its record beside it.
+            options: How to open the model.
             resize: Rule by which images get their size; None for the model directory's.
-            max_long_side: Of the rule `long-side`, in pixels.
+            max_long_side: Bound of the rule `long-side`, in pixels.
             **changes: Fields of `BackendOptions` by keyword, as `backend="onnxruntime-cpu"`.
 
         Raises:
             BackendError: The runtime is not installed, or does not work here.
             ManifestError: The files are missing, damaged, or not for this machine.
             ConfigError: `preprocessor_config.json` is malformed, or the rule has no such bound.
-            TypeError: There is no such field.
+            TypeError: `changes` has an unknown field.
         """
         path = Path(path)
         options = dataclasses.replace(options or BackendOptions(), **changes)
@@ -134,7 +134,7 @@ class VisionEncoder:
 
     @property
     def patches_per_call(self) -> int:
-        """Patches worth gathering for a call, where images come one by one.
+        """How many patches to gather for a call when images come one by one.
 
         The largest launch, or, for a graph that takes any size, enough to be fast.
         """
@@ -195,7 +195,7 @@ class VisionEncoder:
         return as_given(image_embeds, pixel_values)
 
     def encode(self, batch: PackedBatch) -> npt.NDArray[np.floating]:
-        """Encode a batch that is valid already, as preprocessing makes it.
+        """Encode a batch that has been validated, such as one that preprocessing made.
 
         Returns:
             image_embeds `[num_image_tokens, text_hidden_size]` in the model's float type.
@@ -284,19 +284,18 @@ class VisionEncoder:
         Files are opened as `mmvision run` opens them: regular files of a known format.
 
         Args:
-            images: One image or several: of Pillow, paths of files, or arrays of uint8,
+            images: One image or several: Pillow images, paths of files, or uint8 arrays
                 `[height, width, 3]` in RGB.
-            resize_to_fit: Make an image too large for the engine as small as it has to be, rather
-                than refuse it.
-            not_finite: What becomes of an image whose embeddings are not finite: `raise` refuses
-                the call, `none` gives None for it, and the others' embeddings.
+            resize_to_fit: Shrink an image that is too large for the engine, rather than refuse it.
+            not_finite: How to handle an image whose embeddings are not finite: `raise` refuses the
+                call, `none` returns None for this image and the embeddings of the others.
 
         Returns:
             One `[tokens, text_hidden_size]` array per image, in a list for one image too.
 
         Raises:
-            InputError: No images, one that cannot be processed, or one larger than the engine
-                takes or than there is memory for.
+            InputError: There are no images, an image cannot be processed, or an image is too large
+                for the engine or for the available memory.
             NotFiniteError: Embeddings of some images are not finite; it has those of the others.
             BackendError: The runtime failed.
         """
@@ -312,16 +311,16 @@ class VisionEncoder:
             return error.image_embeds
 
     def memory_for(self, num_patches: int) -> LaunchBytes | None:
-        """What one image needs while it is encoded, beside the weights.
+        """Memory that one image needs while it is encoded, beside the weights.
 
         Returns:
-            An upper bound; None for an engine, which has held what it needs since it was opened.
+            An upper bound; None for an engine, which allocated its memory when it was opened.
         """
         guard = self._backend.guard
         return None if guard is None else guard.image(num_patches)
 
     def available_bytes(self) -> int | None:
-        """Memory that an image may need now; None for an engine, and where nothing tells."""
+        """Memory that an image may use now; None for an engine, and where the system does not say."""
         guard = self._backend.guard
         return None if guard is None else guard.available_bytes()
 
@@ -346,15 +345,15 @@ class VisionEncoder:
     ) -> Iterator[VideoSegment]:
         """Encode a video, segment by segment.
 
-        Frames are sampled evenly and decoded as they are needed: memory does not grow with the
+        Frames are sampled evenly and decoded as they are needed. So memory does not grow with the
         length of the video.
 
         Args:
             path: A file in one of the containers of `video_file.CONTAINERS`.
             fps: Frames to sample per second, within the limits of `VideoConfig`.
-            resize_to_fit: Make frames as small as the engine asks for, rather than refuse the
+            resize_to_fit: Shrink frames that are too large for the engine, rather than refuse the
                 video.
-            max_pixels: Most pixels of a frame of the file; that of `VideoConfig` if None.
+            max_pixels: Most pixels of a frame of the file; the limit of `VideoConfig` if None.
             progress: Told about each segment.
 
         Yields:
@@ -380,7 +379,7 @@ class VisionEncoder:
         return f"<VisionEncoder {file}: {self._backend.name}, {facts.precision}>"
 
     def close(self) -> None:
-        """Free the runtime's memory. The encoder cannot be used afterwards. In a fork, nothing."""
+        """Free the runtime's memory. The encoder cannot be used afterwards. A fork frees nothing."""
         if self._process.is_this:
             self._backend.close()
 

@@ -186,7 +186,7 @@ def _answer(
     if len(finite) < len(embeds):
         images = [index for index, each in enumerate(embeds) if each is None]
         numbers = ", ".join(map(str, images))
-        return InputError(f"the embeddings are not finite, of image {numbers}")
+        return InputError(f"the embeddings of image {numbers} are not finite")
     return Answer(
         finite[0] if len(finite) == 1 else np.concatenate(finite),
         grid.rows,

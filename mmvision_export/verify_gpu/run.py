@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         print_error(f"{error.filename or arguments.output}: {error.strerror}")
         return 1
     except KeyboardInterrupt:
-        print_error(f"interrupted; what was found until then: {arguments.output}")
+        print_error(f"interrupted; the findings so far are in {arguments.output}")
         return 130
     print(f"{findings.summary}: {', '.join(map(str, files))}")
     return 1 if findings.failed else 0

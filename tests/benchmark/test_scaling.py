@@ -95,13 +95,16 @@ def test_the_page_counts_each_way() -> None:
     page = page_from_result(result_with(dense=False), plots="x")
     assert page.startswith("# Photographs at full size")
     rows = [line for line in page.splitlines() if line.startswith("| 4 images of 4096 patches |")]
-    row = rows[-1]  # the counted table is the last
-    cells = [cell.strip() for cell in row.split("|")[2:-1]]
+    # The counted tables are the last: operations, then memory.
+    cells = [cell.strip() for cell in rows[-2].split("|")[2:-1]]
+    memory = [float(cell) for cell in rows[-1].split("|")[2:-1]]
     patches = 4 * 4096
     inside = Costs(CONFIG, masked=False).of(patches, 4 * 4096**2) / 1e12
     across = Costs(CONFIG, masked=True).of(patches, 0) / 1e12
     assert float(cells[0]) == pytest.approx(inside, rel=1e-2)
-    assert float(cells[2]) == pytest.approx(inside, rel=1e-2)  # slots that are full
-    assert float(cells[4]) == pytest.approx(across, rel=1e-2)
+    assert float(cells[1]) == pytest.approx(inside, rel=1e-2)  # slots that are full
+    assert float(cells[2]) == pytest.approx(across, rel=1e-2)
     assert across > 1.5 * inside
+    assert len(memory) == 4
+    assert memory[3] > 10 * memory[2]  # scores kept, against a fused kernel
     assert "computed, not measured" not in page

@@ -52,11 +52,11 @@ def test_an_engine_and_once_more(mmvision: Command, tmp_path: Path) -> None:
     # The engine's own graph was compared before it was built.
     assert Manifest.read(Path("m")).parity["model.fp16.onnx"]["passed"]
     again = steps(mmvision(*engine, "--json"))
-    assert "of this graph and for these sizes" in str(again["build-engine"])
+    assert "built from this graph for these sizes" in str(again["build-engine"])
     assert all(again.values())
     other = mmvision(*engine[:-1], "128")
     assert other.code == 1
-    assert "for other sizes" in other.errors[0]
+    assert "built for other sizes" in other.errors[0]
     assert "64 patches" in other.errors[0]
 
 

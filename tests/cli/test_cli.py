@@ -172,7 +172,7 @@ def test_the_manifest_is_read_once(
     [
         (["--buckets", "256,x"], 2, "--buckets must be sizes in patches"),
         (["--buckets", ""], 2, "--buckets must be sizes in patches"),
-        (["--buckets", "256", "--max-patches", "512"], 2, "--buckets goes without"),
+        (["--buckets", "256", "--max-patches", "512"], 2, "--buckets excludes"),
         (["--buckets", "256,2x256"], 2, "--buckets must be sizes in patches"),
         (["--buckets", "2x256", "--max-images", "8"], 2, "--max-images"),
         (["--buckets", "2x255"], 1, "a slot must be a positive multiple of 4 patches, got 255"),
@@ -250,7 +250,7 @@ def test_checkpoint_folder(mmvision: Command, tmp_path: Path) -> None:
         (["export", "--checkpoint", "./x.onnx"], "x.onnx: no such checkpoint folder"),
         (
             ["export", "--checkpoint", ".", "--revision", "main"],
-            "is a folder, which has no revision",
+            "is a folder, and a folder has no revision",
         ),
         ([*TINY, "--output", "x.onnx/sub"], "cannot write sub"),
         ([*TINY, "--opset", "17"], "opset must be between 18 and 23, got 17"),

@@ -418,7 +418,7 @@ def test_interrupting_leaves_whole_files_only(files: Path, module: list[str]) ->
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert [line for line in errors.splitlines() if not line.startswith("model")] == [
-        "error: interrupted; what was not finished is not kept"
+        "error: interrupted; unfinished work is not kept"
     ]
     names = sorted(path.name for path in Path("embeds").iterdir())
     assert [name for name in names if not name.endswith(".jpg.npy")] == [

@@ -158,7 +158,9 @@ def checkpoint_from_folder(
     progress = progress or Progress()
     if assumed := assumed_fields(folder / CONFIG):
         values = ", ".join(f"{name} {value}" for name, value in assumed.items())
-        progress.note(f"{CONFIG} leaves out what no weight shows, taken as released: {values}")
+        progress.note(
+            f"{CONFIG} leaves out fields that no weight determines; their released values are used: {values}"
+        )
     progress.step("reading weights", total=len(reader.expected))
     for shard in shards:
         for tensor in _vision_tensors(folder / shard):
@@ -316,7 +318,7 @@ def _shards_of(folder: Path) -> list[str]:
     if pickles:
         raise CheckpointError(
             f"{folder} has no safetensors, only {', '.join(pickles)}: pickled files are refused, "
-            "since loading one runs code from it",
+            f"because loading one runs code from it",
             hint="convert the checkpoint with save_pretrained(..., safe_serialization=True)",
             reason="unsafe",
         )

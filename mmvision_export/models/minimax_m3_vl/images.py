@@ -118,7 +118,7 @@ def _identified(file: BinaryIO) -> ImageFile.ImageFile:
             # the process.
             return factory(file, "")
     raise InputError(
-        f"not an image in a format that is opened: {', '.join(FORMATS)}",
+        f"not an image in an accepted format: {', '.join(FORMATS)}",
         hint="convert the image to PNG or JPEG",
         reason="unreadable",
     )
@@ -128,7 +128,7 @@ def _refuse_oversized(image: ImageFile.ImageFile, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise InputError(
-            f"has {width} x {height} pixels, which is {width * height}, the limit is {max_pixels}",
+            f"has {width} x {height} = {width * height} pixels; the limit is {max_pixels}",
             hint="raise the limit with --max-pixels if you trust the file",
             reason="unsafe",
         )

@@ -41,7 +41,7 @@ def transposition_of(image: Image.Image) -> Image.Transpose | None:
     except Exception as error:  # Pillow's EXIF reader raises whatever its steps do
         raise InputError(
             f"unreadable EXIF block: {type(error).__name__}: {error}",
-            hint="remove the block, or save the image anew",
+            hint="remove the block, or save the image again",
             reason="unreadable",
         ) from error
 

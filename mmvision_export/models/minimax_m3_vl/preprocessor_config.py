@@ -326,8 +326,8 @@ def _merge_size(found: dict[str, Any], size: Any, default: PreprocessorConfig) -
     # vLLM's processor writes a height and a width that it never uses, beside the area that it does.
     elif found.get(_RESIZE) is None and "max_pixels" not in found and size != [672, 672]:
         raise ConfigError(
-            f"size: {size!r} does not tell the rule: SGLang's processor of MiniMax-M3.1 reads it as "
-            "a box, vLLM's of MiniMax-M3 leaves it aside",
+            f"size: {size!r} does not determine the resize rule: SGLang's processor of MiniMax-M3.1 reads it as "
+            "a box, vLLM's of MiniMax-M3 ignores it",
             hint="choose --resize box, or --resize area or long-side",
         )
 

@@ -55,7 +55,7 @@ def opened_video(path: Path, *, max_pixels: int = MAX_FILE_PIXELS) -> Iterator[t
             container = stack.enter_context(av.open(file, mode="r", options=options))
         except (av.FFmpegError, ValueError, MemoryError) as error:
             raise InputError(
-                f"{path}: not a readable video in a container that is opened "
+                f"{path}: not a readable video in an accepted container "
                 f"({', '.join(CONTAINERS)}): {error}",
                 hint="put it into another container: ffmpeg -i FILE -c copy video.mkv",
                 reason="unreadable",

@@ -173,8 +173,8 @@ class CudaDriver:
         if result == _NO_DEVICE:
             raise NoGpuError(
                 f"the CUDA driver sees no GPU: {message}",
-                hint="is one in this machine, and given to this container (--gpus all)? "
-                "CUDA_VISIBLE_DEVICES hides those that it does not name",
+                hint="check that this machine has a GPU and gives it to this container (--gpus all); "
+                "CUDA_VISIBLE_DEVICES hides GPUs that it does not name",
             )
         raise BackendError(message, hint=_HINTS.get(result, "see: mmvision doctor"))
 
@@ -207,8 +207,8 @@ def cuda_version_text(version: int) -> str:
 
 def _too_old(version: int) -> BackendError:
     return BackendError(
-        f"the CUDA driver is too old: it is of CUDA {cuda_version_text(version)}, "
-        f"and must be of {cuda_version_text(LEAST_DRIVER)} or later",
+        f"the CUDA driver is too old: it has CUDA {cuda_version_text(version)}, and CUDA "
+        f"{cuda_version_text(LEAST_DRIVER)} or later is needed",
         hint="install a newer driver; on a Jetson it comes with JetPack",
     )
 

@@ -151,6 +151,6 @@ def empty_like(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         with array.device:
             return array.__array_namespace__().empty(shape, dtype=dtype)
     raise InputError(
-        f"device arrays of {library.__name__} are not known",
+        f"device arrays of {library.__name__} are not supported",
         hint="give torch or CuPy arrays, or NumPy's",
     )

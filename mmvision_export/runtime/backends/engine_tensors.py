@@ -66,6 +66,6 @@ def refuse_other_tensors(
 def _compare(path: Path, what: str, built: object, said: object) -> None:
     if built != said:
         raise ManifestError(
-            f"{path}: {what}: the engine has {built}, its sidecar says {said}",
-            hint="the sidecar was changed, or is of another engine: build it again",
+            f"{path}: {what}: the engine has {built}, its record says {said}",
+            hint="the record was changed, or belongs to another engine: build the engine again",
         )

@@ -53,7 +53,7 @@ class AmxBackend(CpuBackend):
         if graph != CPU_GRAPH:
             # The portable graph's operators have the same names, and other types or layouts.
             raise BackendError(
-                f"{self.name} runs {CPU_GRAPH}, which a {manifest.precision} directory has not",
+                f"{self.name} runs {CPU_GRAPH}, which a {manifest.precision} directory does not have",
                 hint="export with --fp32, or choose --backend onnxruntime-cpu",
             )
         return graph
@@ -91,7 +91,7 @@ def verified_library(library: Path, *, named: bool) -> Path:
     if not cpu_has_amx():
         raise BackendError(
             "this CPU has no AMX, which onnxruntime-amx needs",
-            hint="choose --backend onnxruntime-cpu, which needs none",
+            hint="choose --backend onnxruntime-cpu, which needs no AMX",
         )
     if not library.is_file():
         raise BackendError(

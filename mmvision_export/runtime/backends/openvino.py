@@ -106,7 +106,7 @@ class OpenVinoBackend:
         device = str(core.get_property(_DEVICE, "FULL_DEVICE_NAME"))
         if precision == "bf16" and "BF16" not in (found := cpu_capabilities(core)):
             raise BackendError(
-                f"bf16 needs a CPU with products of bfloat16, which this one ({device}) has not: "
+                f"bf16 needs a CPU with products of bfloat16; this one ({device}) has none: "
                 f"OpenVINO finds {', '.join(found)}",
                 hint="leave the precision out: fp32 runs on every CPU",
             )
@@ -207,7 +207,6 @@ def _graph_of(directory: Path, manifest: Manifest) -> str:
         if graph in manifest.files:
             return graph
     raise ManifestError(
-        f"{directory} has neither {UNIFORM_GRAPH} nor {OPENVINO_GRAPH}: it was exported before there "
-        "was one",
+        f"{directory} has neither {UNIFORM_GRAPH} nor {OPENVINO_GRAPH}: an earlier version exported it",
         hint="export it again, or choose --backend onnxruntime-cpu",
     )
