@@ -33,7 +33,7 @@ def next_step_of(row: ParityRow, *, model: str) -> str:
     if row.precision in ("int8", "fp8"):
         flag = "--cpu-int8" if "cpu-int8" in str(row.subject) else f"--{row.precision}"
         return (
-            "quantise again with the images that failed among those to calibrate on, or keep more units in "
+            "quantise again with the failed images among the calibration images, or keep more units in "
             f"floating point: mmvision quantize {flag} --min-cosine 0.999 --image FILE... --model {model} --force"
         )
     if row.precision == "fp16":
@@ -41,4 +41,4 @@ def next_step_of(row: ParityRow, *, model: str) -> str:
             "a value may be beyond float16 (see the largest activation): export with --bf16, or build the "
             "engine without --fp16"
         )
-    return "the graph is another function: see where its error jumps, layer by layer (--report accuracy.html)"
+    return "the graph computes another function: see where its error jumps, layer by layer (--report accuracy.html)"
