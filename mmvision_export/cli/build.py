@@ -254,7 +254,7 @@ def build_engine(
 ) -> None:
     """Build a TensorRT or TensorRT-RTX engine.
 
-    The engine goes into the model directory's plans/. A sidecar beside it says what the engine is
+    The engine goes into the model directory's plans/. A record beside it says what the engine is
     valid for. The engine has the graph's precision unless you give --fp16, --int8 or --fp8. With the
     released preprocessing a still image has at most 2304 patches; 4 patches make one image token.
     """

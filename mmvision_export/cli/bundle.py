@@ -30,17 +30,16 @@ __all__ = ["bundle"]
     "mmvision bundle --target cpu --wheels packages --output MiniMax-M3-cpu.tar",
 )
 def bundle(
-    target: Annotated[DeploymentName, typer.Option(help="What the bundle is for.")],
+    target: Annotated[DeploymentName, typer.Option(help="The machine that the bundle is for.")],
     output: Annotated[
         Path,
-        typer.Option(metavar="TAR", help="The archive; it unpacks to a folder of its name."),
+        typer.Option(metavar="TAR", help="The archive. It unpacks to a folder of its name."),
     ],
     model: ModelOption = None,
     machine: Annotated[
         Optional[Machine],
         typer.Option(
-            help="CPU of an rtx or dgpu target. Default: x86_64. A Jetson's is known, and a cpu bundle "
-            "is for any."
+            help="CPU of an rtx or dgpu target. Default: x86_64. Jetson and cpu targets need none."
         ),
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="float16 engine (default).")] = False,
@@ -52,21 +51,22 @@ def bundle(
         typer.Option(metavar="N,N,...", help="Sizes of an engine that the target builds."),
     ] = None,
     max_patches: Annotated[
-        Optional[int], typer.Option(metavar="N", help="Most patches of a batch there.", min=1)
+        Optional[int],
+        typer.Option(metavar="N", help="Most patches of a batch on the target.", min=1),
     ] = None,
     plugin_library: Annotated[
         Optional[Path],
         typer.Option(
             metavar="FILE",
-            help="libmmvision_plugins.so for the target. Default: what build-plugins made for its "
-            "CPU, if that has kernels for its GPU.",
+            help="libmmvision_plugins.so for the target. Default: the library of build-plugins for "
+            "the target's CPU, if it has kernels for the target's GPU.",
         ),
     ] = None,
     wheels: Annotated[
         Optional[Path],
         typer.Option(
             metavar="FOLDER",
-            help="Wheels of what is required, for a target without a network: pip download fills it.",
+            help="Wheels of the required packages, for a target without a network. pip download fills the folder.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the archive.")] = False,
@@ -74,7 +74,7 @@ def bundle(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Pack a model, what runs it, and its proof into one archive.
+    """Pack a model, its runtime and its proof in a file.
 
     The archive holds the graph, its weights, the engines and kernels that are valid on the target, this
     package's wheel, patches with their embeddings, install.sh and verify.sh. On the target, verify.sh

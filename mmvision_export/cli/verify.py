@@ -40,23 +40,24 @@ def verify(
     ] = False,
     backend: Annotated[
         Optional[str],
-        typer.Option(metavar="NAME", help="With --run: as of mmvision run. Default: the target's."),
+        typer.Option(
+            metavar="NAME", help="With --run: backend, as in mmvision run. Default: the target's."
+        ),
     ] = None,
     trust: Annotated[
         bool,
         typer.Option(
             "--trust",
-            help="With --run: load engines also if you have not built them here: they are executable "
-            "content.",
+            help="With --run: also load engines that you have not built here. Engines are executable content.",
         ),
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Name what is damaged, in a bundle or a model directory.
+    """Find damage in a bundle or a model directory.
 
-    The command compares every file with its recorded hash. Of a bundle's archive it compares every byte.
+    The command compares every file with its recorded hash. For a bundle's archive, it compares every byte.
     With --run it also encodes the patches of an unpacked bundle and compares the embeddings with those
     stored. It exits with 1 if anything differs.
     """
