@@ -29,19 +29,19 @@ def _resolved(
     *,
     platform: str,
     python: str,
-    extra: str | None = None,
+    extra: str | list[str] | None = None,
     constraints: Path | None = None,
     wheels_only: bool = True,
 ) -> dict[str, str]:
-    """Package -> version, as uv resolves a pyproject.toml or one requirement.
+    """Package -> version, as uv resolves a pyproject.toml, with one extra or several, or one requirement.
 
     Raises:
         AssertionError: There is no such set of wheels.
     """
     command = [str(UV), "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
     command += ["--python-platform", platform, "--python-version", python]
-    if extra is not None:
-        command += ["--extra", extra]
+    for name in [extra] if isinstance(extra, str) else extra or ():
+        command += ["--extra", name]
     if constraints is not None:
         command += ["--constraint", str(constraints)]
     if wheels_only:
@@ -136,15 +136,13 @@ def test_an_images_packages_have_wheels_and_bring_no_cuda(
     path = ROOT / "docker" / f"{dockerfile}.Dockerfile"
     extras, constraints = pip_requirement(instructions_of(path))
     assert constraints is not None
-    packages: dict[str, str] = {}
-    for extra in extras:
-        packages |= _resolved(
-            "pyproject.toml",
-            extra=extra,
-            platform=platform,
-            python=python,
-            constraints=ROOT / constraints,
-        )
+    packages = _resolved(
+        "pyproject.toml",
+        extra=extras,
+        platform=platform,
+        python=python,
+        constraints=ROOT / constraints,
+    )
     assert brings in packages
     assert not _cuda_majors(packages), packages
 
