@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mmvision_export.artifacts.manifest import Manifest, flavour_graph
+from mmvision_export.artifacts.manifest import GRAPH, Manifest, flavour_graph
 from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.options import AsJson, ModelOption, Quiet, Verbose, print_json, the_model
@@ -17,11 +17,13 @@ from mmvision_export.quantize.choices import FLAVOURS, CalibrationMethod
 from mmvision_export.runtime.given_images import files_of
 
 if TYPE_CHECKING:
+    from mmvision_export.quantize.photographs import Split
     from mmvision_export.quantize.quantize import QuantizationReport
     from mmvision_export.quantize.statistics import Batch
 
 __all__ = ["quantize"]
 
+_NAMED = 4
 _LITTLE = 0.5  # of the operations: fewer in 8 bit are hardly worth it
 
 
@@ -68,6 +70,9 @@ def quantize(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a flavour that is there.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print which images would serve for what, and stop.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -98,6 +103,9 @@ def quantize(
     manifest = Manifest.read(directory)
     flavour = chosen[0]
     refuse_unsuitable(directory, manifest, flavour, min_cosine=min_cosine, force=force)
+    if dry_run:
+        _plan(directory, flavour, files, min_cosine, as_json=as_json)
+        return
     measured, held_out, distinct = _batches(directory, manifest, files)
     with progress_display() as progress:
         report = make(
@@ -125,7 +133,7 @@ def _batches(
     """What to calibrate on, what to hold out, and how many different photographs that is."""
     from mmvision_export.artifacts.preprocessing import preprocessor_of
     from mmvision_export.models.sample_batches import PARITY_GRIDS, sample_batch
-    from mmvision_export.quantize.photographs import batches_of, split
+    from mmvision_export.quantize.photographs import batches_of
 
     if not images:
         messages.print(
@@ -141,17 +149,67 @@ def _batches(
             ],
             0,
         )
-    if len(images) < 2:
-        raise QuantizationError(
-            "at least 2 images are needed, one to calibrate on and one to check with, got 1"
-        )
-    parts = split(images)
+    parts = _split(images)
     preprocessor = preprocessor_of(directory, manifest)
     return (
         batches_of(parts.calibration, preprocessor),
         batches_of(parts.held_out, preprocessor, views=parts.views),
         len(parts.held_out),
     )
+
+
+def _split(images: list[Path]) -> Split:
+    from mmvision_export.quantize.photographs import split
+
+    if len(images) < 2:
+        raise QuantizationError(
+            "at least 2 images are needed, one to calibrate on and one to check with, got 1"
+        )
+    return split(images)
+
+
+def _plan(
+    directory: Path, flavour: str, images: list[Path] | None, min_cosine: float, *, as_json: bool
+) -> None:
+    """What a run would do, without doing it."""
+    from mmvision_export.graph.load import load_graph
+    from mmvision_export.quantize.search import MOST_EVALUATIONS
+    from mmvision_export.quantize.units import units_of
+
+    parts = _split(images) if images else None
+    units = len(units_of(load_graph(directory / GRAPH)))
+    path = directory / flavour_graph(flavour)
+    if as_json:
+        print_json(
+            {
+                "kind": "quantization",
+                "dry_run": True,
+                "path": path,
+                "units": units,
+                "min_cosine": min_cosine,
+                "calibration": [*map(str, parts.calibration)] if parts else [],
+                "held_out": [*map(str, parts.held_out)] if parts else [],
+                "most_graphs": MOST_EVALUATIONS,
+            }
+        )
+        return
+    console.print(
+        f"{path}: {units} units, gate {min_cosine}, at most {MOST_EVALUATIONS} graphs are measured",
+        markup=False,
+    )
+    if parts is None:
+        console.print("calibrates on seeded random images, and holds out others", markup=False)
+        return
+    console.print(
+        f"calibrates on {len(parts.calibration)} images: {_named(parts.calibration)}", markup=False
+    )
+    views = f", each in {parts.views} crops and sizes" if parts.views > 1 else ""
+    console.print(f"holds out {len(parts.held_out)}{views}: {_named(parts.held_out)}", markup=False)
+
+
+def _named(images: tuple[Path, ...]) -> str:
+    more = len(images) - _NAMED
+    return ", ".join(map(str, images[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 def _warn(report: QuantizationReport, photographs: int) -> None:
