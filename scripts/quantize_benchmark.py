@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,9 @@ def main() -> None:
     arguments.add_argument("--layers", type=int, default=8)
     arguments.add_argument("--flavour", choices=("int8", "fp8", "cpu-int8"), default="int8")
     arguments.add_argument("--min-cosine", default="0.999")
+    arguments.add_argument(
+        "--before-min-cosine", help="of the other checkout, whose margin may be another"
+    )
     arguments.add_argument("--rounds", type=int, default=1)
     given = arguments.parse_args()
     sides = {"this checkout": _HERE}
@@ -56,16 +58,19 @@ def main() -> None:
             for name, checkout in sides.items():
                 copy = Path(temporary) / f"{number}-{checkout.name}"
                 shutil.copytree(model, copy)
-                print(f"{name:32}{_measured(checkout, copy, given)}", flush=True)
+                gate = given.min_cosine
+                if checkout != _HERE and given.before_min_cosine:
+                    gate = given.before_min_cosine
+                figures = _measured(checkout, copy, given.flavour, gate)
+                print(f"{name:32}{figures}", flush=True)
                 shutil.rmtree(copy)
 
 
-def _measured(checkout: Path, model: Path, given: argparse.Namespace) -> str:
+def _measured(checkout: Path, model: Path, flavour: str, min_cosine: str) -> str:
     command = [sys.executable, "-c", "from mmvision_export.cli.entry import main; main()"]
-    command += ["quantize", f"--{given.flavour}", "--model", str(model)]
-    command += ["--min-cosine", given.min_cosine]
+    command += ["quantize", f"--{flavour}", "--model", str(model)]
+    command += ["--min-cosine", min_cosine]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -75,16 +80,17 @@ def _measured(checkout: Path, model: Path, given: argparse.Namespace) -> str:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    out, _ = process.communicate()
+    assert process.stdout is not None
+    out = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if process.returncode:
+    if status:
         sys.exit(f"{checkout}: {out}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     report = next(iter(Manifest.read(model).quantization.values()))
     units = len(report["kept"]) + len(report["quantized"])
+    cpu = used.ru_utime + used.ru_stime
     return (
-        f"{seconds:10.1f}{cpu:10.1f}{after.ru_maxrss / 1024:10.0f}{len(report['kept']):8}{units:6}"
+        f"{seconds:10.1f}{cpu:10.1f}{used.ru_maxrss / 1024:10.0f}{len(report['kept']):8}{units:6}"
         f"  {report['reached']:.6f}"
     )
 

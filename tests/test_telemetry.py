@@ -65,7 +65,9 @@ def arguments(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     return [exported, folder / "pixels.npy", folder / "grid.npy"]
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime-cpu", "openvino"])
+@pytest.mark.parametrize(
+    "backend", ["onnxruntime-cpu", pytest.param("openvino", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("program", _PROGRAMS)
 def test_nothing_is_written_or_called(
     program: str, backend: str, library: Path, arguments: list[Path]

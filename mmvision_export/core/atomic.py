@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mmvision_export.core.errors import OutputError
+from mmvision_export.core.signals import signals_wait
 
 try:
     import fcntl
@@ -168,15 +170,10 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
-        temporary = Path(
-            tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}.", suffix=".partial", dir=parent)
-        )
+        # Named before it is made: a signal between the two leaves nothing that nobody knows of.
+        temporary = parent / f"{_PREFIX}{os.getpid()}.{secrets.token_hex(6)}.partial"
+        temporary.mkdir()
         lock = _locked(temporary)
-        # mkdtemp makes a private directory; what takes a public place gets the permissions of any
-        # new directory.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
         yield temporary
     except OSError as error:
         if error.errno in _NO_SPACE:
@@ -187,17 +184,19 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
             ) from error
         raise OutputError(f"{parent}: cannot write {name}: {error.strerror}") from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-        if temporary is not None and temporary.exists():
-            # Where no handle was left, the lock's is free now.
-            shutil.rmtree(temporary, ignore_errors=True)
-        for folder in made:
-            # Empty only if the block failed.
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        # A signal in the middle would leave the rest, until another command sweeps it.
+        with signals_wait():
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+            if temporary is not None and temporary.exists():
+                # Where no handle was left, the lock's is free now.
+                shutil.rmtree(temporary, ignore_errors=True)
+            for folder in made:
+                # Empty only if the block failed.
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
 
 def sweep(folder: Path) -> None:

@@ -174,6 +174,7 @@ def test_another_function_in_bf16_is_refused(
     assert "torch-eager-bf16" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_side_in_bf16_may_be_first(exported: Path) -> None:
     """The others are still held to the first in float32."""
     result = run(exported, ["torch-eager-bf16", "onnxruntime-cpu", "openvino"], [])
@@ -223,6 +224,7 @@ def test_a_dense_side_is_left_out_where_it_would_not_fit(
     assert result.skipped == ["torch-eager: two"]
 
 
+@pytest.mark.slow
 def test_a_large_batch_has_a_process_of_its_own(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

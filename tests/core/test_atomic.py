@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +171,7 @@ def test_an_interrupt_between_the_renames_rolls_back(
 ENDS_IN_THE_MIDDLE = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from mmvision_export.core.atomic import new_directory, new_files
 folder = Path(sys.argv[1])
 with new_files(folder, name="x") as new:
@@ -254,3 +257,22 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> No
     (tmp_path / "file").touch()
     with refused(OutputError, tmp_path / "file"):
         refuse_unwritable(tmp_path / "file" / "b")
+
+
+def test_an_interrupt_while_the_rest_is_removed_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+    interrupted: list[Path] = []
+
+    def removed(path: Path, **options: Any) -> None:
+        if not interrupted:
+            interrupted.append(path)
+            signal.raise_signal(signal.SIGINT)
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    with pytest.raises(KeyboardInterrupt), new_files(tmp_path, name="x") as new:
+        (new / "x").write_text("whole")
+    assert interrupted
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -393,6 +393,7 @@ def test_a_folder_without_the_header_is_refused(tmp_path: Path) -> None:
 
 
 @X86
+@pytest.mark.slow
 def test_clang_tidy(tmp_path: Path) -> None:
     clang_tidy = tool("clang-tidy", "clang-tidy")
     folder = plugins_root() / "amx"

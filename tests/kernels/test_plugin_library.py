@@ -118,6 +118,7 @@ def test_two_cubins_ptx_and_nothing_of_the_machine_inside(library: Path) -> None
     assert str(plugins_root()).encode() not in content
 
 
+@pytest.mark.slow
 def test_contract_under_sanitizers(settings: dict[str, str | Path], tmp_path: Path) -> None:
     cmake_build(tmp_path, {**settings, "MMVISION_SANITIZE": "ON"})
     log = output("ctest", "--test-dir", tmp_path, "--output-on-failure")
@@ -128,6 +129,7 @@ def test_contract_under_sanitizers(settings: dict[str, str | Path], tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 def test_contract_on_aarch64(settings: dict[str, str | Path], tmp_path: Path) -> None:
     tool("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")
     tool("qemu-aarch64", "qemu-user")
@@ -156,6 +158,7 @@ def test_contract_finds_a_wrong_argument(settings: dict[str, str | Path], tmp_pa
     assert "argument<uintptr_t>(launch, i) == 0x1000 * (i + 1)" in result.stdout
 
 
+@pytest.mark.slow
 def test_clang_tidy(settings: dict[str, str | Path], tmp_path: Path) -> None:
     clang_tidy = tool("clang-tidy", "clang-tidy")
     variables = [f"-D{name}={value}" for name, value in settings.items()]

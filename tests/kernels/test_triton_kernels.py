@@ -63,7 +63,7 @@ def check(lengths: list[int], head_dim: int, dtype: str, heads: int = 2, **block
     assert relative_l2(out.double(), expected) <= limit
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(0, 100), min_size=1, max_size=7).filter(any),
     head_dim=st.sampled_from(HEAD_DIMS),
