@@ -101,6 +101,7 @@ def _opened(arguments: argparse.Namespace) -> VisionEncoder:
         precision=arguments.precision,
         max_patches=arguments.max_patches,
         max_images=arguments.max_images,
+        weight_budget=arguments.weight_budget,
         trust=arguments.trust,
         verify=arguments.verify,
         progress=_progress(arguments),

@@ -195,7 +195,7 @@ def built(request: PlanRequest, *, decomposable: bool) -> Outcome:
         with G_LOGGER.verbosity(G_LOGGER.VERBOSE):
             plan: bytes | BuilderError = plan_from_model(
                 request, decomposable=decomposable, progress=Progress()
-            )
+            ).content
     except BuilderError as error:
         plan = error
     finally:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Any, Literal, get_args
 
+from mmvision_export.artifacts.build_options import DEFAULT_OPTIONS, BuildOptions
 from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ManifestError
@@ -84,15 +85,18 @@ class BuildTarget(Installation):
         opset: Of the graph it is built from.
         gpu: The one that the kernels are timed on. None for TensorRT-RTX, which times nothing when it
             builds.
+        options: What else was chosen.
     """
 
     compute_capabilities: tuple[ComputeCapability, ...]
     precision: str
     opset: int
     gpu: Gpu | None = None
+    options: BuildOptions = DEFAULT_OPTIONS
 
     @property
     def engine_name(self) -> str:
-        """File name of the engine."""
+        """File name of the engine. Engines of different options lie beside each other."""
         gpus = "-".join(str(capability.sm) for capability in self.compute_capabilities)
-        return f"{self.backend}-{self.tensorrt_version}-sm{gpus}-{self.precision}.engine"
+        words = "-".join((self.precision, *self.options.words))
+        return f"{self.backend}-{self.tensorrt_version}-sm{gpus}-{words}.engine"

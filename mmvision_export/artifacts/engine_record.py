@@ -13,8 +13,11 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mmvision_export.artifacts.build_options import AMPERE, DEFAULT_OPTIONS, BuildOptions
 from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
+from mmvision_export.artifacts.companion_file import CompanionFile
 from mmvision_export.artifacts.gpu import Gpu
+from mmvision_export.artifacts.layer_counts import LayerCounts
 from mmvision_export.artifacts.manifest import Manifest, refuse_path
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
@@ -161,6 +164,11 @@ class EngineRecord:
         gpu: The GPU that its kernels were timed on: on another one of the same compute capability it
             runs, with kernels that may not be the fastest there. None where nothing was timed, and in
             sidecars from before it was kept.
+        options: What else was chosen for it; none in sidecars from before they were kept.
+        refit_graph: The graph as it was parsed, without its weights, by which weights are put into the
+            engine; None where it takes none.
+        layers: What it is made of; None where nobody listed the layers, and in sidecars from before
+            they were counted.
     """
 
     backend: TensorRTName
@@ -178,8 +186,15 @@ class EngineRecord:
     plugin_library: PluginFile | None = None
     passed_over: dict[str, str] = dataclasses.field(default_factory=dict)
     gpu: Gpu | None = None
+    options: BuildOptions = DEFAULT_OPTIONS
+    refit_graph: CompanionFile | None = None
+    layers: LayerCounts | None = None
 
     def __post_init__(self) -> None:
+        if self.options.takes_weights != (self.refit_graph is not None):
+            raise ManifestError(
+                "an engine that takes weights must have a refit_graph, and no other may have one"
+            )
         if self.precision not in PRECISIONS:
             raise ManifestError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
@@ -203,6 +218,36 @@ class EngineRecord:
         """
         weights = self.graph.data_bytes
         return self.engine.size_bytes / weights if weights else None
+
+    @property
+    def companions(self) -> list[CompanionFile]:
+        """Files that lie beside the engine and belong to it, apart from a library."""
+        layers = None if self.layers is None else self.layers.file
+        return [file for file in (self.refit_graph, layers) if file is not None]
+
+    def loads_in(self, version: TensorRTVersion) -> bool:
+        """Whether a release of its TensorRT loads it: the one that built it, or a later one.
+
+        References:
+            Developer guide, Engine Compatibility: "engines built with version compatibility enabled
+            using TensorRT 11.0 will be compatible with TensorRT 11.1 and later 11.x versions". That
+            TensorRT 11 loads engines of 10, as it says too, is not relied on.
+        """
+        if version == self.tensorrt_version:
+            return True
+        built, here = self.tensorrt_version.release, version.release
+        return self.options.version_compatible and built[0] == here[0] and built <= here
+
+    def runs_on(self, gpu: ComputeCapability) -> bool:
+        """Whether GPUs of a compute capability run it."""
+        is_ampere_plus = self.options.hardware == "ampere-plus" and gpu >= AMPERE
+        return gpu in self.compute_capabilities or (is_ampere_plus and not gpu.is_jetson)
+
+    def takes_other_weights(self, data_sha256: str) -> bool:
+        """Whether it must be given weights, or these, before it computes with them."""
+        return self.options.strip_weights or (
+            self.options.refit and data_sha256 != self.graph.data_sha256
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The sidecar's content: attention in words for people, and as `lowering` in fields."""
@@ -297,16 +342,17 @@ def refuse_foreign_engine(
     Raises:
         ManifestError: Names what differs, with both values.
     """
-    for what, built, installed in (
-        ("TensorRT kind", record.backend, here.backend),
-        ("TensorRT version", record.tensorrt_version, here.tensorrt_version),
-        ("platform", record.platform, here.platform),
+    is_loaded = record.loads_in(here.tensorrt_version)
+    for what, built, installed, fits in (
+        ("TensorRT kind", record.backend, here.backend, record.backend == here.backend),
+        ("TensorRT version", record.tensorrt_version, here.tensorrt_version, is_loaded),
+        ("platform", record.platform, here.platform, record.platform == here.platform),
     ):
-        if built != installed:
+        if not fits:
             raise ManifestError(
                 f"{engine}: built for {what} {built}, this machine has {installed}", hint=_REBUILD
             )
-    if compute_capability not in record.compute_capabilities:
+    if not record.runs_on(compute_capability):
         capabilities = ", ".join(map(str, record.compute_capabilities))
         raise ManifestError(
             f"{engine}: built for compute capability {capabilities}, "
@@ -314,11 +360,20 @@ def refuse_foreign_engine(
             hint=_REBUILD,
         )
     if manifest is not None:
-        _refuse_other_graph(engine, record.graph, manifest)
+        _refuse_other_graph(engine, record, manifest)
+    elif record.options.strip_weights:
+        raise ManifestError(
+            f"{engine} has no weights of its own, and lies in no model directory to take them from",
+            hint="put it and its sidecar into plans/ of the model directory, and open that",
+        )
 
 
-def _refuse_other_graph(engine: Path, graph: GraphRecord, manifest: Manifest) -> None:
-    for file, built in ((graph.name, graph.sha256), (f"{graph.name}.data", graph.data_sha256)):
+def _refuse_other_graph(engine: Path, record: EngineRecord, manifest: Manifest) -> None:
+    graph = record.graph
+    files = [(graph.name, graph.sha256)]
+    if not record.options.refit:
+        files.append((f"{graph.name}.data", graph.data_sha256))
+    for file, built in files:
         here = manifest.files[file].sha256 if file in manifest.files else "none"
         if built != here:
             raise ManifestError(

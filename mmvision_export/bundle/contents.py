@@ -104,6 +104,9 @@ def model_part(
         files = [path, sidecar_path(path)]
         if record.plugin_library is not None:
             files.append(path.parent / record.plugin_library.name)
+        for companion in record.companions:
+            companion.content(path)
+            files.append(path.parent / companion.name)
         sources |= {f"{BUNDLE_MODEL}/{PLANS}/{file.name}": file for file in files}
     return ModelPart(sources, part, [path.name for path, _ in engines])
 

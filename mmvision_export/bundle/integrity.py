@@ -123,6 +123,7 @@ def _model_directory(directory: Path, progress: Progress) -> Integrity:
             parts = {engine.name: record.engine}
             if record.plugin_library is not None:
                 parts[record.plugin_library.name] = record.plugin_library.record
+            parts |= {each.name: each.record for each in record.companions}
             for part, expected in parts.items():
                 count, size_bytes = count + 1, size_bytes + expected.size_bytes
                 with _noted(problems, f"{PLANS}/{part}"):

@@ -7,7 +7,18 @@ from typing import Annotated, Optional
 
 import typer
 
+from mmvision_export.artifacts.build_options import DEFAULT_OPTIONS, BuildOptions
 from mmvision_export.artifacts.library_record import Machine
+from mmvision_export.cli.build_options import (
+    Hardware,
+    OptimizationLevel,
+    Refit,
+    StripWeights,
+    TimingCacheFile,
+    VersionCompatible,
+    WeightStreaming,
+    Workspace,
+)
 from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import console, messages, progress_display
 from mmvision_export.cli.engine_sizes import EngineSizes
@@ -151,6 +162,7 @@ def _build_amx_library(output: Path | None, onnxruntime_include: Path | None, fo
     "mmvision build-engine --fp16 --compute-capability 8.9",
     "mmvision build-engine --fp16 --attention uniform --buckets 1x1024,8x1024,1x13824",
     "mmvision build-engine --int8 --model engines/MiniMax-M3",
+    "mmvision build-engine --fp16 --strip-weights --refit --optimization-level 5 --workspace 4G",
 )
 def build_engine(
     model: ModelOption = None,
@@ -238,6 +250,14 @@ def build_engine(
             "profile of its own. Default: 64, or 8,64 with --buckets. Slots say so themselves.",
         ),
     ] = None,
+    workspace: Workspace = None,
+    optimization_level: OptimizationLevel = None,
+    timing_cache: TimingCacheFile = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: Hardware = None,
+    strip_weights: StripWeights = False,
+    refit: Refit = False,
+    weight_streaming: WeightStreaming = False,
     check: Annotated[
         bool,
         typer.Option(
@@ -269,6 +289,15 @@ def build_engine(
         max_patches=max_patches,
         max_images=max_images,
     )
+    options = BuildOptions(
+        workspace_bytes=workspace,
+        optimization_level=optimization_level,
+        version_compatible=version_compatible,
+        hardware=hardware_compatible,
+        strip_weights=strip_weights,
+        refit=refit,
+        weight_streaming=weight_streaming,
+    )
     precision = one_precision(fp16=fp16, int8=int8, fp8=fp8)
     directory = the_model(model)
     manifest = Manifest.read(directory)
@@ -288,6 +317,8 @@ def build_engine(
             device=device,
             attention=attention,
             plugin_library=plugin_library,
+            options=options,
+            timing_cache=timing_cache,
             check=check,
             force=force,
             progress=progress,
@@ -301,6 +332,10 @@ def build_engine(
         f"attention: {record.attention}",
         markup=False,
     )
+    if record.options != DEFAULT_OPTIONS:
+        console.print(f"  options: {record.options}", markup=False)
+    if record.layers is not None:
+        console.print(f"  {record.layers}", markup=False)
     for profile in record.profiles:
         console.print(f"  {profile}", markup=False)
     room = max(profile.image_patches for profile in record.profiles)

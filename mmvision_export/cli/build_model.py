@@ -12,9 +12,21 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from mmvision_export.artifacts.build_options import BuildOptions
 from mmvision_export.artifacts.deployment import DEPLOYMENTS, DeploymentName
 from mmvision_export.artifacts.manifest import MANIFEST, Manifest, flavour_graph
 from mmvision_export.artifacts.verdicts import is_compared
+from mmvision_export.cli.build_options import (
+    Hardware,
+    OptimizationLevel,
+    Refit,
+    StripWeights,
+    TimingCacheFile,
+    VersionCompatible,
+    WeightStreaming,
+    Workspace,
+    arguments_from_options,
+)
 from mmvision_export.cli.command import examples
 from mmvision_export.cli.console import messages, progress_display
 from mmvision_export.cli.export import HUB_CHECKPOINT
@@ -102,6 +114,14 @@ def build(
     buckets: Annotated[
         Optional[str], typer.Option(metavar="N,N,...", help="Sizes: see mmvision build-engine.")
     ] = None,
+    workspace: Workspace = None,
+    optimization_level: OptimizationLevel = None,
+    timing_cache: TimingCacheFile = None,
+    version_compatible: VersionCompatible = False,
+    hardware_compatible: Hardware = None,
+    strip_weights: StripWeights = False,
+    refit: Refit = False,
+    weight_streaming: WeightStreaming = False,
     image: Annotated[
         Optional[list[Path]],
         typer.Option(
@@ -126,7 +146,17 @@ def build(
         raise typer.BadParameter("--random-weights needs --preset, and takes no --checkpoint")
     if (preset or seed is not None) and not random_weights:
         raise typer.BadParameter("--preset and --seed go with --random-weights")
-    if target == "cpu" and (fp16 or fp32 or compute_capabilities or buckets):
+    options = BuildOptions(
+        workspace_bytes=workspace,
+        optimization_level=optimization_level,
+        version_compatible=version_compatible,
+        hardware=hardware_compatible,
+        strip_weights=strip_weights,
+        refit=refit,
+        weight_streaming=weight_streaming,
+    )
+    chosen = arguments_from_options(options, timing_cache)
+    if target == "cpu" and (fp16 or fp32 or compute_capabilities or buckets or chosen):
         raise typer.BadParameter("--target cpu builds no engine: leave out the engine's options")
     name = preset or Path(checkpoint or HUB_CHECKPOINT).resolve().name
     directory = output or Path("engines") / name
@@ -158,14 +188,15 @@ def build(
         gpus = [
             part for each in compute_capabilities or () for part in ("--compute-capability", each)
         ]
-        options = [
+        arguments = [
             *(["--fp16"] if precision == "fp16" else []),
             *model,
             *(["--backend", str(DEPLOYMENTS[target].tensorrt)] if target else []),
             *gpus,
             *(["--buckets", buckets] if buckets else []),
+            *chosen,
         ]
-        steps.append(Step("build-engine", options, lambda: None))
+        steps.append(Step("build-engine", arguments, lambda: None))
     # With --json the results of the steps go where their progress goes.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         done = _run(steps, dry_run=dry_run)

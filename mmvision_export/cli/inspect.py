@@ -19,11 +19,21 @@ from mmvision_export.core.errors import printable
 __all__ = ["inspect"]
 
 
-@examples("mmvision inspect engines/MiniMax-M3", "mmvision inspect model.onnx --json")
+@examples(
+    "mmvision inspect engines/MiniMax-M3",
+    "mmvision inspect model.onnx --json",
+    "mmvision inspect --layers engines/MiniMax-M3/plans/NAME.engine",
+)
 def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="DIR|FILE", help="Model directory, .onnx graph or .engine.")
     ],
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Of an engine: its layers by kind and type, from the report beside it."
+        ),
+    ] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -34,8 +44,12 @@ def inspect(
     compares the hashes with the manifest.
     """
     from mmvision_export.graph.inspection import inspect as describe
+    from mmvision_export.graph.inspection import inspect_layers
 
-    described = describe(path)
+    described = inspect_layers(path) if layers else describe(path)
+    if layers and not as_json and sys.stdout.isatty():
+        console.print(_layer_table(described))
+        return
     if as_json or not sys.stdout.isatty():
         print_json(described)
         return
@@ -45,6 +59,27 @@ def inspect(
     for name, value in _rows(described):
         table.add_row(escape(printable(name)), escape(printable(value)))
     console.print(table)
+
+
+def _layer_table(described: Mapping[str, Any]) -> Table:
+    """Layers of each kind, by the type of their output."""
+    types = list(dict.fromkeys(each for row in described["precisions"].values() for each in row))
+    table = Table(
+        box=None,
+        title=f"{described['count']} layers, {described['fused_attention']} of fused attention",
+        caption=f"listed by the {described['source']}, in {described['file']}",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("kind")
+    for name in ("layers", *types):
+        table.add_column(name, justify="right")
+    for kind, count in described["kinds"].items():
+        row = described["precisions"][kind]
+        table.add_row(
+            escape(printable(kind)), str(count), *(str(row.get(each, "")) for each in types)
+        )
+    return table
 
 
 def _rows(described: Mapping[str, Any], indent: str = "") -> Iterator[tuple[str, str]]:

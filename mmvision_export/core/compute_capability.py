@@ -55,5 +55,10 @@ class ComputeCapability:
         """The compiler's number: 89 for 8.9."""
         return 10 * self.major + self.minor
 
+    @property
+    def is_jetson(self) -> bool:
+        """Whether it is that of a Jetson, which shares no kernels with a desktop's GPU of its generation."""
+        return str(self) in ("7.2", "8.7", "10.1", "11.0")
+
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}"

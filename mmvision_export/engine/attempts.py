@@ -18,7 +18,7 @@ from mmvision_export.core.errors import EngineError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.engine.attention import Lowering
-from mmvision_export.engine.builder import BuilderError
+from mmvision_export.engine.builder import BuilderError, Plan
 from mmvision_export.engine.layer_norm import LayerNormForm, layer_norm_form_for_parser
 from mmvision_export.engine.parser_support import ParserVersion
 
@@ -60,12 +60,12 @@ class Built:
 
     Attributes:
         attempt: How it was built.
-        plan: Its bytes.
+        plan: It.
         passed_over: What could not be built before, in the order it was tried, and why.
     """
 
     attempt: Attempt
-    plan: bytes
+    plan: Plan
     passed_over: dict[str, str]
 
 
@@ -106,7 +106,7 @@ def _permissions(lowering: Lowering, precision: str) -> Sequence[bool]:
 
 
 def first_that_builds(
-    attempts: Sequence[Attempt], build: Callable[[Attempt], bytes], progress: Progress
+    attempts: Sequence[Attempt], build: Callable[[Attempt], Plan], progress: Progress
 ) -> Built:
     """Build an engine in the first way that the builder can.
 

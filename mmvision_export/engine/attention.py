@@ -196,6 +196,10 @@ def _obstacle_to_packed(target: BuildTarget) -> str | None:
 def _obstacle_to_plugins(target: BuildTarget) -> str | None:
     if target.backend == "tensorrt-rtx":
         return "TensorRT-RTX takes none"
+    if target.options.version_compatible:
+        # A plan of that kind brings a runtime of its own, with a registry of its own (developer guide,
+        # Version Compatibility).
+        return "a version-compatible engine runs in the runtime inside it, which has no plugins of ours"
     if PRECISIONS[target.precision].has_half_attention:
         return None
     return f"their kernels are for fp16 and bf16, not for {target.precision}"

@@ -7,53 +7,50 @@ parse it. With TensorRT-RTX neither a GPU nor a driver is needed.
 
 from __future__ import annotations
 
-import datetime
 import functools
-import importlib.metadata
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
+from mmvision_export.artifacts.build_options import BuildOptions
 from mmvision_export.artifacts.build_target import BuildTarget
-from mmvision_export.artifacts.engine_record import (
-    EngineRecord,
-    GraphRecord,
-    PluginFile,
-    sidecar_path,
-)
+from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.manifest import DATA, GRAPH, PLANS, Manifest, flavour_graph
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import Profile, checked_profile
 from mmvision_export.artifacts.verdicts import standing_failures
 from mmvision_export.core.atomic import new_files, sweep
 from mmvision_export.core.compute_capability import ComputeCapability
-from mmvision_export.core.errors import EngineError, ManifestError, OutputError
-from mmvision_export.core.files import FileRecord
+from mmvision_export.core.errors import EngineError
 from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
-from mmvision_export.core.trust import record_built
-from mmvision_export.core.user_folders import cache_folder, private_folder
 from mmvision_export.engine.attempts import (
     Attempt,
-    Built,
     attempts_from_lowering,
     first_that_builds,
 )
 from mmvision_export.engine.attention import choose_lowering, lowered_model
-from mmvision_export.engine.builder import PlanRequest, plan_from_model
+from mmvision_export.engine.builder import Plan, PlanRequest, plan_from_model
 from mmvision_export.engine.choices import SLOT_WAYS, AttentionWay, TensorRTChoice
+from mmvision_export.engine.engine_files import (
+    already_there,
+    note_what_is_odd,
+    record_of,
+    remove_stale,
+    trust,
+    write_engine,
+)
 from mmvision_export.engine.float16 import derive_fp16
+from mmvision_export.engine.option_support import BuildRequest, refuse_options
 from mmvision_export.engine.parser_support import parser_version
 from mmvision_export.engine.target import resolve_target, timing_on
+from mmvision_export.engine.timing_cache import TimingCache, timing_cache_for
+from mmvision_export.runtime.backends.cuda import current_gpu
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
-from mmvision_export.version import __version__
 
 __all__ = ["build_engine"]
-
-_LARGEST_PLAN = 1.2  # times the weights
 
 
 def build_engine(
@@ -68,6 +65,8 @@ def build_engine(
     device: int | None = None,
     attention: AttentionWay = "auto",
     plugin_library: Path | None = None,
+    options: BuildOptions | None = None,
+    timing_cache: Path | None = None,
     check: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -92,6 +91,10 @@ def build_engine(
         attention: How attention is done.
         plugin_library: Where the plugin library is; where `build-plugins` puts it if None. The
             engine's folder gets a copy.
+        options: What else is chosen of the engine; TensorRT's defaults if None.
+        timing_cache: File of kernel timings to read and to add to, made if it is missing. By default
+            one in the user's own cache, for each GPU and release. It holds compiled kernels, so that
+            it must be a file that only this user can write to.
         check: Compare a newly derived float16 graph with the float32 one in ONNX Runtime before
             building from it, and refuse a graph that failed its comparison with PyTorch.
         force: Replace an engine of the same name.
@@ -103,9 +106,10 @@ def build_engine(
     Raises:
         ManifestError: Files of the model directory are missing or damaged.
         BackendError: TensorRT is not installed, or there is no such device.
-        EngineError: The request cannot be met, the graph was not parsed, or the engine was not
-            built.
-        OutputError: The engine exists, or cannot be written.
+        EngineError: The request cannot be met, an option is not to be had there, the graph was not
+            parsed, or the engine was not built.
+        InputError: The timing cache cannot be read.
+        OutputError: The engine exists, or it or the timing cache cannot be written.
     """
     progress = progress or Progress()
     _refuse_other_sizes(attention, profiles)
@@ -116,13 +120,25 @@ def build_engine(
         backend=backend,
         compute_capabilities=compute_capabilities,
         device=device,
+        options=options,
         progress=progress,
     )
+    refuse_options(
+        BuildRequest(
+            target=target,
+            module=import_tensorrt(target.backend),
+            timing_cache=timing_cache,
+            has_gpu=target.gpu is not None or current_gpu(device or 0) is not None,
+        )
+    )
+    timings = timing_cache_for(target, timing_cache)
+    if timings is not None:
+        timings.refuse_unsafe()
     sweep(directory)
     engine = directory / PLANS / target.engine_name
     # An engine without a sidecar is what a killed build left, and opens nowhere.
     if engine.exists() and sidecar_path(engine).exists() and not force:
-        raise _already_there(engine, manifest, (profiles, slots))
+        raise already_there(engine, manifest, (profiles, slots))
     graph = _graph_for(target, directory, manifest, check=check, progress=progress)
     _refuse_failed_parity(graph, directory, manifest, check=check, progress=progress)
     choose = functools.partial(
@@ -151,15 +167,16 @@ def build_engine(
                 lowering, precision=target.precision, parser=parser_version(target)
             ),
             lambda attempt: _plan_of(
-                attempt, target, directory / graph, manifest, profiles, progress
+                attempt, target, directory / graph, manifest, profiles, timings, progress
             ),
             progress,
         )
         progress.step("writing the engine")
-        record = _record(target, graph, built, manifest, profiles)
-        _write(new, engine, built, record)
-    _trust(engine, record, progress)
-    _note_repeated_weights(record, progress)
+        record = record_of(engine, target, graph, built, manifest, profiles)
+        write_engine(new, engine, built, record)
+    remove_stale(engine, record)
+    trust(engine, record, progress)
+    note_what_is_odd(record, progress)
     # What was measured on an engine of this name was measured on another one.
     if f"{PLANS}/{engine.name}" in manifest.parity:
         manifest.update(directory, without_parity=f"{PLANS}/{engine.name}")
@@ -198,36 +215,6 @@ def _graph_for(
     return GRAPH
 
 
-def _already_there(
-    engine: Path, manifest: Manifest, sizes: Sequence[Sequence[Profile]]
-) -> OutputError:
-    """The engine that has this name: whether it is what was asked for, or in what it differs."""
-    keep = f"keep both by moving {engine.name} and its .json out of {PLANS}/, or replace it with --force"
-    try:
-        record = EngineRecord.read(engine)
-    except ManifestError as error:
-        return OutputError(
-            f"{engine} already exists, and {error.message}", hint="--force replaces it"
-        )
-    name = record.graph.name
-    digests = [
-        manifest.files[each].sha256
-        for each in (name, f"{name}.data", DATA)
-        if each in manifest.files
-    ]
-    if not {record.graph.sha256, record.graph.data_sha256} <= set(digests):
-        return OutputError(f"{engine} already exists, built from another graph", hint=keep)
-    asked = [[checked_profile(each, manifest.config) for each in group] for group in sizes if group]
-    if list(record.profiles) not in asked:
-        there = "; ".join(map(str, record.profiles))
-        return OutputError(f"{engine} already exists, built for other sizes: {there}", hint=keep)
-    return OutputError(
-        f"{engine} already exists, built from this graph for these sizes",
-        hint="use it, or replace it with --force",
-        reason="exists",
-    )
-
-
 def _refuse_failed_parity(
     graph: str, directory: Path, manifest: Manifest, *, check: bool, progress: Progress
 ) -> None:
@@ -254,8 +241,9 @@ def _plan_of(
     graph: Path,
     manifest: Manifest,
     profiles: Sequence[Profile],
+    timing_cache: TimingCache | None,
     progress: Progress,
-) -> bytes:
+) -> Plan:
     if attempt.lowering.library is not None:
         path, library = attempt.lowering.library
         load_plugin_library(import_tensorrt(target.backend), path, library.library.sha256)
@@ -269,95 +257,6 @@ def _plan_of(
         target=target,
         profiles=profiles,
         patch_dim=manifest.config.patch_dim,
-        timing_cache=_timing_cache(target),
+        timing_cache=timing_cache,
     )
     return plan_from_model(request, decomposable=attempt.decomposable, progress=progress)
-
-
-def _timing_cache(target: BuildTarget) -> Path | None:
-    """The file of a TensorRT's timings on one GPU; TensorRT-RTX times nothing when it builds.
-
-    TensorRT itself refuses the timings of another compute capability only.
-    """
-    if target.gpu is None:
-        return None
-    # It holds compiled kernels too (NvInfer.h, BuilderFlag::kDISABLE_COMPILATION_CACHE), so that it is
-    # in the user's own folder, where nobody else can put one.
-    folder = cache_folder()
-    if folder is None:
-        return None
-    try:
-        folder = private_folder(folder / "timing")
-    except OSError:
-        return None
-    return folder / f"{target.backend}-{target.tensorrt_version}-{target.gpu.file_name}"
-
-
-def _record(
-    target: BuildTarget,
-    graph: str,
-    built: Built,
-    manifest: Manifest,
-    profiles: Sequence[Profile],
-) -> EngineRecord:
-    lowering = built.attempt.lowering
-    library = lowering.library
-    return EngineRecord(
-        backend=target.backend,
-        tensorrt_version=target.tensorrt_version,
-        compute_capabilities=target.compute_capabilities,
-        platform=target.platform,
-        precision=target.precision,
-        attention=lowering.attention(fused=built.attempt.fused),
-        profiles=tuple(profiles),
-        graph=GraphRecord(
-            name=graph,
-            sha256=manifest.files[graph].sha256,
-            data_sha256=manifest.files[f"{graph}.data"].sha256,
-            data_bytes=manifest.files[f"{graph}.data"].size_bytes,
-        ),
-        engine=FileRecord.of(built.plan),
-        plugin_library=None if library is None else PluginFile.of(library[1].library),
-        config=manifest.config,
-        versions={
-            "mmvision-export": __version__,
-            "polygraphy": importlib.metadata.version("polygraphy"),
-            "onnx": importlib.metadata.version("onnx"),
-        },
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        passed_over=built.passed_over,
-        gpu=target.gpu,
-    )
-
-
-def _trust(engine: Path, record: EngineRecord, progress: Progress) -> None:
-    """Remember that this user built the engine, and chose the library that lies beside it."""
-    files = {record.engine.sha256: engine}
-    if (plugins := record.plugin_library) is not None:
-        files[plugins.record.sha256] = engine.parent / plugins.name
-    for sha256, path in files.items():
-        if (obstacle := record_built(sha256, path)) is not None:
-            progress.note(f"{path.name} opens only if you name it or pass --trust: {obstacle}")
-
-
-def _note_repeated_weights(record: EngineRecord, progress: Progress) -> None:
-    ratio = record.plan_per_weights
-    if ratio is None or ratio <= _LARGEST_PLAN or len(record.profiles) == 1:
-        return
-    assert record.graph.data_bytes is not None
-    progress.note(
-        f"the engine has {record.engine.size_bytes / 1e6:.1f} MB for "
-        f"{record.graph.data_bytes / 1e6:.1f} MB of weights, {ratio:.2f} times as much; at "
-        f"most {_LARGEST_PLAN} is expected. Its {len(record.profiles)} profiles have kernels of "
-        "their own, which are large beside small weights, or keep the weights once more. Fewer "
-        "--buckets or a newer TensorRT make the engine smaller"
-    )
-
-
-def _write(new: Path, engine: Path, built: Built, record: EngineRecord) -> None:
-    (new / engine.name).write_bytes(built.plan)
-    record.write(new / sidecar_path(engine).name)
-    library = built.attempt.lowering.library
-    if record.plugin_library is not None and library is not None:
-        # Beside the engine, so that its folder is all there is to copy.
-        shutil.copyfile(library[0], new / record.plugin_library.name)

@@ -12,18 +12,29 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from mmvision_export.artifacts.build_target import BuildTarget
+from mmvision_export.artifacts.build_options import size_text
+from mmvision_export.artifacts.build_target import BuildTarget, TensorRTName
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import EngineError
 from mmvision_export.core.progress import Progress
-from mmvision_export.engine.polygraphy_setup import captured_messages, use_tensorrt
+from mmvision_export.engine.builder_config import config_from_target, set_options
+from mmvision_export.engine.layer_report import LISTING, report_from_inspector, report_from_listing
+from mmvision_export.engine.polygraphy_setup import (
+    captured_messages,
+    messages_that_begin,
+    use_tensorrt,
+)
+from mmvision_export.engine.timing_cache import TimingCache
 from mmvision_export.runtime.backends.tensorrt import import_tensorrt
 
-__all__ = ["BuilderError", "PlanRequest", "plan_from_model"]
+__all__ = ["BuilderError", "Plan", "PlanRequest", "plan_from_model"]
 
 # TensorRT reports each tactic that lacks memory as an error, and a layer left with none as one
 # without an implementation: https://github.com/NVIDIA/TensorRT/issues/2643 and 477.
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|could not be allocated", re.IGNORECASE)
+
+
+_WORKSPACE = re.compile(r"workspace (?:limit|memory)", re.IGNORECASE)
 
 
 class BuilderError(EngineError):
@@ -49,10 +60,25 @@ class PlanRequest:
     target: BuildTarget
     profiles: Sequence[Profile]
     patch_dim: int
-    timing_cache: Path | None
+    timing_cache: TimingCache | None
 
 
-def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progress) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What was built.
+
+    Attributes:
+        content: The engine's bytes.
+        model: The serialised model that it was built from, without its weights.
+        layers: Its layers, in the engine inspector's JSON; None where nobody listed them.
+    """
+
+    content: bytes
+    model: bytes = b""
+    layers: bytes | None = None
+
+
+def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progress) -> Plan:
     """Parse a model and build its plan.
 
     Args:
@@ -70,32 +96,72 @@ def plan_from_model(request: PlanRequest, *, decomposable: bool, progress: Progr
     from polygraphy.exception import PolygraphyException
 
     progress.step("parsing the graph")
-    with captured_messages() as messages, _monitor(trt, progress) as monitor:
+    with (
+        captured_messages() as messages,
+        messages_that_begin(LISTING) as listings,
+        _monitor(trt, progress) as monitor,
+    ):
         kind: type[EngineError] = EngineError
         try:
             network = _network_from_model(trt, request.model, request.location)
             if decomposable and hasattr(trt.LayerType, "ATTENTION_INPUT"):
                 network = SetDecomposableAttentions(network)()
-            config = _config(request, monitor)(network[0], network[1])
-            cache = None if request.timing_cache is None else str(request.timing_cache)
+            cache = request.timing_cache
+            timings = b"" if cache is None else cache.content_for(network[0], progress)
+            config = config_from_target(
+                trt,
+                request.target,
+                profiles=request.profiles,
+                patch_dim=request.patch_dim,
+                monitor=monitor,
+                timings=timings,
+            )(network[0], network[1])
+            set_options(trt, config, request.target.options)
             kind = BuilderError
-            plan = EngineBytesFromNetwork(network, config=config, save_timing_cache=cache)()
+            content = bytes(EngineBytesFromNetwork(network, config=config)())
+            if cache is not None:
+                cache.keep(config, progress)
         except PolygraphyException as error:
             if monitor.cancelled:
                 raise KeyboardInterrupt from None
-            raise _failure(kind, [*messages, str(error)]) from error
+            limit = request.target.options.workspace_bytes
+            raise _failure(kind, [*messages, str(error)], limit) from error
+        if not monitor.cancelled:
+            layers = _layers(trt, request.target.backend, content, listings, progress)
     if monitor.cancelled:
         raise KeyboardInterrupt
-    return bytes(plan)
+    return Plan(content, request.model, layers)
 
 
-def _failure(kind: type[EngineError], messages: Sequence[str]) -> EngineError:
+def _layers(
+    trt: Any, backend: TensorRTName, plan: bytes, listings: Sequence[str], progress: Progress
+) -> bytes | None:
+    """The plan's layers. An engine is as good without a report of them."""
+    from polygraphy.backend.trt.util import get_trt_logger
+
+    progress.step("listing the layers")
+    try:
+        if backend == "tensorrt-rtx":
+            return report_from_listing(listings)
+        return report_from_inspector(trt, get_trt_logger(), plan)
+    except EngineError as error:
+        progress.note(f"the engine has no report of its layers: {error.message}")
+        return None
+
+
+def _failure(
+    kind: type[EngineError], messages: Sequence[str], workspace_bytes: int | None
+) -> EngineError:
     reasons = list(dict.fromkeys(messages))
     text = "the engine was not built:\n  " + "\n  ".join(reasons)
     if any(map(_OUT_OF_MEMORY.search, reasons)):
         return EngineError(
             text,
             hint="memory ran out: free some, or build for less with --max-patches or --buckets",
+        )
+    if workspace_bytes is not None and any(map(_WORKSPACE.search, reasons)):
+        return EngineError(
+            text, hint=f"--workspace {size_text(workspace_bytes)} is too little: give more, or none"
         )
     return kind(text)
 
@@ -124,49 +190,6 @@ def _parser_error(error: Any) -> str:
     )
     node = f"{error.node_name() or 'model'} ({error.node_operator() or 'no operator'})"
     return f"{node}{stack}: {error.desc()}"
-
-
-def _config(request: PlanRequest, monitor: Any) -> Any:
-    from polygraphy.backend.trt import CreateConfig
-
-    options: dict[str, Any] = {
-        "profiles": _tensor_profiles(request),
-        "progress_monitor": monitor,
-    }
-    if request.timing_cache is not None and request.timing_cache.is_file():
-        options["load_timing_cache"] = str(request.timing_cache)
-    if request.target.backend == "tensorrt":
-        return CreateConfig(**options)
-    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
-
-    pairs = [(gpu.major, gpu.minor) for gpu in request.target.compute_capabilities]
-    return CreateConfigRTX(compute_capabilities=pairs, **options)
-
-
-def _tensor_profiles(request: PlanRequest) -> list[Any]:
-    """Polygraphy's profiles, of which all but the first keep no weights of their own.
-
-    References:
-        NvInfer.h, `IOptimizationProfile::setExtraMemoryTarget`: by default (1.0) a profile may keep
-        weights once more, in the layout of its own kernels; at 0.0 the builder "attempts to create
-        the new optimization profile without allocating any additional weight memory". It is a hint,
-        and left aside for the first profile.
-    """
-    from polygraphy.backend.trt import Profile as TensorProfile
-
-    class SharingProfile(TensorProfile):  # type: ignore[misc]
-        def to_trt(self, builder: Any, network: Any) -> Any:
-            profile = super().to_trt(builder, network)
-            profile.extra_memory_target = 0.0
-            return profile
-
-    profiles: list[Any] = []
-    for profile in request.profiles:
-        tensors = SharingProfile() if profiles else TensorProfile()
-        for name, shapes in profile.input_shapes(request.patch_dim).items():
-            tensors.add(name, *shapes)
-        profiles.append(tensors)
-    return profiles
 
 
 @contextlib.contextmanager

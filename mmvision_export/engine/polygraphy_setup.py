@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from mmvision_export.core.errors import EngineError
 
-__all__ = ["captured_messages", "use_tensorrt"]
+__all__ = ["captured_messages", "messages_that_begin", "use_tensorrt"]
 
 
 def use_tensorrt(backend: str) -> None:
@@ -57,4 +57,36 @@ def captured_messages() -> Iterator[list[str]]:
         yield messages
     finally:
         G_LOGGER.use_python_logging_system, logger.propagate = before
+        logger.removeHandler(handler)
+
+
+class _Filter(logging.Handler):
+    def __init__(self, beginning: str, messages: list[str]) -> None:
+        super().__init__(level=1)
+        self._beginning = beginning
+        self._messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Polygraphy puts a letter in front, and indents all lines but the first.
+        text = record.getMessage().partition("] ")[2]
+        if text.startswith(self._beginning):
+            self._messages.append("\n".join(line.strip() for line in text.splitlines()))
+
+
+@contextlib.contextmanager
+def messages_that_begin(beginning: str) -> Iterator[list[str]]:
+    """Collect messages of any severity that begin so; inside `captured_messages`, so that no others are shown."""
+    from polygraphy.logger import G_LOGGER
+
+    messages: list[str] = []
+    handler = _Filter(beginning, messages)
+    logger = logging.getLogger("Polygraphy")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(1)
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.EXTRA_VERBOSE):
+            yield messages
+    finally:
+        logger.setLevel(before)
         logger.removeHandler(handler)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.artifacts.build_options import DEFAULT_OPTIONS, BuildOptions
 from mmvision_export.artifacts.build_target import (
     TENSORRT_NAMES,
     BuildTarget,
@@ -65,6 +66,7 @@ def resolve_target(
     backend: TensorRTChoice,
     compute_capabilities: Sequence[ComputeCapability],
     device: int | None,
+    options: BuildOptions | None = None,
     progress: Progress,
 ) -> BuildTarget:
     """What an engine of a model directory is built with and for.
@@ -76,6 +78,7 @@ def resolve_target(
         backend: TensorRT to build with.
         compute_capabilities: See `build_engine`.
         device: See `build_engine`.
+        options: See `build_engine`.
         progress: Told if no GPU was named and none is here.
 
     Raises:
@@ -108,21 +111,23 @@ def resolve_target(
         precision=precision,
         opset=manifest.opset,
         gpu=gpu,
+        options=options or DEFAULT_OPTIONS,
     )
 
 
 @contextlib.contextmanager
 def timing_on(target: BuildTarget, device: int | None) -> Iterator[None]:
-    """Let kernels be timed on a target's GPU meanwhile: TensorRT takes the calling thread's device.
+    """Let a build use a GPU meanwhile: TensorRT takes the calling thread's device.
 
     Args:
-        target: What is built for; without a GPU of its own, nothing is timed.
+        target: What is built for. TensorRT times kernels on its GPU; TensorRT-RTX times nothing, and
+            needs a GPU for engines that take weights only.
         device: The GPU's index.
 
     Raises:
         BackendError: The device does not work.
     """
-    if target.gpu is None:
+    if target.gpu is None and not target.options.takes_weights:
         yield
         return
     cuda = Cuda(device or 0)

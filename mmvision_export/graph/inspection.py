@@ -14,8 +14,9 @@ from mmvision_export.core.records import json_from_record
 from mmvision_export.core.trust import is_built_here
 from mmvision_export.graph.load import load_graph
 
-__all__ = ["inspect"]
+__all__ = ["inspect", "inspect_layers"]
 
+_SHOWN = {"name": "Name", "kind": "LayerType", "tactic": "TacticName", "from": "Metadata"}
 _CODE = (".engine", ".so", ".rtxcache")
 
 
@@ -35,6 +36,31 @@ def inspect(path: Path) -> dict[str, Any]:
     if path.suffix == ".onnx" and path.is_file():
         return _graph(path)
     raise ManifestError(f"{path}: no model directory, .onnx graph or .engine there")
+
+
+def inspect_layers(path: Path) -> dict[str, Any]:
+    """The layers of an engine, counted and listed, from the report beside it.
+
+    Raises:
+        ManifestError: It is no engine, has no report, or the report is not the one of its sidecar.
+    """
+    if path.suffix != ".engine":
+        raise ManifestError(
+            f"{path} is no .engine", hint="name an engine, as DIR/plans/NAME.engine, for its layers"
+        )
+    record = EngineRecord.read(path)
+    record.verify(path)
+    if record.layers is None:
+        raise ManifestError(
+            f"{path} has no report of its layers", hint="build it again with: mmvision build-engine"
+        )
+    layers = record.layers.read(path)
+    return {
+        "kind": "layers",
+        "file": path.name,
+        **json_from_record(record.layers),
+        "layers": [{name: layer.get(key, "") for name, key in _SHOWN.items()} for layer in layers],
+    }
 
 
 def _directory(path: Path) -> dict[str, Any]:
@@ -76,6 +102,10 @@ def _engine_or_problem(path: Path) -> dict[str, Any]:
 def _engine(path: Path) -> dict[str, Any]:
     record = EngineRecord.read(path)
     record.verify(path)
+    if record.refit_graph is not None:
+        record.refit_graph.content(path)
+    if record.layers is not None:
+        record.layers.read(path)
     return {
         "kind": "engine",
         "file": path.name,

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mmvision_export.core.errors import print_error
+from mmvision_export.artifacts.build_options import bytes_from_size
+from mmvision_export.core.errors import EngineError, print_error
 from mmvision_export.core.verified_files import VERIFY
 from mmvision_export.models.minimax_m3_vl.images import MAX_FILE_PIXELS
 from mmvision_export.models.minimax_m3_vl.resize import RESIZE_RULES
 from mmvision_export.runtime.backends import BACKENDS
+from mmvision_export.runtime.backends.backend import WeightBudget
 from mmvision_export.runtime.embeds_file import FORMATS
 from mmvision_export.runtime.given_images import STANDARD_INPUT, expanded
 from mmvision_export.version import __version__
@@ -30,6 +32,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print_error(message, f"{self.prog} --help")
         self.exit(2)
+
+
+def _weight_budget(text: str) -> WeightBudget:
+    if text == "auto":
+        return "auto"
+    try:
+        return 0 if text == "0" else bytes_from_size(text)
+    except EngineError as error:
+        raise argparse.ArgumentTypeError(f"{error.message}; {error.hint}") from None
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -74,6 +85,8 @@ Ctrl-C; 141 if nobody reads the output; 143 after SIGTERM""",
     for name, what in (("patches", "4096"), ("images", "64")):
         model.add_argument(f"--max-{name}", type=int, metavar="N", help=f"for onnxruntime-tensorrt: most {name} of a "
                            f"launch (default: {what})")  # fmt: skip
+    model.add_argument("--weight-budget", type=_weight_budget, metavar="SIZE|auto", help="of an engine built with "
+                       "--weight-streaming: most device memory for its weights, as 500M (default: all)")  # fmt: skip
     model.add_argument("--trust", action="store_true", default=None, help="also open engines and libraries "
                        "of the model directory that you have not built here; they are executable content")  # fmt: skip
     model.add_argument("--verify", choices=VERIFY, default="once", help="when the weights are hashed: the first time "

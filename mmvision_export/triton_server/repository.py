@@ -183,6 +183,9 @@ def _copy_model(
     files = [engine, sidecar_path(engine)]
     if record.plugin_library is not None:
         files.append(record.plugin_library.verify(engine))
+    for beside in record.companions:
+        beside.content(engine)
+        files.append(engine.parent / beside.name)
     (target / PLANS).mkdir()
     for path in files:
         _link(path, target / PLANS / path.name)
@@ -200,7 +203,8 @@ def _write_raw_model(
     on_gpu: bool,
 ) -> str | None:
     """The graph or engine as a model of the server's own backend; None where it has none."""
-    if record is not None and record.backend != "tensorrt":
+    # Triton's own backend puts no weights into a stripped engine.
+    if record is not None and (record.backend != "tensorrt" or record.options.strip_weights):
         return None
     raw = f"{name}_graph" if record is None else f"{name}_engine"
     version = new / raw / "1"

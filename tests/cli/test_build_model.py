@@ -85,9 +85,20 @@ def test_a_jetsons_engine_is_built_on_the_jetson(mmvision: Command, tmp_path: Pa
     assert "copy m to the Jetson" in result.err
 
 
+def test_options_of_the_plan_reach_the_engine(mmvision: Command, tmp_path: Path) -> None:
+    given = "--workspace 512M --optimization-level 5 --hardware-compatible ampere-plus --refit"
+    given += " --timing-cache t.cache --version-compatible --strip-weights --weight-streaming"
+    result = mmvision(*BUILD, "--target", "dgpu", "--dry-run", "--json", *given.split())
+    (step,) = [each for each in json.loads(result.out)["steps"] if each["step"] == "build-engine"]
+    words = step["command"].split()
+    assert sorted(words[words.index("--workspace") :]) == sorted(given.split())
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        ["--target", "cpu", "--refit"],
+        ["--workspace", "512"],
         ["--target", "cpu", "--fp16"],
         ["--fp16", "--fp32"],
         ["--checkpoint", "x"],

@@ -20,7 +20,7 @@ from mmvision_export.core.errors import ExportError
 from mmvision_export.models.weights import WeightSource
 from tests.support.checkpoints import LAYOUTS, STATE, write_checkpoint
 from tests.support.command import Command
-from tests.support.configs import copy_of
+from tests.support.configs import HEAD_DIM_80, copy_of
 
 TINY = ["export", "--onnx", "--preset", "tiny", "--random-weights"]
 
@@ -117,6 +117,15 @@ def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_pat
             "slots": None,
         }
     ]
+    layers = json.loads(mmvision("inspect", "--layers", str(engine)).out)
+    assert layers["fused_attention"] == HEAD_DIM_80.num_hidden_layers
+    assert len(layers["layers"]) == layers["count"]
+    assert f"  {layers['count']} layers: " in built.out
+    assert mmvision("inspect", "--layers", "engines/m").code == 1
+    options = ["--weight-streaming", "--workspace", "2G"]
+    streaming = mmvision("build-engine", "--compute-capability", "8.9", "--no-check", *options)
+    assert streaming.code == 0, streaming.err
+    assert "options: workspace2g, streaming" in streaming.out
     again = mmvision("build-engine", "--fp16", "--compute-capability", "8.9", "--buckets", "512,16")
     assert again.code == 1
     assert "already exists" in again.errors[0]
@@ -299,6 +308,9 @@ def test_errors_are_one_line(
         (["build-engine", "--int8", "--fp8"], "choose one of --int8, --fp8"),
         (["build-engine", "--compute-capability", "ada"], "'ada'"),
         (["build-engine", "--device", "-1"], "--device"),
+        (["build-engine", "--workspace", "4096"], "'4096'"),
+        (["build-engine", "--optimization-level", "6"], "--optimization-level"),
+        (["build-engine", "--hardware-compatible", "hopper"], "hopper"),
         (["build-plugins", "--sm", "8"], "'8'"),
     ],
 )

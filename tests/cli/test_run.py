@@ -191,6 +191,7 @@ def test_errors(
         ["--pixel-values", "x.npy"],
         ["--image", "a.jpg", "--pixel-values", "x.npy", "--grid-thw", "g.npy"],
         ["--threads", "0"],
+        ["--weight-budget", "500"],
         ["--backend", "coreml"],
         ["--nonsense"],
         ["--video", "v.mp4", "--image", "a.jpg"],

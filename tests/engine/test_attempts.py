@@ -18,7 +18,7 @@ from mmvision_export.core.files import FileRecord
 from mmvision_export.engine.attempts import Attempt, attempts_from_lowering, first_that_builds
 from mmvision_export.engine.attention import Lowering
 from mmvision_export.engine.build import build_engine
-from mmvision_export.engine.builder import BuilderError, PlanRequest, plan_from_model
+from mmvision_export.engine.builder import BuilderError, Plan, PlanRequest, plan_from_model
 from mmvision_export.engine.polygraphy_setup import use_tensorrt
 from tests.support.configs import copy_of
 from tests.support.errors import refused
@@ -98,10 +98,10 @@ class Builder:
         self.failures = failures or []
         self.asked: list[str] = []
 
-    def __call__(self, attempt: Attempt) -> bytes:
+    def __call__(self, attempt: Attempt) -> Plan:
         self.asked.append(str(attempt))
         if str(attempt) == self.builds:
-            return b"plan"
+            return Plan(b"plan")
         if self.failures:
             raise self.failures.pop(0)
         raise BuilderError(f"failure {len(self.asked)}")
@@ -117,7 +117,7 @@ def test_any_failure_of_the_builder_leads_to_the_next_way(builds: str) -> None:
     builder = Builder(builds)
     built = first_that_builds(all_attempts(), builder, notes)
     before = names(PLUGIN)[: names(PLUGIN).index(builds)]
-    assert (str(built.attempt), built.plan) == (builds, b"plan")
+    assert (str(built.attempt), built.plan.content) == (builds, b"plan")
     # Every reason is kept, the first one first.
     assert list(built.passed_over.items()) == [
         (name, f"failure {index}") for index, name in enumerate(before, 1)
@@ -203,7 +203,7 @@ def test_a_layer_norm_that_has_no_implementation(
     builder = FailingBuilder(monkeypatch, NO_IMPLEMENTATION)
     requests: list[bytes] = []
 
-    def plan(request: PlanRequest, **options: Any) -> bytes:
+    def plan(request: PlanRequest, **options: Any) -> Plan:
         requests.append(request.model)
         return plan_from_model(request, **options)
 

@@ -32,7 +32,7 @@ from mmvision_export.engine.attention import Lowering
 from mmvision_export.engine.build import (
     build_engine,
 )
-from mmvision_export.engine.builder import PlanRequest
+from mmvision_export.engine.builder import Plan, PlanRequest
 from mmvision_export.engine.float16 import derive_fp16
 from mmvision_export.engine.polygraphy_setup import use_tensorrt
 from mmvision_export.engine.target import choose_tensorrt
@@ -127,7 +127,7 @@ def test_an_engine_that_keeps_weights_twice_is_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights_bytes = Manifest.read(directory).files["model.onnx.data"].size_bytes
-    plan = bytes(round(times * weights_bytes))
+    plan = Plan(bytes(round(times * weights_bytes)))
     monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", lambda *_, **__: plan)
     notes = Notes()
     _, record = build(
@@ -416,9 +416,9 @@ def test_an_engine_with_plugins_brings_its_library(
     loaded: list[str] = []
     nodes: list[str] = []
 
-    def plan(request: PlanRequest, **_: Any) -> bytes:
+    def plan(request: PlanRequest, **_: Any) -> Plan:
         nodes.extend(node.op_type for node in onnx.load_model_from_string(request.model).graph.node)
-        return b"plan"
+        return Plan(b"plan")
 
     monkeypatch.setattr(
         "mmvision_export.engine.build.choose_lowering",
@@ -506,9 +506,9 @@ def test_packed_attention_may_not_be_built_from_several_kernels(
 ) -> None:
     permissions: list[bool] = []
 
-    def plan(request: PlanRequest, *, decomposable: bool, progress: Progress) -> bytes:
+    def plan(request: PlanRequest, *, decomposable: bool, progress: Progress) -> Plan:
         permissions.append(decomposable)
-        return b"plan"
+        return Plan(b"plan")
 
     monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", plan)
     monkeypatch.setattr("mmvision_export.engine.attention._LAST_RTX_WITHOUT", (1, 0))

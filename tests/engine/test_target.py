@@ -17,7 +17,7 @@ from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError
 from mmvision_export.engine.build import build_engine
-from mmvision_export.engine.builder import PlanRequest
+from mmvision_export.engine.builder import Plan, PlanRequest
 from mmvision_export.runtime.backends.cuda import current_gpu
 from mmvision_export.runtime.backends.cuda_driver import CudaDriver
 from tests.support.configs import copy_of
@@ -55,14 +55,14 @@ class Builds:
         monkeypatch.setitem(sys.modules, "tensorrt", module)
         monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", self.plan)
 
-    def plan(self, request: PlanRequest, **_: Any) -> bytes:
+    def plan(self, request: PlanRequest, **_: Any) -> Plan:
         current = ctypes.c_void_p()
         self.driver.library.cuCtxGetCurrent(ctypes.byref(current))
         self.requests.append(request)
         self.contexts.append(current.value)
         assert request.timing_cache is not None
-        request.timing_cache.write_bytes(b"timings")
-        return b"plan"
+        request.timing_cache.path.write_bytes(b"timings")
+        return Plan(b"plan", request.model)
 
 
 def build(directory: Path, **options: Any) -> EngineRecord:
@@ -106,7 +106,7 @@ def test_kernels_are_timed_on_the_device_that_was_named(
         assert EngineRecord.read(directory / "plans" / name) == record
     # Timings of the one are not those of the other, nor the file without a GPU in its name.
     caches = [request.timing_cache for request in builds.requests]
-    assert [cache.name for cache in caches if cache is not None] == [
+    assert [cache.path.name for cache in caches if cache is not None] == [
         f"tensorrt-{VERSION}-{record.gpu.file_name}" for record in records if record.gpu
     ]
     assert len(set(caches)) == 2
@@ -129,7 +129,7 @@ def test_a_failed_build_lets_the_device_go(
 ) -> None:
     Builds(driver, monkeypatch)
 
-    def plan(request: PlanRequest, **_: Any) -> bytes:
+    def plan(request: PlanRequest, **_: Any) -> Plan:
         raise EngineError("no plan")
 
     monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", plan)
@@ -159,9 +159,9 @@ def test_rtx_builds_for_the_device_that_was_named(
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     requests: list[PlanRequest] = []
 
-    def plan(request: PlanRequest, **_: Any) -> bytes:
+    def plan(request: PlanRequest, **_: Any) -> Plan:
         requests.append(request)
-        return b"plan"
+        return Plan(b"plan", request.model)
 
     monkeypatch.setattr("mmvision_export.engine.build.plan_from_model", plan)
     directory = copy_of(exported, tmp_path / "m")

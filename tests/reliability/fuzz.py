@@ -28,7 +28,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from PIL import Image
 
-from mmvision_export.artifacts.engine_record import EngineRecord
+from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.external_data import external_locations
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import MmvisionError
@@ -160,7 +160,8 @@ def seeds(directory: Path) -> dict[str, list[bytes]]:
     Args:
         directory: A model directory with an engine in `plans/`.
     """
-    (sidecar,) = directory.glob("plans/*.json")
+    (engine,) = directory.glob("plans/*.engine")
+    sidecar = sidecar_path(engine)
     return {
         "graph": [_small_graph(), (directory / "model.cpu.onnx").read_bytes()],
         "manifest": _with_and_without_checksum(directory / "manifest.json"),

@@ -65,7 +65,10 @@ def _engine_state(folder: Path) -> State:
     for engine in (folder / _MODEL / "plans").glob("*.engine"):
         if not engine.with_suffix(".json").exists():
             continue  # counts as absent
-        EngineRecord.read(engine).verify(engine)
+        record = EngineRecord.read(engine)
+        record.verify(engine)
+        for companion in record.companions:
+            companion.content(engine)
         state[engine.name] = ""
     return state
 

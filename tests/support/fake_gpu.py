@@ -9,11 +9,13 @@ thread without a device. What CUDA leaves undefined fails in the driver's stand-
 from __future__ import annotations
 
 from mmap import mmap
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from mmvision_export.artifacts.external_data import external_locations
 from tests.support.fake_driver import FakeDriver
 
 INPUTS = ("pixel_values", "grid_thw")
@@ -158,11 +160,36 @@ class RuntimeConfig:
 
 
 class Engine:
-    """A deserialised engine."""
+    """A deserialised engine. Without its weights it has no context, and with a context no other budget."""
 
     def __init__(self, trt: TensorRT) -> None:
         self.trt = trt
         self.num_optimization_profiles = len(trt.profiles)
+        self.has_weights = not trt.is_stripped
+        self.has_contexts = False
+        self.budget = trt.streamable_bytes
+
+    @property
+    def streamable_weights_size(self) -> int:
+        return self.trt.streamable_bytes
+
+    def get_weight_streaming_automatic_budget(self) -> int:
+        assert self.trt.streamable_bytes
+        return self.trt.streamable_bytes // 4
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        assert self.trt.streamable_bytes
+        return self.budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, budget: int) -> None:
+        assert self.trt.streamable_bytes, "not built to stream weights"
+        assert not self.has_contexts, "a budget with active contexts"
+        assert budget >= 0
+        if self.trt.refuses("weight_streaming_budget_v2"):
+            raise RuntimeError("Error in set weight streaming budget.")  # as the binding does
+        self.budget = budget
 
     def get_tensor_shape(self, name: str) -> tuple[int, int]:
         return (-1, self.trt.widths[name])
@@ -184,9 +211,51 @@ class Engine:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         assert strategy == TensorRT.ExecutionContextAllocationStrategy.USER_MANAGED
         assert self.trt.driver.is_current(), "no device is this thread's"
+        assert self.has_weights, "an engine without its weights"
+        self.has_contexts = True
         if isinstance(how, RuntimeConfig):
             self.trt.configs.append(how)
         return None if self.trt.refuses("create_execution_context") else Context(self.trt)
+
+
+class EngineRefitter:
+    """Puts weights into an engine, once a parser has brought them all."""
+
+    def __init__(self, trt: TensorRT, engine: Engine) -> None:
+        assert not engine.has_contexts
+        self.trt = trt
+        self.engine = engine
+        self.is_brought = False
+
+    def get_missing_weights(self) -> list[str]:
+        return [] if self.is_brought else ["layers.0.mlp.fc1.weight"]
+
+    def refit_cuda_engine(self) -> bool:
+        if self.trt.refuses("refit_cuda_engine") or self.get_missing_weights():
+            return False
+        self.engine.has_weights = True
+        return True
+
+
+class ParserRefitter:
+    """Brings a graph's weights: from files beside the path that it is given."""
+
+    num_errors = 1
+
+    def __init__(self, refitter: EngineRefitter) -> None:
+        self.refitter = refitter
+
+    def refit_from_bytes(self, model: bytes, path: str) -> bool:
+        trt = self.refitter.trt
+        if trt.refuses("refit_from_bytes"):
+            return False
+        for location in external_locations(model):
+            trt.weights_read.append((Path(path).parent / location).read_bytes())
+        self.refitter.is_brought = not trt.refuses("get_missing_weights")
+        return True
+
+    def get_error(self, index: int) -> Any:
+        return SimpleNamespace(desc=lambda: "a parser's error")
 
 
 Limits = dict[str, tuple[int, int]]
@@ -229,7 +298,18 @@ class TensorRT:
         self.deserialised: list[bytes] = []
         self.configs: list[RuntimeConfig] = []
         self.first_rows: list[tuple[int, ...]] = []  # of each launch, as it found them
+        self.is_stripped = False
+        self.has_host_code = False
+        self.engine_host_code_allowed = False
+        self.streamable_bytes = 0
+        self.weights_read: list[bytes] = []
         self._logger: Any = None
+
+    def Refitter(self, engine: Engine, logger: Any) -> EngineRefitter | None:
+        return None if self.refuses("Refitter") else EngineRefitter(self, engine)
+
+    def OnnxParserRefitter(self, refitter: EngineRefitter, logger: Any) -> ParserRefitter:
+        return ParserRefitter(refitter)
 
     def memory_bytes(self, profile: int) -> int:
         """Memory for activations."""
@@ -253,4 +333,7 @@ class TensorRT:
     def deserialize_cuda_engine(self, plan: bytes | mmap) -> Engine | None:
         with memoryview(plan) as view:  # as the binding does, for the call
             self.deserialised.append(bytes(view))
+        if self.has_host_code and not self.engine_host_code_allowed:
+            self.log_error("host code is not allowed")
+            return None
         return None if self.refuses("deserialize_cuda_engine") else Engine(self)

@@ -62,12 +62,19 @@ class BackendRow:
 BACKENDS: dict[str, BackendRow] = {
     row.name: row
     for row in (
-        BackendRow(name="tensorrt", module="tensorrt", cls="TensorRTBackend", opens_engines=True),
+        BackendRow(
+            name="tensorrt",
+            module="tensorrt",
+            cls="TensorRTBackend",
+            opens_engines=True,
+            takes=("weight_budget",),
+        ),
         BackendRow(
             name="tensorrt-rtx",
             module="tensorrt_rtx",
             cls="TensorRTRTXBackend",
             opens_engines=True,
+            takes=("weight_budget",),
         ),
         BackendRow(name="onnxruntime-rtx", module="onnxruntime_gpu", cls="RtxBackend"),
         BackendRow(

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ from mmvision_export.models.minimax_m3_vl.packed_batch import PackedBatch
 from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.memory_guard import MemoryGuard
 
-__all__ = ["Backend", "BackendInfo", "BackendOptions", "DeviceBackend"]
+__all__ = ["Backend", "BackendInfo", "BackendOptions", "DeviceBackend", "WeightBudget"]
+
+WeightBudget = int | Literal["auto"]
+"""Device memory for the weights of an engine that streams them: bytes, or what TensorRT proposes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,9 @@ class BackendOptions:
             largest image of the model directory's preprocessing if that has more. Its engine is
             built once for all sizes up to it; memory for masked attention grows with its square.
         max_images: For `onnxruntime-tensorrt`: most images of a launch, 64 by default.
+        weight_budget: Of an engine built with `--weight-streaming`: most device memory for the weights
+            that can be streamed, in bytes, or `auto` for what TensorRT proposes. The rest stays in the
+            host's memory. None keeps all of them on the device.
         precision: What `openvino` computes in: `fp32`, its default, or `bf16` where the CPU has it.
         trust: Whether engines and libraries are loaded that this user has not built here: they are
             executable content (see `core.trust`). If None, one that is named is, and those that
@@ -76,6 +82,7 @@ class BackendOptions:
     kernel_library: str | Path | None = None
     max_patches: int | None = None
     max_images: int | None = None
+    weight_budget: WeightBudget | None = None
     precision: str | None = None
     trust: bool | None = None
     verify: Verify = "once"
@@ -89,6 +96,9 @@ class BackendOptions:
                 raise BackendError(f"{name} must be at least 1, got {value}")
         if self.threads is not None and self.threads > (most := _most_threads()):
             raise BackendError(f"threads must be at most {most}, got {self.threads}")
+        budget = self.weight_budget
+        if budget not in (None, "auto") and (not isinstance(budget, int) or budget < 0):
+            raise BackendError(f"weight_budget must be 'auto' or bytes from 0 on, got {budget!r}")
         if self.verify not in VERIFY:
             raise BackendError(f"verify must be one of {', '.join(VERIFY)}, got {self.verify!r}")
 
@@ -106,7 +116,7 @@ class BackendInfo:
         runtime: Package that runs the model, as `onnxruntime` or `tensorrt`.
         version: Its version.
         precision: Of the graph or engine; of OpenVINO, what it computes in.
-        weights_sha256: Of the file of weights, or of the one an engine was built from.
+        weights_sha256: Of the file of weights; of an engine, of those that are in it.
         model: The model directory.
         graph: File name of the graph.
         engine: The engine file.
@@ -117,6 +127,9 @@ class BackendInfo:
         captures_refused: Buckets that could not be captured and run without a graph, and why.
         profiles: Accepted sizes, for people.
         streams: Calls at once.
+        refitted: Whether the engine got its weights from the model directory when it was opened.
+        streamable_weight_bytes: Weights of the engine that need not be on the device.
+        resident_weight_bytes: Those of them that are.
         plugin_library: Name of the library beside the engine.
         kernels: TensorRT-RTX's kernel strategy.
         runtime_cache: TensorRT-RTX's file, and whether it was read.
@@ -141,6 +154,9 @@ class BackendInfo:
     captures_refused: dict[str, str] | None = None
     profiles: list[str] | None = None
     streams: int | None = None
+    refitted: bool | None = None
+    streamable_weight_bytes: int | None = None
+    resident_weight_bytes: int | None = None
     plugin_library: str | None = None
     kernels: str | None = None
     runtime_cache: str | None = None

@@ -33,6 +33,7 @@ from mmvision_export.runtime.backends.backend import BackendInfo, BackendOptions
 from mmvision_export.runtime.backends.cuda import Cuda
 from mmvision_export.runtime.backends.device_array import DeviceArray
 from mmvision_export.runtime.backends.engine_tensors import refuse_other_tensors
+from mmvision_export.runtime.backends.engine_weights import budget_weights, put_weights
 from mmvision_export.runtime.backends.engines import open_fitting
 from mmvision_export.runtime.backends.launch_lane import Lane
 from mmvision_export.runtime.backends.plugin_library import load_plugin_library
@@ -145,7 +146,7 @@ class TensorRTBackend:
             runtime="tensorrt",
             version=str(record.tensorrt_version),
             precision=record.precision,
-            weights_sha256=record.graph.data_sha256,
+            weights_sha256=_weights_of(record, manifest),
             engine=str(engine),
             attention=str(record.attention),
             splitting=self._planner.splitting,
@@ -161,13 +162,20 @@ class TensorRTBackend:
         self._num_lanes = 0
         self._cleanup = contextlib.ExitStack()
         try:
-            self._open(engine, record, module, options)
+            self._open(engine, record, module, options, manifest)
         except BaseException:
             with contextlib.suppress(BackendError):  # the first error is the one to report
                 self.close()
             raise
 
-    def _open(self, path: Path, record: EngineRecord, module: Any, options: BackendOptions) -> None:
+    def _open(
+        self,
+        path: Path,
+        record: EngineRecord,
+        module: Any,
+        options: BackendOptions,
+        manifest: Manifest | None,
+    ) -> None:
         refuse_untrusted(path, record.engine.sha256, named=bool(options.trust))
         with record.verified_map(path) as plan:
             if (plugins := record.plugin_library) is not None:
@@ -178,12 +186,15 @@ class TensorRTBackend:
             self._cuda.use()
             self._logger = _logger(module)
             runtime: trt.Runtime = self._checked(module.Runtime(self._logger), "create a runtime")
+            # It brings a runtime of its own, which is code, as the engine is that was trusted above.
+            runtime.engine_host_code_allowed = record.options.version_compatible
             self._engine = self._checked(
                 runtime.deserialize_cuda_engine(plan), f"deserialise {path}"
             )
         refuse_other_tensors(
             path, self._engine, config=self.config, dtype=self.dtype, profiles=self.profiles
         )
+        self._give_weights(path, record, module, options, manifest)
         for _ in range(options.streams):
             lane = Lane(
                 self._cuda,
@@ -200,6 +211,34 @@ class TensorRTBackend:
                 self._note_refusals(lane)
             self._lanes.put(lane)
             self._num_lanes += 1
+
+    def _give_weights(
+        self,
+        path: Path,
+        record: EngineRecord,
+        module: Any,
+        options: BackendOptions,
+        manifest: Manifest | None,
+    ) -> None:
+        """What has to be done before the engine has a context."""
+        if manifest is not None and record.takes_other_weights(self.info.weights_sha256):
+            put_weights(
+                self._engine,
+                path,
+                record,
+                manifest,
+                options,
+                module=module,
+                logger=self._logger,
+                checked=self._checked,
+            )
+            self.info.refitted = True
+        budget = budget_weights(self._engine, path, options.weight_budget)
+        if budget is not None:
+            self.info.streamable_weight_bytes, self.info.resident_weight_bytes = budget
+            if budget[1] < budget[0]:
+                # TensorRT-RTX: "Weight streaming is incompatible with CUDA graph capture."
+                self._cuda_graphs = self.info.cuda_graphs = False
 
     @property
     def _captures(self) -> bool:
@@ -274,6 +313,14 @@ class TensorRTBackend:
             self._logger.errors.clear()
             raise BackendError(f"TensorRT could not {what}: {reason}", hint="see: mmvision doctor")
         return result
+
+
+def _weights_of(record: EngineRecord, manifest: Manifest | None) -> str:
+    """Hash of the weights that an engine computes with: those of its directory, if it takes them."""
+    name = f"{record.graph.name}.data"
+    if manifest is None or not record.options.takes_weights:
+        return record.graph.data_sha256
+    return manifest.record_of(name).sha256
 
 
 def _logger(module: Any) -> Any:

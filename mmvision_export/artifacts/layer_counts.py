@@ -1,0 +1,152 @@
+"""What an engine is made of: its layers by kind, in the words of TensorRT's engine inspector.
+
+The layers themselves lie beside the engine, in the JSON that the inspector writes and that other tools
+read. The sidecar has their counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mmvision_export.artifacts.companion_file import CompanionFile
+from mmvision_export.core.errors import ManifestError
+
+__all__ = ["LayerCounts", "LayerSource", "counts_from_layers", "layers_of", "layers_path"]
+
+LayerSource = Literal["engine inspector", "builder"]
+"""Who listed the layers: the inspector of the deserialised engine, or the builder when it was done.
+The latter needs no GPU."""
+
+# Kernels of fused attention, by name or tactic: `_gemm_mha_v2_0x52db...` of TensorRT-RTX 1.7 and
+# TensorRT, `fmha_v2_flash_attention_...` of TensorRT.
+_FUSED_ATTENTION = re.compile(r"(?:^|_)f?mha|flash_attention", re.IGNORECASE)
+
+# The first that is found in what the inspector says of a tensor, as `Half` or
+# `Row major linear FP16 format (kLINEAR)`.
+_TYPES = (
+    ("bf16", r"bf16|bfloat16"),
+    ("fp16", r"fp16|half"),
+    ("fp8", r"fp8"),
+    ("fp4", r"fp4"),
+    ("fp32", r"fp32|float"),
+    ("int64", r"int64"),
+    ("int32", r"int32"),
+    ("int8", r"int8"),
+    ("int4", r"int4"),
+    ("bool", r"bool"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCounts:
+    """Layers of an engine, counted. Each profile has layers of its own.
+
+    Attributes:
+        file: The layers, beside the engine.
+        source: Who listed them.
+        count: How many.
+        kinds: Layers of each kind, most first. Kinds are TensorRT's: `kgen` is a kernel generated for
+            several operations, `gemm` a matrix product.
+        precisions: For each kind, layers by the type of their first output; `none` where they have
+            no output, `other` where the type is not known.
+        fused_attention: Layers that are a fused attention kernel, by their name or tactic.
+    """
+
+    file: CompanionFile
+    source: LayerSource
+    count: int
+    kinds: dict[str, int]
+    precisions: dict[str, dict[str, int]]
+    fused_attention: int
+
+    def __post_init__(self) -> None:
+        totals = {kind: sum(types.values()) for kind, types in self.precisions.items()}
+        if sum(self.kinds.values()) != self.count or totals != self.kinds:
+            raise ManifestError(
+                f"kinds and precisions must have the {self.count} layers of count, got {self.kinds} "
+                f"and {totals}"
+            )
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        return f"{self.count} layers: {kinds}; {self.fused_attention} of fused attention"
+
+    def read(self, engine: Path) -> list[dict[str, Any]]:
+        """The layers of an engine, from the file beside it.
+
+        Raises:
+            ManifestError: The file is missing, damaged or malformed, or has other layers.
+        """
+        content = self.file.content(engine)
+        try:
+            layers = layers_of(json.loads(content))
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"{engine.parent / self.file.name}: malformed: {error}") from error
+        if len(layers) != self.count:
+            raise ManifestError(
+                f"{engine.parent / self.file.name} has {len(layers)} layers, the sidecar says {self.count}"
+            )
+        return layers
+
+
+def layers_path(engine: Path) -> Path:
+    """Where an engine's layers are: the engine's path with `.layers.json` for its last suffix."""
+    return engine.with_suffix(".layers.json")
+
+
+def layers_of(report: Any) -> list[dict[str, Any]]:
+    """The layers of an inspector's report.
+
+    An engine that was built without details has a name in the place of each layer.
+
+    Raises:
+        ManifestError: It is no such report.
+    """
+    layers = report.get("Layers") if isinstance(report, dict) else None
+    if not isinstance(layers, list) or not all(isinstance(each, (dict, str)) for each in layers):
+        raise ManifestError("a report of layers must be an object with a list Layers")
+    return [{"Name": each} if isinstance(each, str) else each for each in layers]
+
+
+def counts_from_layers(
+    layers: Sequence[dict[str, Any]], *, file: CompanionFile, source: LayerSource
+) -> LayerCounts:
+    """Count layers.
+
+    Args:
+        layers: As the inspector has them: `Name`, `LayerType`, `Outputs`, `TacticName`.
+        file: Where they are.
+        source: Who listed them.
+    """
+    found = [(str(layer.get("LayerType", "unknown")), _precision(layer)) for layer in layers]
+    kinds = dict(Counter(kind for kind, _ in found).most_common())
+    fused = sum(
+        any(_FUSED_ATTENTION.search(str(layer.get(key, ""))) for key in ("Name", "TacticName"))
+        for layer in layers
+    )
+    return LayerCounts(
+        file=file,
+        source=source,
+        count=len(layers),
+        kinds=kinds,
+        precisions={
+            kind: dict(Counter(each for name, each in found if name == kind).most_common())
+            for kind in kinds
+        },
+        fused_attention=fused,
+    )
+
+
+def _precision(layer: dict[str, Any]) -> str:
+    outputs = layer.get("Outputs")
+    if not isinstance(outputs, list) or not outputs or not isinstance(outputs[0], dict):
+        return "none"
+    # TensorRT's inspector has both in one; TensorRT-RTX's builder has them apart.
+    said = str(outputs[0].get("Datatype") or outputs[0].get("Format/Datatype") or "")
+    return next((name for name, words in _TYPES if re.search(words, said, re.IGNORECASE)), "other")
