@@ -14,7 +14,7 @@ help:
 	@echo "make test       the tests, on all cores"
 	@echo "make test-slow  the tests that take longer: the full-size model among them"
 	@echo "make bench      measure against PyTorch, 20 minutes, and write docs/benchmarks.md"
-	@echo "make check      ruff, clang-format, mypy (TensorRT's calls against its type stubs too), import-linter"
+	@echo "make check      ruff, clang-format, hadolint, mypy (TensorRT's calls against its type stubs too), import-linter"
 	@echo "make sbom       write sbom.json: what is installed, with versions and licences (CycloneDX)"
 	@echo "make clean      remove what these made"
 
@@ -71,6 +71,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find plugins -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/hadolint docker/*.Dockerfile
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_tensorrt_types.py
 	$(BIN)/lint-imports

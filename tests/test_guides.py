@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory, gigabytes
+from tests.support.command import Command
 from tests.support.markdown import anchors_in
 from tests.support.shell_lines import commands_in, fault_of
 
@@ -56,6 +60,47 @@ def test_every_command_of_an_examples_docstring_is_one(example: Path) -> None:
 )
 def test_control_a_command_that_is_none_is_found(command: str, fact: str) -> None:
     assert fact in fault_of(command)
+
+
+@each_guide
+def test_what_a_guide_does_without_a_gpu_works(
+    guide: Path, mmvision: Command, exported: Path, tmp_path: Path
+) -> None:
+    """With a small model in place of the full one, and `build` as a dry run."""
+    shutil.copytree(exported, tmp_path / "engines" / "MiniMax-M3")
+    commands = [command for command in commands_in(guide.read_text()) if "--target" in command]
+    commands += [f"mmvision verify {archive}" for archive in archives_in(guide)]
+    assert [command.split()[1] for command in commands] == ["build", "bundle", "verify"]
+    for command in commands:
+        small = command.replace(
+            "--checkpoint MiniMaxAI/MiniMax-M3", "--preset tiny --random-weights"
+        )
+        more = ["--dry-run"] if " build " in small else []
+        if more:
+            small = small.replace("engines/MiniMax-M3", "engines/other")
+        result = mmvision(*shlex.split(small)[1:], *more)
+        assert (result.code, result.errors) == (0, []), small
+    # What the pages have a target do lies in the archive.
+    (archive,) = archives_in(guide)
+    with tarfile.open(archive) as opened:
+        names = {Path(name).name for name in opened.getnames()}
+    scripts = {
+        word
+        for command in commands_in(guide.read_text())
+        for word in command.split()
+        if "./" in word
+    }
+    assert {Path(script).name for script in scripts} <= names
+    assert f"cd {Path(archive).stem}" in list(commands_in(guide.read_text()))
+
+
+def archives_in(guide: Path) -> set[str]:
+    """Archives that are unpacked on the target."""
+    return {
+        command.split()[2]
+        for command in commands_in(guide.read_text())
+        if command.startswith("tar xf ")
+    }
 
 
 def test_control_commands_are_found_in_blocks_without_a_language() -> None:
