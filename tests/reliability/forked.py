@@ -82,11 +82,14 @@ class Trials:
     growth_bytes: int
 
     def word_for(self, state: State) -> str | None:
-        """`before`, `after` or `part`, or None for a state that must not be."""
+        """`before`, `without`, `after` or `part`, or None for a state that must not be."""
         if state == self.before:
             return "before"
         if state == self.after:
             return "after"
+        withdrawn = self.operation.withdraws
+        if withdrawn and state == {k: v for k, v in self.before.items() if k not in withdrawn}:
+            return "without"
         is_part = self.before.items() <= state.items() <= self.after.items()
         return "part" if is_part and not self.operation.is_whole else None
 

@@ -11,6 +11,8 @@ from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.library_record import library_record_path
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
+from mmvision_export.bundle.integrity import verify_files
+from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.records import json_from_record
 
 __all__ = ["OPERATIONS", "Operation", "State", "prepare"]
@@ -32,6 +34,8 @@ class Operation:
         is_whole: Whether only the state before and the state after it may be seen. A folder run may
             have some of its files.
         is_repeatable: Whether it can be run again where it has ended well.
+        withdraws: What may be absent from the state before: it is taken out of the records before its
+            files are replaced.
     """
 
     name: str
@@ -40,6 +44,7 @@ class Operation:
     prepare: tuple[str, ...] = ()
     is_whole: bool = True
     is_repeatable: bool = False
+    withdraws: frozenset[str] = frozenset()
 
 
 def _digest(path: Path) -> str:
@@ -82,6 +87,15 @@ def _library_state(folder: Path) -> State:
     return {library.name: ""}
 
 
+def _bundle_state(folder: Path) -> State:
+    archive = folder / "m-cpu.tar"
+    if not archive.exists():
+        return {}
+    if problems := verify_files(archive).problems:
+        raise ManifestError(f"{archive}: {problems}")
+    return {archive.name: _digest(archive)}
+
+
 def _output_state(folder: Path) -> State:
     """Embeddings and their companions; not what a run notes of itself, nor what is half written."""
     return {
@@ -100,11 +114,25 @@ _FOLDER = (*_RUN, "--image", "images", "--output", "out")
 _VIDEO = (*_RUN, "--video", "video.mov", "--output", "out/video.npy")
 _FORCED = (*_EXPORT[:3], "other", *_EXPORT[4:], "--force")
 _QUANTIZE = ("quantize", "--cpu-int8", "--model", str(_MODEL))
+_FLAVOUR = "model.cpu-int8.onnx"
+_REPLACED = frozenset({_FLAVOUR, f"{_FLAVOUR}.data", f"report of {_FLAVOUR}"})
+# Another gate, so that the flavour is another.
+_REQUANTIZE = (*_QUANTIZE, "--min-cosine", "0.99", "--force")
+_BUNDLE = ("bundle", "--target", "cpu", "--model", str(_MODEL), "--output", "m-cpu.tar")
 _PARITY = ("parity", "--model", str(_MODEL))
 OPERATIONS: tuple[Operation, ...] = (
     Operation("export", _EXPORT, _model_state),
     Operation("export --force", _FORCED, _model_state, ("export",), is_repeatable=True),
     Operation("quantize", _QUANTIZE, _model_state, ("export",)),
+    Operation(
+        "quantize --force",
+        _REQUANTIZE,
+        _model_state,
+        ("export", "quantize"),
+        is_repeatable=True,
+        withdraws=_REPLACED,
+    ),
+    Operation("bundle", _BUNDLE, _bundle_state, ("export",)),
     Operation("build-engine", _ENGINE, _engine_state, ("export",), is_whole=False),
     Operation("build-plugins", _LIBRARY, _library_state),
     Operation("parity", _PARITY, _model_state, ("export",), is_repeatable=True),

@@ -18,7 +18,7 @@ from tests.reliability.operations import OPERATIONS
 
 __all__ = ["Tried", "add_arguments", "rows_of", "run_and_report"]
 
-_HELD = ("before", "after", "part")
+_HELD = ("before", "without", "after", "part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tried:
     Attributes:
         operation: Its name.
         trouble: What happened to it, and when.
-        outcome: `before`, `after` or `part`, as the state was then; otherwise what did not hold.
+        outcome: `before`, `without`, `after` or `part`, as the state was then; otherwise what did not hold.
     """
 
     operation: str
