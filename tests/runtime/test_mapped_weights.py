@@ -36,7 +36,7 @@ def test_written_into_is_refused(model: Path, backend: str) -> None:
             file.write(bytes(4096))
         with pytest.raises(BackendError, match="was changed while") as refusal:
             encoder(pixels, rows)
-    assert "renaming" in str(refusal.value.hint)
+    assert "rename" in str(refusal.value.hint)
 
 
 def test_made_shorter_is_refused_rather_than_read(model: Path, backend: str) -> None:
