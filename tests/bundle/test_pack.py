@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from mmvision_export.artifacts.build_options import BuildOptions
+from mmvision_export.artifacts.companion_file import CompanionFile
 from mmvision_export.artifacts.deployment import DEPLOYMENTS, DeploymentName
 from mmvision_export.artifacts.engine_record import GraphRecord
 from mmvision_export.artifacts.library_record import library_record_path
@@ -91,6 +93,15 @@ def test_an_engine_goes_to_where_it_is_valid(model: Path, tmp_path: Path) -> Non
     rtx = written(model, tmp_path / "rtx.tar", "rtx")
     assert rtx.engines == [ENGINE]
     assert f"model/plans/{ENGINE}" in rtx.record.files
+    # With what belongs to it.
+    graph = model / "plans" / "x.refit.onnx"
+    graph.write_bytes(b"graph")
+    options = BuildOptions(strip_weights=True)
+    companion = CompanionFile(graph.name, FileRecord.of(b"graph"))
+    write_engine(model / "plans", graph=of_graph(model), options=options, refit_graph=companion)
+    with_it = written(model, tmp_path / "stripped.tar", "rtx")
+    assert f"model/plans/{graph.name}" in with_it.record.files
+    write_engine(model / "plans", graph=of_graph(model))
     # The controls: another TensorRT, another CPU, another precision, another graph.
     assert written(model, tmp_path / "dgpu.tar", "dgpu").engines == []
     assert written(model, tmp_path / "arm.tar", "rtx", machine="aarch64").engines == []

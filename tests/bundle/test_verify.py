@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 from mmvision_export import VisionEncoder
+from mmvision_export.artifacts.build_options import BuildOptions
+from mmvision_export.artifacts.companion_file import CompanionFile
 from mmvision_export.artifacts.engine_record import sidecar_path
 from mmvision_export.artifacts.manifest import GRAPH
 from mmvision_export.bundle.check import check_sample
 from mmvision_export.bundle.integrity import verify_files
 from mmvision_export.bundle.record import BUNDLE, SAMPLE_FILES, BundleRecord
 from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.core.files import FileRecord
 from mmvision_export.core.trust import UntrustedError
 from tests.support.command import Command
 from tests.support.engines import write_engine
@@ -81,6 +84,12 @@ def test_a_file_that_is_missing_a_link_or_a_fifo_is_named(unpacked: Path) -> Non
 def test_a_model_directory(exported: Path, tmp_path: Path) -> None:
     model = shutil.copytree(exported, tmp_path / "small")
     engine = write_engine(model / "plans")
+    assert not verify_files(model).problems
+    companion = CompanionFile("x.refit.onnx", FileRecord.of(b"graph"))
+    options = BuildOptions(strip_weights=True)
+    write_engine(model / "plans", options=options, refit_graph=companion)
+    assert set(verify_files(model).problems) == {f"plans/{companion.name}"}
+    (engine.parent / companion.name).write_bytes(b"graph")
     assert not verify_files(model).problems
     flip(engine, 3)
     flip(model / f"{GRAPH}.data", 5)

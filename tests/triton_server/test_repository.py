@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from mmvision_export import VisionEncoder
+from mmvision_export.artifacts.build_options import BuildOptions
+from mmvision_export.artifacts.companion_file import CompanionFile
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import InputError, ManifestError, OutputError
+from mmvision_export.core.files import FileRecord
 from mmvision_export.triton_server.config import warm_ups
 from mmvision_export.triton_server.repository import write_repository
 from tests.support.command import Command
@@ -124,6 +127,25 @@ def test_an_engine_of_tensorrt_lies_beside_it_for_the_servers_own_backend(
     inside = tmp_path / "models" / "vision_encoder" / "1" / "model" / "plans"
     assert (inside / engine.name).read_bytes() == engine.read_bytes()
     assert json.loads(config.parameters["warm_up"].string_value) == [[[1, 16, 16]], [[1, 32, 32]]]
+
+
+def test_a_stripped_engine_brings_the_graph_by_which_it_gets_its_weights(
+    tmp_path: Path, exported: Path
+) -> None:
+    """And is no model of the server's own backend, which puts no weights in."""
+    directory = copy_of(exported, tmp_path / "m")
+    graph = CompanionFile("x.refit.onnx", FileRecord.of(b"graph"))
+    engine = engine_in(
+        directory, backend="tensorrt", options=BuildOptions(strip_weights=True), refit_graph=graph
+    )
+    (engine.parent / graph.name).write_bytes(b"graph")
+    written = write_repository(engine, tmp_path / "models", settings(backend="tensorrt"))
+    assert written.raw_model is None
+    inside = tmp_path / "models" / "vision_encoder" / "1" / "model" / "plans"
+    assert (inside / graph.name).read_bytes() == b"graph"
+    (engine.parent / graph.name).write_bytes(b"grape")
+    with refused(ManifestError, engine.parent / graph.name, "sha256"):
+        write_repository(engine, tmp_path / "models2", settings(backend="tensorrt"))
 
 
 def test_the_server_has_no_backend_for_an_engine_of_tensorrt_rtx(
