@@ -6,7 +6,8 @@
   model.<flavour>.onnx             graphs derived from it
   manifest.json
   preprocessor_config.json
-  plans/*.engine                   engines, each with a .json sidecar of the same stem
+  plans/*.engine                   engines, each with a .json sidecar of the same stem, its layers in
+                                   .layers.json, and .refit.onnx if it takes weights
 ```
 """
 

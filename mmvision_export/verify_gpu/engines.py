@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from mmvision_export.artifacts.build_options import DEFAULT_OPTIONS, BuildOptions
 from mmvision_export.artifacts.build_target import TENSORRT_NAMES, TensorRTName
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.manifest import Manifest
@@ -26,6 +27,7 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.engine.attention import choose_lowering
 from mmvision_export.engine.build import build_engine
 from mmvision_export.engine.choices import SLOT_WAYS, AttentionWay
+from mmvision_export.engine.option_support import BuildRequest, refuse_options
 from mmvision_export.engine.target import resolve_target
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.runtime.backends import BackendOptions
@@ -50,6 +52,14 @@ _WAYS: dict[AttentionWay, tuple[str, ...]] = {
     "uniform": ("slots",),
     "native": ("buckets", "dynamic"),
 }
+# After all ways, with the sizes and the way that every TensorRT has and that build fastest.
+_OPTIONS = (
+    BuildOptions(strip_weights=True),
+    BuildOptions(strip_weights=True, refit=True),
+    BuildOptions(weight_streaming=True),
+    BuildOptions(version_compatible=True),
+    BuildOptions(hardware="ampere-plus"),
+)
 _BUCKETS = (256, 1024, 2304, 4096)  # a still image of the released preprocessing has at most 2304
 
 
@@ -60,11 +70,12 @@ class EngineCase:
     tensorrt: TensorRTName
     way: AttentionWay
     sizes: str
+    options: BuildOptions = DEFAULT_OPTIONS
 
     @property
     def name(self) -> str:
-        """As `tensorrt, plugin, buckets`."""
-        return f"{self.tensorrt}, {self.way}, {self.sizes}"
+        """As `tensorrt, plugin, buckets`, and the options if there are any."""
+        return ", ".join((self.tensorrt, self.way, self.sizes, *self.options.words))
 
 
 Build = Callable[[EngineCase, Sequence[Profile]], tuple[Path, EngineRecord]]
@@ -95,6 +106,7 @@ def build_in(directory: Path, precision: str, device: int | None, progress: Prog
             precision=precision,
             backend=case.tensorrt,
             attention=case.way,
+            options=case.options,
             device=device,
             check=False,  # `Reference` has derived the graph, and what fails shall be seen to
             force=True,
@@ -127,7 +139,16 @@ def refuse_impossible(
             backend=case.tensorrt,
             compute_capabilities=(),
             device=device,
+            options=case.options,
             progress=Progress(),
+        )
+        refuse_options(
+            BuildRequest(
+                target=target,
+                module=import_tensorrt(target.backend),
+                timing_cache=None,
+                has_gpu=True,
+            )
         )
         choose_lowering(
             case.way,
@@ -170,13 +191,16 @@ def build_engines(
             continue
         # Buckets of every way come before the other sizes of any: should time run out, more ways
         # were seen.
-        for name, way in itertools.product(reversed(list(sizes)), _WAYS):
-            if name not in _WAYS[way]:
-                continue
-            case = EngineCase(backend, way, name)
+        cases = [
+            EngineCase(backend, way, name)
+            for name, way in itertools.product(reversed(list(sizes)), _WAYS)
+            if name in _WAYS[way]
+        ]
+        cases += [EngineCase(backend, "native", "dynamic", options) for options in _OPTIONS]
+        for case in cases:
             if not budget.allows(_PART, case.name, findings):
                 continue
-            if (engine := _built(case, sizes[name], findings, build)) is not None:
+            if (engine := _built(case, sizes[case.sizes], findings, build)) is not None:
                 yield engine
 
 
@@ -210,6 +234,9 @@ def check_engine(
 ) -> None:
     """Hold an engine to the reference on every sample, with the gate of its precision."""
     gate = PRECISIONS[engine.record.precision].gate
+    if engine.record.options.weight_streaming:
+        # All that can be streamed is.
+        options = dataclasses.replace(options, weight_budget=0)
     with findings.failure_is_a_finding(_PART, f"{engine.name}, opened"):
         backend = opener(engine.path, options)
         with encoder_from_backend(backend, refuse_non_finite=False) as encoder:

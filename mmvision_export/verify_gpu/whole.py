@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mmvision_export.artifacts.build_options import DEFAULT_OPTIONS
 from mmvision_export.artifacts.build_target import TENSORRT_NAMES
 from mmvision_export.artifacts.manifest import PLANS, Manifest
 from mmvision_export.core.errors import BackendError
@@ -117,7 +118,9 @@ def _engines(
     for engine in build_engines(findings, budget, sizes=sizes, build=build):
         # At once: should time run out, what was built was compared too.
         check_engine(engine, reference, findings, options=options, opener=opener)
-        engines.append(engine)
+        # The other parts ask what no option changes.
+        if engine.record.options == DEFAULT_OPTIONS:
+            engines.append(engine)
     return engines
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mmvision_export.artifacts.build_options import BuildOptions
 from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.artifacts.manifest import Manifest
@@ -16,21 +18,29 @@ from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import BackendError, EngineError
 from mmvision_export.core.progress import Progress
 from mmvision_export.parity.samples import samples_from_grids
+from mmvision_export.runtime.backends import BackendOptions
 from mmvision_export.verify_gpu.budget import Budget
+from mmvision_export.verify_gpu.built_engine import BuiltEngine
 from mmvision_export.verify_gpu.engines import (
     EngineCase,
     ImpossibleError,
     build_engines,
     build_in,
+    check_engine,
     engine_sizes,
 )
 from mmvision_export.verify_gpu.findings import Findings
-from mmvision_export.verify_gpu.reference import engine_precision, reference_from_directory
+from mmvision_export.verify_gpu.reference import (
+    Reference,
+    engine_precision,
+    reference_from_directory,
+)
 from mmvision_export.verify_gpu.whole import model_copy
 from tests.support.configs import HEAD_DIM_80
 from tests.support.engines import write_engine
 
 PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
+OPTIONS = ("stripped", "stripped, refit", "streaming", "versions", "ampere-plus")
 SIZES = {"dynamic": [PROFILE], "slots": [PROFILE], "buckets": [PROFILE]}
 
 
@@ -63,14 +73,31 @@ def test_a_build_that_fails_does_not_cost_the_next(findings: Findings, tmp_path:
         "tensorrt, native, buckets",
         "tensorrt, uniform, slots",
         "tensorrt, native, dynamic",
+        *(f"tensorrt, native, dynamic, {words}" for words in OPTIONS),
     ]
-    assert len(asked) == 7
+    assert len(asked) == 7 + len(OPTIONS)
     statuses = {f.case: (f.status, f.detail) for f in findings.findings}
     assert statuses["tensorrt-rtx"] == ("not run", "tensorrt-rtx is not installed")
     assert statuses["tensorrt, plugin, buckets"] == ("not run", "there is no library")
     status, detail = statuses["tensorrt, packed, dynamic, built"]
     assert (status, "the builder" in str(detail)) == ("FAIL", True)
     assert statuses["tensorrt, native, buckets, built"][0] == "pass"
+
+
+@pytest.mark.parametrize("options", [BuildOptions(), BuildOptions(weight_streaming=True)])
+def test_all_weights_that_can_be_are_streamed(
+    findings: Findings, tmp_path: Path, options: BuildOptions
+) -> None:
+    budgets: list[Any] = []
+
+    def opened(path: Path, given: BackendOptions) -> Any:
+        budgets.append(given.weight_budget)
+        raise BackendError("far enough")
+
+    path = write_engine(tmp_path, options=options)
+    engine = BuiltEngine("x", path, EngineRecord.read(path))
+    check_engine(engine, Reference((), {}, {}), findings, options=BackendOptions(), opener=opened)
+    assert budgets == [0 if options.weight_streaming else None]
 
 
 def test_nothing_is_built_without_time(findings: Findings) -> None:
@@ -126,3 +153,11 @@ def test_engines_are_built_as_build_engine_does(
     with pytest.raises(ImpossibleError):
         build(EngineCase("tensorrt-rtx", "plugin", "dynamic"), [PROFILE])
     assert issubclass(ImpossibleError, EngineError)
+    # Nor has it these options; a budget for weights needs no GPU to be built for.
+    for options in (BuildOptions(version_compatible=True), BuildOptions(hardware="ampere-plus")):
+        with pytest.raises(ImpossibleError, match="TensorRT-RTX"):
+            build(EngineCase("tensorrt-rtx", "native", "dynamic", options), [PROFILE])
+    case = EngineCase("tensorrt-rtx", "native", "dynamic", BuildOptions(weight_streaming=True))
+    path, record = build(case, [PROFILE])
+    assert path.name.endswith("-sm89-fp16-streaming.native-dynamic.engine")
+    assert record.options == case.options
