@@ -27,7 +27,7 @@ from mmvision_export.cli.build_options import (
     Workspace,
     arguments_from_options,
 )
-from mmvision_export.cli.command import examples
+from mmvision_export.cli.command import call, examples
 from mmvision_export.cli.console import messages, progress_display
 from mmvision_export.cli.export import HUB_CHECKPOINT
 from mmvision_export.cli.options import AsJson, Quiet, Verbose, one_precision, print_json
@@ -66,6 +66,7 @@ class Step:
     "mmvision build --preset tiny --random-weights --fp16 --dry-run",
 )
 def build(
+    context: typer.Context,
     checkpoint: Annotated[
         Optional[str],
         typer.Option(
@@ -199,23 +200,20 @@ def build(
         steps.append(Step("build-engine", arguments, lambda: None))
     # With --json the results of the steps go where their progress goes.
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        done = _run(steps, dry_run=dry_run)
+        done = _run(context, steps, dry_run=dry_run)
     if elsewhere is not None:
         messages.print(elsewhere, markup=False)
     if as_json:
         print_json({"kind": "build", "model": directory, "dry_run": dry_run, "steps": done})
 
 
-def _run(steps: list[Step], *, dry_run: bool) -> list[dict[str, Any]]:
+def _run(context: typer.Context, steps: list[Step], *, dry_run: bool) -> list[dict[str, Any]]:
     """Run what is not done yet.
 
     Raises:
         MmvisionError: A step's; its hint says where the next call goes on.
         typer.Exit: A step ended with a code of its own.
     """
-    from mmvision_export.cli.app import app
-
-    command = typer.main.get_command(app)
     done: list[dict[str, Any]] = []
     for number, step in enumerate(steps, 1):
         title = f"{number}/{len(steps)} {step.name}"
@@ -227,9 +225,7 @@ def _run(steps: list[Step], *, dry_run: bool) -> list[dict[str, Any]]:
         where = f"run the same mmvision build again: it goes on at step {title}"
         try:
             step.prepare()
-            code = command.main(
-                [step.name, *step.arguments], prog_name="mmvision", standalone_mode=False
-            )
+            code = call(context, step.name, *step.arguments)
         except OutputError as error:
             if step.name != "build-engine" or error.reason != "exists":
                 raise
@@ -241,7 +237,7 @@ def _run(steps: list[Step], *, dry_run: bool) -> list[dict[str, Any]]:
         else:
             if code:
                 messages.print(f"hint: {where}", markup=False)
-                raise typer.Exit(int(code))
+                raise typer.Exit(code)
     return done
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-__all__ = ["MmvisionCommand", "OptionalValueCommand", "add_command", "examples"]
+__all__ = ["MmvisionCommand", "OptionalValueCommand", "add_command", "call", "examples"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -24,6 +24,24 @@ def examples(*lines: str) -> Callable[[_Function], _Function]:
         return function
 
     return decorate
+
+
+def call(context: typer.Context, *arguments: str) -> int:
+    """Run another command of the same program, as its user would type it.
+
+    Args:
+        context: Of the command that calls it.
+        *arguments: Its name, then its options.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        MmvisionError: Whatever the command raises.
+    """
+    program: Any = context.find_root().command
+    code = program.main(list(arguments), prog_name="mmvision", standalone_mode=False)
+    return code if isinstance(code, int) else 0
 
 
 class MmvisionCommand(TyperCommand):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from mmvision_export.cli.command import examples
+from mmvision_export.cli.command import call, examples
 from mmvision_export.cli.console import console, progress_display
 from mmvision_export.cli.options import AsJson, Quiet, Verbose, print_json
 from mmvision_export.core.errors import print_error
@@ -27,6 +27,7 @@ __all__ = ["verify"]
     "mmvision verify MiniMax-M3-cpu --run",
 )
 def verify(
+    context: typer.Context,
     path: Annotated[
         Path,
         typer.Argument(metavar="DIR|TAR", help="Bundle, unpacked or not, or model directory."),
@@ -81,7 +82,7 @@ def verify(
                 found.record,
                 backend=backend,
                 trust=trust or None,
-                build=_builder(path, found.record) if build else None,
+                build=_builder(context, path, found.record) if build else None,
                 progress=progress,
             )
     passed = not found.problems and (result is None or not result.failures)
@@ -125,18 +126,17 @@ def _print_sample(result: SampleResult, record: BundleRecord | None) -> None:
     )
 
 
-def _builder(folder: Path, record: BundleRecord) -> Callable[[], None]:
+def _builder(context: typer.Context, folder: Path, record: BundleRecord) -> Callable[[], None]:
     """Calls `mmvision build-engine` as its user would on the target."""
 
     def build() -> None:
         from mmvision_export.artifacts.plugin_library import LIBRARY
         from mmvision_export.bundle.record import BUNDLE_MODEL, BUNDLE_PLUGINS
-        from mmvision_export.cli.app import app
 
         library = folder / BUNDLE_PLUGINS / LIBRARY
         arguments = ["build-engine", *record.build, "--model", str(folder / BUNDLE_MODEL)]
         if library.is_file():
             arguments += ["--plugin-library", str(library)]
-        typer.main.get_command(app).main(arguments, prog_name="mmvision", standalone_mode=False)
+        call(context, *arguments)
 
     return build
