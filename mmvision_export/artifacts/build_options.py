@@ -95,7 +95,7 @@ class BuildOptions:
         named = {
             "workspace" + ("" if workspace is None else size_text(workspace).lower()): workspace,
             f"level{level}": level is not None,
-            "versions": self.version_compatible,
+            "version-compatible": self.version_compatible,
             str(self.hardware).replace("-compute-capability", "-sm"): self.hardware,
             "stripped": self.strip_weights,
             "refit": self.refit,

@@ -27,7 +27,8 @@ TENSORRT_NAMES: tuple[TensorRTName, ...] = get_args(TensorRTName)
 class TensorRTVersion:
     """A version of TensorRT or TensorRT-RTX, as `10.14.1.48`.
 
-    An engine loads in the very version that built it. What a version can do depends on `release`.
+    An engine loads in the very version that built it, unless it was built to be version-compatible. What
+    a version can do depends on `release`.
 
     Raises:
         ManifestError: The text does not begin with two numbers.

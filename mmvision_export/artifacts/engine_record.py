@@ -148,8 +148,8 @@ class EngineRecord:
 
     Attributes:
         backend: The TensorRT that built it.
-        tensorrt_version: Its version; an engine loads in that version only.
-        compute_capabilities: GPUs it runs on.
+        tensorrt_version: Its version; see `loads_in`.
+        compute_capabilities: GPUs it was built for; see `runs_on`.
         platform: Operating system and machine it was built on, as `linux-x86_64`.
         precision: Of the engine.
         attention: How attention was lowered.

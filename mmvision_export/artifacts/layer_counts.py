@@ -1,7 +1,7 @@
 """What an engine is made of: its layers by kind, in the words of TensorRT's engine inspector.
 
-The layers themselves lie beside the engine, in the JSON that the inspector writes and that other tools
-read. The sidecar has their counts.
+The layers themselves lie beside the engine, in the form of the JSON that the inspector writes. The
+sidecar has their counts.
 """
 
 from __future__ import annotations

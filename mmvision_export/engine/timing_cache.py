@@ -102,8 +102,7 @@ class TimingCache:
             # One that does not fit is what is begun anew.
             if other is not None:
                 timings.combine(other, False)
-        with timings.serialize() as memory:
-            return bytes(memory)
+        return bytes(timings.serialize())
 
 
 def _is_taken(builder: Any, content: bytes) -> bool:

@@ -6,9 +6,6 @@ with strict verification, and not combined; nor is what is no cache.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 
 class TimingCache:
     def __init__(self, header: bytes, timed: set[bytes]) -> None:
@@ -21,9 +18,8 @@ class TimingCache:
         self.timed |= other.timed
         return True
 
-    @contextlib.contextmanager
-    def serialize(self) -> Iterator[bytes]:
-        yield self.header + b":" + b",".join(sorted(self.timed))
+    def serialize(self) -> bytes:
+        return self.header + b":" + b",".join(sorted(self.timed))
 
 
 class Config:

@@ -40,7 +40,7 @@ from tests.support.configs import HEAD_DIM_80
 from tests.support.engines import write_engine
 
 PROFILE = Profile(min_patches=4, opt_patches=64, max_patches=256, max_images=8)
-OPTIONS = ("stripped", "stripped, refit", "streaming", "versions", "ampere-plus")
+OPTIONS = ("stripped", "stripped, refit", "streaming", "version-compatible", "ampere-plus")
 SIZES = {"dynamic": [PROFILE], "slots": [PROFILE], "buckets": [PROFILE]}
 
 
