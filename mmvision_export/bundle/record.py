@@ -41,6 +41,7 @@ SAMPLE_FILES = ("sample/pixel_values.npy", "sample/grid_thw.npy", "sample/image_
 """Patches, their grid, and their embeddings."""
 
 MOST_RECORD_BYTES = 16 << 20
+_MOST_FILE_BYTES = 1 << 50
 
 _HINT = "copy the whole bundle again"
 
@@ -85,6 +86,11 @@ class BundleRecord:
                 or path == BUNDLE
             ):
                 raise ManifestError(f"a bundle has no file of the name {path!r}", reason="unsafe")
+            if not 0 <= self.files[path].size_bytes <= _MOST_FILE_BYTES:
+                raise ManifestError(
+                    f"{path}: a file of a bundle has 0 to {_MOST_FILE_BYTES} bytes, got "
+                    f"{self.files[path].size_bytes}"
+                )
 
     @property
     def text(self) -> bytes:

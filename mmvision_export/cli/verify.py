@@ -96,7 +96,9 @@ def verify(
                 "files": found.files,
                 "size_bytes": found.size_bytes,
                 "problems": found.problems,
-                "sample": None if result is None else dataclasses.asdict(result),
+                "sample": None
+                if result is None
+                else {**dataclasses.asdict(result), "distance": result.distance.to_dict()},
             }
         )
     else:

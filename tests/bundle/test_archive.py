@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import tarfile
@@ -107,6 +108,12 @@ def test_a_file_that_changes_while_it_is_packed_is_refused(tmp_path: Path) -> No
 def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
     with refused(ManifestError, reason="unsafe"):
         record_of({name: b""})
+
+
+@pytest.mark.parametrize("size", [-1, (1 << 50) + 1, 1 << 200])
+def test_sizes_that_no_file_has_are_refused(size: int) -> None:
+    with refused(ManifestError, "x", size):
+        dataclasses.replace(record_of({}), files={"x": FileRecord("0" * 64, size)})
 
 
 def test_what_is_no_bundle_is_said(tmp_path: Path) -> None:

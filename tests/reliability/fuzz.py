@@ -31,7 +31,10 @@ from PIL import Image
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.external_data import external_locations
 from mmvision_export.artifacts.manifest import Manifest
-from mmvision_export.core.errors import MmvisionError
+from mmvision_export.bundle.archive import archive_problems, write_archive
+from mmvision_export.bundle.record import BundleRecord
+from mmvision_export.core.errors import ManifestError, MmvisionError
+from mmvision_export.core.files import FileRecord
 from mmvision_export.models import family_from_file
 from mmvision_export.models.minimax_m3_vl.checkpoint import read_index
 from mmvision_export.models.minimax_m3_vl.config import assumed_fields, config_from_file
@@ -90,10 +93,17 @@ def _records(path: Path) -> None:
         records.has(path, path.stat(), path.parent / "x.npy")
 
 
+def _bundle(path: Path) -> None:
+    _, problems = archive_problems(path)
+    if problems:
+        raise ManifestError(str(problems))
+
+
 PARSERS: dict[str, Parser] = {
     "graph": Parser("model.onnx", _graph),
     "manifest": Parser("manifest.json", lambda path: Manifest.read(path.parent)),
     "sidecar": Parser("x.json", lambda path: EngineRecord.read(path.with_suffix(".engine"))),
+    "bundle": Parser("x.tar", _bundle),
     "config": Parser(
         "config.json",
         lambda path: (family_from_file(path), config_from_file(path), assumed_fields(path)),
@@ -166,6 +176,7 @@ def seeds(directory: Path) -> dict[str, list[bytes]]:
         "graph": [_small_graph(), (directory / "model.cpu.onnx").read_bytes()],
         "manifest": _with_and_without_checksum(directory / "manifest.json"),
         "sidecar": _with_and_without_checksum(sidecar),
+        "bundle": [_archive(directory.parent / "seed.tar")],
         "config": [_config()],
         "preprocessing": [(directory / "preprocessor_config.json").read_bytes()],
         "index": [json.dumps({"weight_map": {"vision_tower.x": "model.safetensors"}}).encode()],
@@ -179,6 +190,22 @@ def _with_and_without_checksum(record: Path) -> list[bytes]:
     content = json.loads(record.read_bytes())
     del content["content_sha256"]
     return [record.read_bytes(), json.dumps(content).encode()]
+
+
+def _archive(path: Path) -> bytes:
+    content: dict[str, Path | bytes] = {"README.txt": b"words\n", "model/x.npy": bytes(700)}
+    record = BundleRecord(
+        target="cpu",
+        machine=None,
+        model="m",
+        version="0",
+        precision="fp32",
+        build=[],
+        sample_graph="model.onnx",
+        files={name: FileRecord.of(data) for name, data in content.items()},  # type: ignore[arg-type]
+    )
+    write_archive(path, "x", record, content)
+    return path.read_bytes()
 
 
 def _small_graph() -> bytes:
