@@ -51,7 +51,14 @@ def main() -> int:
         "--cache-dir",
         str(STUBS / "cache"),
     ]
-    command += ["-m", "mmvision_export.runtime.backends.engines"]
+    for module in (
+        "runtime.backends.engines",
+        "runtime.backends.engine_weights",
+        "engine.builder_config",
+        "engine.timing_cache",
+        "engine.layer_report",
+    ):
+        command += ["-m", f"mmvision_export.{module}"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     # The stubs' own faults are not ours, unless they kept mypy from looking at ours (exit code 2).

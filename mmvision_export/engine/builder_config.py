@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmvision_export.artifacts.build_options import BuildOptions
 from mmvision_export.artifacts.build_target import BuildTarget
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import EngineError
 
+if TYPE_CHECKING:
+    import tensorrt
+
 __all__ = ["config_from_target", "set_options"]
+
+
+class _Timings(io.BytesIO):
+    """The content of a timing cache as the file that Polygraphy asks for: it looks at its mode."""
+
+    mode = "rb"
 
 
 def config_from_target(
@@ -46,7 +55,7 @@ def config_from_target(
         "builder_optimization_level": chosen.optimization_level,
     }
     if timings:
-        options["load_timing_cache"] = io.BytesIO(timings)
+        options["load_timing_cache"] = _Timings(timings)
     if chosen.workspace_bytes is not None:
         options["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: chosen.workspace_bytes}
     if chosen.hardware is not None:
@@ -59,7 +68,7 @@ def config_from_target(
     return CreateConfigRTX(compute_capabilities=pairs, **options)
 
 
-def set_options(trt: Any, config: Any, options: BuildOptions) -> None:
+def set_options(trt: Any, config: tensorrt.IBuilderConfig, options: BuildOptions) -> None:
     """Set what Polygraphy's loader does not, and compare all with what TensorRT took.
 
     TensorRT logs an option that it does not take, and builds without it.

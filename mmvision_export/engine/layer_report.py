@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmvision_export.artifacts.layer_counts import layers_of
 from mmvision_export.core.errors import EngineError, ManifestError
+
+if TYPE_CHECKING:
+    import tensorrt
 
 __all__ = ["LISTING", "layers_from_listing", "report_from_inspector", "report_from_listing"]
 
@@ -99,7 +102,7 @@ def report_from_inspector(trt: Any, logger: Any, plan: bytes) -> bytes:
     Raises:
         EngineError: The plan was not deserialised, or the report is no such JSON.
     """
-    runtime = trt.Runtime(logger)
+    runtime: tensorrt.Runtime = trt.Runtime(logger)
     # A version-compatible plan brings a runtime of its own.
     runtime.engine_host_code_allowed = True
     engine = runtime.deserialize_cuda_engine(plan)

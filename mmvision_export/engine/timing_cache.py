@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mmvision_export.artifacts.build_target import BuildTarget
 from mmvision_export.core.atomic import locked_folder, new_files, refuse_unwritable
@@ -18,6 +18,9 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.core.regular_file import opened_regular_file
 from mmvision_export.core.trust import refuse_untrusted
 from mmvision_export.core.user_folders import cache_folder, private_folder
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 __all__ = ["TimingCache", "timing_cache_for"]
 
@@ -48,7 +51,7 @@ class TimingCache:
             refuse_unwritable(self.path.parent)
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
-    def content_for(self, builder: Any, progress: Progress) -> bytes:
+    def content_for(self, builder: trt.Builder, progress: Progress) -> bytes:
         """The timings, if this TensorRT takes them for this GPU; nothing for a file to be begun.
 
         Args:
@@ -72,7 +75,7 @@ class TimingCache:
         progress.note(f"{self.path} is of no use here, and is begun anew")
         return b""
 
-    def keep(self, config: Any, progress: Progress) -> None:
+    def keep(self, config: trt.IBuilderConfig, progress: Progress) -> None:
         """Write what a build has timed, together with what another one has written meanwhile.
 
         Args:
@@ -94,7 +97,7 @@ class TimingCache:
         with opened_regular_file(self.path) as file:
             return file.read()
 
-    def _merged(self, config: Any) -> bytes:
+    def _merged(self, config: trt.IBuilderConfig) -> bytes:
         timings = config.get_timing_cache()
         content = self._content()
         if content:
@@ -105,12 +108,16 @@ class TimingCache:
         return bytes(timings.serialize())
 
 
-def _is_taken(builder: Any, content: bytes) -> bool:
+def _is_taken(builder: trt.Builder, content: bytes) -> bool:
     # On a configuration of its own: the build's may not be given a second cache.
     config = builder.create_builder_config()
     cache = config.create_timing_cache(content)
     # Without strict verification TensorRT would take the timings of another GPU.
-    return cache is not None and bool(config.set_timing_cache(cache, False))
+    if cache is None or not config.set_timing_cache(cache, False):
+        return False
+    # Of what is damaged or of another release TensorRT makes an empty cache, and logs a warning.
+    empty = bytes(builder.create_builder_config().create_timing_cache(b"").serialize())
+    return content == empty or bytes(cache.serialize()) != empty
 
 
 def timing_cache_for(target: BuildTarget, named: Path | None) -> TimingCache | None:

@@ -14,8 +14,6 @@ from tests.support.errors import refused
 from tests.support.fake_timings import Builder
 from tests.support.notes import Notes
 
-OTHER = b"10.13/sm86"
-
 
 @pytest.fixture(params=[True, False], ids=["named", "default"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path) -> TimingCache:
@@ -63,6 +61,12 @@ def test_timings_of_another_gpu_or_release(cache: TimingCache, content: bytes) -
         notes = build(cache, b"mha")
         assert [str(cache.path) in note for note in notes.notes] == [True]
         assert cache.path.read_bytes() == b"10.13/sm89:mha"
+
+
+def test_timings_of_nothing_are_taken(cache: TimingCache) -> None:
+    build(cache)
+    assert cache.path.read_bytes() == b"10.13/sm89:"
+    assert build(cache, b"gemm").notes == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")

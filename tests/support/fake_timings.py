@@ -1,7 +1,8 @@
 """A stand-in for the timing caches of TensorRT's builder, by the rules of NvInfer.h (`ITimingCache`).
 
-The content is `RELEASE/GPU:` and the names of what was timed. A cache of another release or GPU is not taken
-with strict verification, and not combined; nor is what is no cache.
+The content is `RELEASE/GPU:` and the names of what was timed. A cache of another GPU is not taken with strict
+verification, and not combined. Of one of another release, or of what is no cache, an empty cache is made: so
+TensorRT-RTX 1.7 does, with a warning.
 """
 
 from __future__ import annotations
@@ -29,12 +30,10 @@ class Config:
         self.header = header
         self.cache: TimingCache | None = None
 
-    def create_timing_cache(self, content: bytes) -> TimingCache | None:
-        if not content:
+    def create_timing_cache(self, content: bytes) -> TimingCache:
+        header, _, timed = content.partition(b":")
+        if header.partition(b"/")[0] != self.header.partition(b"/")[0]:
             return TimingCache(self.header, set())
-        header, separator, timed = content.partition(b":")
-        if not separator:
-            return None
         return TimingCache(header, {each for each in timed.split(b",") if each})
 
     def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
@@ -62,7 +61,6 @@ class Builder:
         """The configuration after a build that read a cache and timed some more."""
         config = Config(self.header)
         cache = config.create_timing_cache(content)
-        assert cache is not None
         assert config.set_timing_cache(cache, False)
         cache.timed |= set(timed)
         return config

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.external_data import external_locations
@@ -25,6 +25,9 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.core.verified_files import verify_file
 from mmvision_export.runtime.backends.backend import BackendOptions, WeightBudget
 
+if TYPE_CHECKING:
+    import tensorrt as trt
+
 __all__ = ["budget_weights", "put_weights"]
 
 Checked = Callable[[Any, str], Any]
@@ -32,7 +35,7 @@ Checked = Callable[[Any, str], Any]
 
 
 def put_weights(
-    engine: Any,
+    engine: trt.ICudaEngine,
     path: Path,
     record: EngineRecord,
     manifest: Manifest,
@@ -79,8 +82,10 @@ def put_weights(
             progress=progress,
         )
     progress.step("putting the weights into the engine")
-    refitter = checked(module.Refitter(engine, logger), f"refit {path}")
-    parser = checked(module.OnnxParserRefitter(refitter, logger), f"refit {path}")
+    refitter: trt.Refitter = checked(module.Refitter(engine, logger), f"refit {path}")
+    parser: trt.OnnxParserRefitter = checked(
+        module.OnnxParserRefitter(refitter, logger), f"refit {path}"
+    )
     # The path is where the weights are looked for: beside it.
     if not parser.refit_from_bytes(graph, str(directory / record.graph.name)):
         errors = [parser.get_error(index).desc() for index in range(parser.num_errors)]
@@ -94,7 +99,9 @@ def put_weights(
     checked(refitter.refit_cuda_engine(), f"put the weights into {path}")
 
 
-def budget_weights(engine: Any, path: Path, budget: WeightBudget | None) -> tuple[int, int] | None:
+def budget_weights(
+    engine: trt.ICudaEngine, path: Path, budget: WeightBudget | None
+) -> tuple[int, int] | None:
     """Limit the device memory of an engine's weights, before it has any execution context.
 
     Args:
