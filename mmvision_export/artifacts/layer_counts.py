@@ -27,20 +27,21 @@ The latter needs no GPU."""
 # TensorRT, `fmha_v2_flash_attention_...` of TensorRT.
 _FUSED_ATTENTION = re.compile(r"(?:^|_)f?mha|flash_attention", re.IGNORECASE)
 
-# The first that is found in what the inspector says of a tensor, as `Half` or
-# `Row major linear FP16 format (kLINEAR)`.
+# By what the inspector says of a tensor, as `Half` or `Row major linear FP16 format (kLINEAR)`; the
+# narrowest first.
 _TYPES = (
+    ("fp4", r"fp4"),
+    ("int4", r"int4"),
+    ("fp8", r"fp8"),
+    ("int8", r"int8"),
     ("bf16", r"bf16|bfloat16"),
     ("fp16", r"fp16|half"),
-    ("fp8", r"fp8"),
-    ("fp4", r"fp4"),
     ("fp32", r"fp32|float"),
-    ("int64", r"int64"),
     ("int32", r"int32"),
-    ("int8", r"int8"),
-    ("int4", r"int4"),
+    ("int64", r"int64"),
     ("bool", r"bool"),
 )
+_NARROWEST = [name for name, _ in _TYPES]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,8 @@ class LayerCounts:
         count: How many.
         kinds: Layers of each kind, most first. Kinds are TensorRT's: `kgen` is a kernel generated for
             several operations, `gemm` a matrix product.
-        precisions: For each kind, layers by the type of their first output; `none` where they have
-            no output, `other` where the type is not known.
+        precisions: For each kind, layers by the narrowest type that they read, or write where they
+            read nothing; `none` where they do neither, `other` where the type is not known.
         fused_attention: Layers that are a fused attention kernel, by their name or tactic.
     """
 
@@ -144,9 +145,21 @@ def counts_from_layers(
 
 
 def _precision(layer: dict[str, Any]) -> str:
-    outputs = layer.get("Outputs")
-    if not isinstance(outputs, list) or not outputs or not isinstance(outputs[0], dict):
-        return "none"
+    """What a layer computes in: an INT8 product reads INT8 and writes float16."""
+    for tensors in (layer.get("Inputs"), layer.get("Outputs")):
+        if isinstance(tensors, list) and tensors:
+            types = [_type(each) for each in tensors]
+            return min(types, key=lambda name: (*_NARROWEST, name).index(name))
+    return "none"
+
+
+def _type(tensor: Any) -> str:
+    if not isinstance(tensor, dict):
+        return "other"
     # TensorRT's inspector has both in one; TensorRT-RTX's builder has them apart.
-    said = str(outputs[0].get("Datatype") or outputs[0].get("Format/Datatype") or "")
-    return next((name for name, words in _TYPES if re.search(words, said, re.IGNORECASE)), "other")
+    said = str(tensor.get("Datatype") or tensor.get("Format/Datatype") or "")
+    # `BFloat16` has `Float` in it, and `UInt8` is none of these.
+    words = re.findall(r"[a-z]+\d*", said.lower())
+    return next(
+        (name for name, kinds in _TYPES if any(re.fullmatch(kinds, w) for w in words)), "other"
+    )

@@ -62,12 +62,12 @@ def inspect(
 
 
 def _layer_table(described: Mapping[str, Any]) -> Table:
-    """Layers of each kind, by the type of their output."""
+    """Layers of each kind, by the type that they read."""
     types = list(dict.fromkeys(each for row in described["precisions"].values() for each in row))
     table = Table(
         box=None,
         title=f"{described['count']} layers, {described['fused_attention']} of fused attention",
-        caption=f"listed by the {described['source']}, in {described['file']}",
+        caption=f"listed by the {described['source']}, in {described['report']}",
         title_justify="left",
         caption_justify="left",
     )

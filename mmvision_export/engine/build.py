@@ -128,7 +128,8 @@ def build_engine(
             target=target,
             module=import_tensorrt(target.backend),
             timing_cache=timing_cache,
-            has_gpu=target.gpu is not None or current_gpu(device or 0) is not None,
+            # Asked only where it matters: TensorRT-RTX builds beside a driver that does not work, too.
+            has_gpu=target.options.takes_weights and current_gpu(device or 0) is not None,
         )
     )
     timings = timing_cache_for(target, timing_cache)

@@ -32,7 +32,7 @@ class BuildRequest:
         target: What is built with and for, with its options.
         module: The TensorRT module.
         timing_cache: The file that was named, if one was.
-        has_gpu: Whether this machine has a GPU to build on.
+        has_gpu: Whether this machine has a GPU to build on, which engines that take weights may need.
     """
 
     target: BuildTarget

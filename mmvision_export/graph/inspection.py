@@ -57,8 +57,9 @@ def inspect_layers(path: Path) -> dict[str, Any]:
     layers = record.layers.read(path)
     return {
         "kind": "layers",
-        "file": path.name,
         **json_from_record(record.layers),
+        "file": path.name,
+        "report": record.layers.file.name,
         "layers": [{name: layer.get(key, "") for name, key in _SHOWN.items()} for layer in layers],
     }
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,7 +90,14 @@ def test_kinds_of_random_weights(
     ]
 
 
-def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_path: Path) -> None:
+class Terminal:
+    def isatty(self) -> bool:
+        return True
+
+
+def test_engine_from_the_command_line(
+    mmvision: Command, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     copy_of(exported, tmp_path / "engines" / "m")
     built = mmvision(
@@ -121,6 +129,12 @@ def test_engine_from_the_command_line(mmvision: Command, exported: Path, tmp_pat
     assert layers["fused_attention"] == HEAD_DIM_80.num_hidden_layers
     assert len(layers["layers"]) == layers["count"]
     assert f"  {layers['count']} layers: " in built.out
+    with monkeypatch.context() as patch:
+        patch.setattr("mmvision_export.cli.inspect.sys", SimpleNamespace(stdout=Terminal()))
+        table = mmvision("inspect", "--layers", str(engine)).out
+    assert f"{layers['count']} layers, {layers['fused_attention']} of fused attention" in table
+    assert layers["report"] in table
+    assert table.splitlines()[1].split()[:2] == ["kind", "layers"]
     assert mmvision("inspect", "--layers", "engines/m").code == 1
     options = ["--weight-streaming", "--workspace", "2G"]
     streaming = mmvision("build-engine", "--compute-capability", "8.9", "--no-check", *options)

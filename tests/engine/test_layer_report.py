@@ -164,6 +164,30 @@ def test_an_inspector_s_report_is_kept_as_it_is() -> None:
     assert "4 layers: 2 kgen, 1 gemm, 1 Reformat; 1 of fused attention" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "expected"),
+    [
+        (["Int8"], ["Half"], "int8"),
+        (["FP8", "Half"], ["Half"], "fp8"),
+        (["Half"], ["Int8"], "fp16"),  # it quantises
+        (["Half", "Int32"], ["Half"], "fp16"),
+        (["Bool", "Int32"], ["Half"], "int32"),
+        (["Row major linear BF16 format (kLINEAR)"], ["Float"], "bf16"),
+        (["BFloat16"], [], "bf16"),
+        ([], ["Float"], "fp32"),
+        (["UInt8"], ["Half"], "other"),
+        ([], [], "none"),
+    ],
+)
+def test_the_type_of_a_layer(inputs: list[str], outputs: list[str], expected: str) -> None:
+    layer = {
+        "LayerType": "gemm",
+        "Inputs": [{"Datatype": each} for each in inputs],
+        "Outputs": [{"Format/Datatype": each} for each in outputs],
+    }
+    assert counts([layer]).precisions == {"gemm": {expected: 1}}
+
+
 def test_an_engine_without_details_has_names_only() -> None:
     found = counts(layers_of({"Layers": ["fc1", "_gemm_mha_v2_myl0_17"]}))
     assert (found.kinds, found.fused_attention) == ({"unknown": 2}, 1)
@@ -242,7 +266,8 @@ def test_inspecting_an_engine(directory: Path) -> None:
     engine, record = build(directory, precision="fp16")
     assert record.layers is not None
     found = inspect_layers(engine)
-    assert found["kind"] == "layers"
+    assert (found["kind"], found["file"]) == ("layers", engine.name)
+    assert found["report"] == layers_path(engine).name
     assert len(found["layers"]) == found["count"] == record.layers.count
     assert any("VarlenAttention" in layer["from"] for layer in found["layers"])
     assert inspect(engine)["layers"]["fused_attention"] == record.layers.fused_attention
