@@ -56,7 +56,10 @@ def already_there(
         for each in (name, f"{name}.data", DATA)
         if each in manifest.files
     ]
-    if not {record.graph.sha256, record.graph.data_sha256} <= set(digests):
+    needed = {record.graph.sha256}
+    if not record.options.refit:  # one that takes other weights is as good as one built from them
+        needed.add(record.graph.data_sha256)
+    if not needed <= set(digests):
         return OutputError(f"{engine} already exists, built from another graph", hint=keep)
     asked = [[checked_profile(each, manifest.config) for each in group] for group in sizes if group]
     if list(record.profiles) not in asked:

@@ -7,6 +7,7 @@ the names that a refitter asks for.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import onnx
 import pytest
 
 from mmvision_export.artifacts.build_options import BuildOptions
-from mmvision_export.artifacts.engine_record import EngineRecord
+from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.external_data import external_locations
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
+from mmvision_export.core.errors import OutputError
 from mmvision_export.engine.build import build_engine
 from mmvision_export.engine.builder import Plan, PlanRequest
 from mmvision_export.engine.polygraphy_setup import use_tensorrt
@@ -32,7 +34,9 @@ def directory(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_of(exported, tmp_path_factory.mktemp("refit") / "m")
 
 
-def build(directory: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
+def build(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, *, force: bool = True, **options: Any
+) -> Path:
     """Build with a builder that gives a plan at once, as if this machine had a GPU."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
@@ -52,7 +56,7 @@ def build(directory: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> P
         precision="fp16",
         compute_capabilities=[ComputeCapability(8, 9)],
         options=BuildOptions(**options),
-        force=True,
+        force=force,
     )
     assert EngineRecord.read(engine) == record
     return engine
@@ -77,6 +81,27 @@ def test_it_lies_beside_an_engine_that_takes_weights(
     # The weights are not in it, and come from the weight file of its graph.
     assert len(graph) < 100_000 < (directory / "model.fp16.onnx.data").stat().st_size
     assert external_locations(graph) == {"model.fp16.onnx.data"}
+
+
+@pytest.mark.parametrize(
+    ("options", "is_kept"), [({"refit": True}, True), ({"strip_weights": True}, False)]
+)
+def test_an_engine_that_takes_other_weights_is_kept(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    is_kept: bool,
+) -> None:
+    """In the directory of another checkpoint, which has the same graph."""
+    directory = copy_of(exported, tmp_path / "m")
+    engine = build(directory, monkeypatch, **options)
+    record = EngineRecord.read(engine)
+    graph = dataclasses.replace(record.graph, data_sha256="0" * 64)
+    dataclasses.replace(record, graph=graph).write(sidecar_path(engine))
+    with pytest.raises(OutputError) as caught:
+        build(directory, monkeypatch, force=False, **options)
+    assert (caught.value.reason == "exists") is is_kept
 
 
 def test_control_no_other_engine_has_one(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
