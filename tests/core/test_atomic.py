@@ -272,7 +272,12 @@ def test_an_interrupt_while_the_rest_is_removed_leaves_nothing(
         remove(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", removed)
-    with pytest.raises(KeyboardInterrupt), new_files(tmp_path, name="x") as new:
-        (new / "x").write_text("whole")
+    # A background job of a shell ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), new_files(tmp_path, name="x") as new:
+            (new / "x").write_text("whole")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert interrupted
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
