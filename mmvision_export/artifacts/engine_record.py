@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 
 from mmvision_export.artifacts.build_options import AMPERE, DEFAULT_OPTIONS, BuildOptions
 from mmvision_export.artifacts.build_target import Installation, TensorRTName, TensorRTVersion
-from mmvision_export.artifacts.companion_file import CompanionFile
+from mmvision_export.artifacts.companion_file import CompanionFile, PluginFile
 from mmvision_export.artifacts.gpu import Gpu
 from mmvision_export.artifacts.layer_counts import LayerCounts
-from mmvision_export.artifacts.manifest import Manifest, refuse_path
+from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import ManifestError
@@ -33,7 +33,6 @@ __all__ = [
     "EngineWay",
     "GraphRecord",
     "NativeBody",
-    "PluginFile",
     "refuse_foreign_engine",
     "sidecar_path",
 ]
@@ -102,44 +101,6 @@ class GraphRecord:
     sha256: str
     data_sha256: str
     data_bytes: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class PluginFile:
-    """The plugin library an engine needs, which lies beside it.
-
-    Attributes:
-        name: File name; part of the hash is in it, so that engines of several libraries share a
-            folder.
-        record: Hash and size.
-    """
-
-    name: str
-    record: FileRecord
-
-    def __post_init__(self) -> None:
-        refuse_path(self.name)
-
-    @classmethod
-    def of(cls, record: FileRecord) -> PluginFile:
-        """The name a library has beside engines."""
-        return cls(f"libmmvision_plugins-{record.sha256[:12]}.so", record)
-
-    def verify(self, engine: Path) -> Path:
-        """Check the library beside an engine, and give its path.
-
-        Raises:
-            ManifestError: It is missing, or not the one the engine was built with.
-        """
-        path = engine.parent / self.name
-        if not path.is_file():
-            raise ManifestError(
-                f"{engine} needs the plugin library {path}, which is missing "
-                f"(sha256 {self.record.sha256})",
-                hint="copy it from where the engine was built, or build the engine again here",
-            )
-        self.record.verify(path, said_by=f"the sidecar of {engine.name}")
-        return path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +186,12 @@ class EngineRecord:
         layers = None if self.layers is None else self.layers.file
         return [file for file in (self.refit_graph, layers) if file is not None]
 
+    @property
+    def parts(self) -> dict[str, FileRecord]:
+        """Every file that lies beside the engine and belongs to it but the sidecar, by name."""
+        library = [] if self.plugin_library is None else [self.plugin_library]
+        return {file.name: file.record for file in (*library, *self.companions)}
+
     def loads_in(self, version: TensorRTVersion) -> bool:
         """Whether a release of its TensorRT loads it: the one that built it, or a later one.
 
@@ -249,6 +216,21 @@ class EngineRecord:
             self.options.refit and data_sha256 != self.graph.data_sha256
         )
 
+    def other_graph(self, manifest: Manifest) -> str | None:
+        """What of the graph and weights that it was built from a model directory has otherwise.
+
+        Returns:
+            A file with both hashes, in words; None where the directory has what the engine needs.
+        """
+        files = [(self.graph.name, self.graph.sha256)]
+        if not self.options.refit:  # one that takes other weights is as good as one built from them
+            files.append((f"{self.graph.name}.data", self.graph.data_sha256))
+        for file, built in files:
+            here = manifest.files[file].sha256 if file in manifest.files else "none"
+            if built != here:
+                return f"built from {file} with sha256 {built}, the model directory has {here}"
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """The sidecar's content: attention in words for people, and as `lowering` in fields."""
         content = {
@@ -268,6 +250,19 @@ class EngineRecord:
             ManifestError: It is missing, or has another length or content.
         """
         self.engine.verify(engine, said_by="its sidecar")
+
+    def verified_files(self, engine: Path) -> list[Path]:
+        """All that is copied with an engine: the engine, its sidecar, and `parts`, verified.
+
+        Raises:
+            ManifestError: A file is missing, or not the one that was written with the engine.
+        """
+        self.verify(engine)
+        if self.plugin_library is not None:
+            self.plugin_library.verify(engine)
+        for companion in self.companions:
+            companion.content(engine)
+        return [engine, sidecar_path(engine), *(engine.parent / name for name in self.parts)]
 
     def verified_map(self, engine: Path) -> AbstractContextManager[mmap]:
         """The engine file in memory, mapped and verified. See `FileRecord.verified_map`."""
@@ -360,23 +355,10 @@ def refuse_foreign_engine(
             hint=_REBUILD,
         )
     if manifest is not None:
-        _refuse_other_graph(engine, record, manifest)
+        if (other := record.other_graph(manifest)) is not None:
+            raise ManifestError(f"{engine}: {other}", hint=_REBUILD)
     elif record.options.strip_weights:
         raise ManifestError(
             f"{engine} has no weights of its own, and lies in no model directory to take them from",
             hint="put it and its sidecar into plans/ of the model directory, and open that",
         )
-
-
-def _refuse_other_graph(engine: Path, record: EngineRecord, manifest: Manifest) -> None:
-    graph = record.graph
-    files = [(graph.name, graph.sha256)]
-    if not record.options.refit:
-        files.append((f"{graph.name}.data", graph.data_sha256))
-    for file, built in files:
-        here = manifest.files[file].sha256 if file in manifest.files else "none"
-        if built != here:
-            raise ManifestError(
-                f"{engine}: built from {file} with sha256 {built}, the model directory has {here}",
-                hint=_REBUILD,
-            )

@@ -17,6 +17,7 @@ __all__ = [
     "Verdict",
     "content_sha256",
     "entry_with_history",
+    "failed_comparison",
     "is_compared",
     "standing_failures",
     "verdicts_of",
@@ -134,3 +135,22 @@ def verdicts_of(entry: Any) -> list[Verdict]:
 def standing_failures(entry: Any) -> list[Verdict]:
     """The failures that stand, of a manifest's entry for a graph or engine."""
     return [verdict for verdict in verdicts_of(entry) if not verdict.passed]
+
+
+def failed_comparison(name: str, parity: Mapping[str, Any]) -> str | None:
+    """That a graph failed its comparison, with the failures that stand.
+
+    Args:
+        name: Of the graph.
+        parity: Of the manifest.
+
+    Returns:
+        A sentence; None if the graph passed, or has not been compared.
+    """
+    entry = parity.get(name, {"passed": True})
+    if entry.get("passed"):
+        return None
+    standing = "; ".join(verdict.describe() for verdict in standing_failures(entry))
+    return f"{name} did not pass its comparison with PyTorch" + (
+        f": {standing}" if standing else ""
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mmvision_export.artifacts.deployment import DEPLOYMENTS
-from mmvision_export.artifacts.manifest import Manifest, flavour_graph
+from mmvision_export.artifacts.manifest import DATA, Manifest, flavour_graph
 from mmvision_export.bundle.record import BUNDLE_MODEL, SAMPLE_FILES, BundleRecord
 from mmvision_export.core.errors import ManifestError
 from mmvision_export.core.files import array_from_file
@@ -58,8 +58,8 @@ class SampleResult:
 def estimated_build_bytes(directory: Path, precision: str) -> int:
     """Host memory that `build-engine` takes: an estimate from the size of its graph's weights."""
     manifest = Manifest.read(directory)
-    own, portable = (f"{name}.data" for name in (flavour_graph(precision), "model.onnx"))
-    weights = manifest.files.get(own) or manifest.record_of(portable)
+    own = f"{flavour_graph(precision)}.data"
+    weights = manifest.files.get(own) or manifest.record_of(DATA)
     return int(_BUILD_BYTES + _BUILD_PER_WEIGHTS * weights.size_bytes)
 
 

@@ -19,9 +19,11 @@ from mmvision_export.artifacts.manifest import (
     flavour_graph,
 )
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
-from mmvision_export.artifacts.verdicts import standing_failures
+from mmvision_export.artifacts.verdicts import failed_comparison
 from mmvision_export.bundle.record import BUNDLE_MODEL, BUNDLE_PLUGINS
 from mmvision_export.core.errors import ManifestError
+from mmvision_export.core.files import FileRecord
+from mmvision_export.core.precision import PRECISIONS
 from mmvision_export.core.progress import Progress
 from mmvision_export.core.records import read_record
 from mmvision_export.core.verified_files import verify_file
@@ -39,11 +41,13 @@ class ModelPart:
 
     Attributes:
         sources: By path in the bundle.
+        records: Hash and size of those that were verified, by path in the bundle.
         manifest: What the directory's manifest says of them.
         engines: Names of the engines among them.
     """
 
     sources: dict[str, Path | bytes]
+    records: dict[str, FileRecord]
     manifest: Manifest
     engines: list[str]
 
@@ -85,13 +89,15 @@ def model_part(
     names = {GRAPH, DATA, PREPROCESSOR, *graphs, *(f"{graph}.data" for graph in graphs)}
     kept = {name: record for name, record in manifest.files.items() if name in names}
     for name, file in kept.items():
+        if name.endswith(".onnx"):  # what it reads its weights from is checked too
+            manifest.verify(directory, [name])
+            continue
         path = manifest.path_of(directory, name)
         told = progress if file.size_bytes > _LONG_BYTES else None
         verify_file(file, path, said_by="the manifest", progress=told)
-        if name.endswith(".onnx"):
-            manifest.verify(directory, [name])
     sources: dict[str, Path | bytes] = {f"{BUNDLE_MODEL}/{name}": directory / name for name in kept}
-    subjects = {*graphs, *(path.name for path, _ in engines)}
+    records = {f"{BUNDLE_MODEL}/{name}": record for name, record in kept.items()}
+    subjects = {*graphs, *(f"{PLANS}/{path.name}" for path, _ in engines)}
     part = dataclasses.replace(
         manifest,
         files=kept,
@@ -100,22 +106,18 @@ def model_part(
     )
     sources[f"{BUNDLE_MODEL}/{MANIFEST}"] = part.text.encode()
     for path, record in engines:
-        record.verify(path)
-        files = [path, sidecar_path(path)]
-        if record.plugin_library is not None:
-            files.append(path.parent / record.plugin_library.name)
-        for companion in record.companions:
-            companion.content(path)
-            files.append(path.parent / companion.name)
-        sources |= {f"{BUNDLE_MODEL}/{PLANS}/{file.name}": file for file in files}
-    return ModelPart(sources, part, [path.name for path, _ in engines])
+        plans = f"{BUNDLE_MODEL}/{PLANS}"
+        sources |= {f"{plans}/{file.name}": file for file in record.verified_files(path)}
+        parts = {path.name: record.engine, **record.parts}
+        records |= {f"{plans}/{name}": each for name, each in parts.items()}
+    return ModelPart(sources, records, part, [path.name for path, _ in engines])
 
 
 def _is_needed(graph: str, deployment: Deployment, precision: str) -> bool:
     if deployment.tensorrt is not None:
         return graph in (GRAPH, CPU_GRAPH, flavour_graph(precision))
     # Those of a GPU's precisions have weights of their own, which no CPU reads.
-    return graph not in {flavour_graph(each) for each in ("fp16", "int8", "fp8")}
+    return graph not in {flavour_graph(each) for each in PRECISIONS}
 
 
 def _engines(
@@ -131,7 +133,7 @@ def _engines(
         if not sidecar_path(engine).is_file():
             continue  # what a killed build left
         record = EngineRecord.read(engine)
-        graph = record.graph.name
+        other = record.other_graph(manifest)
         reasons = {
             f"it is for {record.backend}": record.backend != deployment.tensorrt,
             f"it is for {record.platform}": record.platform != f"linux-{machine}",
@@ -139,9 +141,7 @@ def _engines(
                 map(deployment.has_gpu, record.compute_capabilities)
             ),
             f"it is {record.precision}": record.precision != precision,
-            f"{graph} is another one by now": (
-                graph not in manifest.files or manifest.files[graph].sha256 != record.graph.sha256
-            ),
+            f"it was {other}": other is not None,
         }
         reason = next((reason for reason, is_so in reasons.items() if is_so), None)
         if reason is None:
@@ -156,16 +156,10 @@ def _refuse_failed(
     """Refuse graphs that failed a comparison; note those that have not been compared."""
     unknown = []
     for name in graphs:
-        entry = manifest.parity.get(name)
-        if entry is None:
+        if name not in manifest.parity:
             unknown.append(name)
-        elif not entry.get("passed"):
-            standing = "; ".join(verdict.describe() for verdict in standing_failures(entry))
-            raise ManifestError(
-                f"{name} did not pass its comparison with PyTorch"
-                + (f": {standing}" if standing else ""),
-                hint=f"see: mmvision parity --model {directory}",
-            )
+        elif (failure := failed_comparison(name, manifest.parity)) is not None:
+            raise ManifestError(failure, hint=f"see: mmvision parity --model {directory}")
     if unknown:
         progress.note(
             f"not compared with PyTorch: {', '.join(unknown)}; compare with: mmvision parity --model {directory}"

@@ -120,11 +120,7 @@ def _model_directory(directory: Path, progress: Progress) -> Integrity:
             continue
         with _noted(problems, f"{PLANS}/{sidecar.name}"):
             record = EngineRecord.read(engine)
-            parts = {engine.name: record.engine}
-            if record.plugin_library is not None:
-                parts[record.plugin_library.name] = record.plugin_library.record
-            parts |= {each.name: each.record for each in record.companions}
-            for part, expected in parts.items():
+            for part, expected in {engine.name: record.engine, **record.parts}.items():
                 count, size_bytes = count + 1, size_bytes + expected.size_bytes
                 with _noted(problems, f"{PLANS}/{part}"):
                     expected.verify(engine.parent / part, said_by="its record")

@@ -132,8 +132,7 @@ def write_bundle(
         ),
     }
     progress.step("hashing")
-    known = {f"model/{name}": record for name, record in part.manifest.files.items()}
-    files = {path: known.get(path) or _recorded(sources[path]) for path in sources}
+    files = {path: part.records.get(path) or _recorded(sources[path]) for path in sources}
     sources[CHECKSUMS] = "".join(
         f"{files[path].sha256}  {path}\n" for path in sorted(files)
     ).encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
@@ -101,10 +100,6 @@ class BundleRecord:
     def size_bytes(self) -> int:
         """Of all files but this one."""
         return sum(record.size_bytes for record in self.files.values())
-
-    def packages(self) -> Iterator[str]:
-        """Paths of the wheels."""
-        return (path for path in self.files if path.startswith(f"{WHEELS}/"))
 
     @classmethod
     def read(cls, folder: Path) -> BundleRecord:

@@ -93,13 +93,7 @@ def bundle(
         precision or buckets or max_patches or plugin_library or machine
     ):
         raise typer.BadParameter("--target cpu has no engine: leave out the engine's options")
-    EngineSizes(
-        buckets=buckets,
-        min_patches=None,
-        opt_patches=None,
-        max_patches=max_patches,
-        max_images=None,
-    )
+    EngineSizes(buckets=buckets, max_patches=max_patches)  # refuses what the target would
     directory = the_model(model)
     manifest = Manifest.read(directory)
     cpu = machine or deployment.machines[0]

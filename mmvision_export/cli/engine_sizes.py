@@ -32,11 +32,11 @@ class EngineSizes:
         typer.BadParameter: The options do not go together, or `buckets` is neither form.
     """
 
-    buckets: str | None
-    min_patches: int | None
-    opt_patches: int | None
-    max_patches: int | None
-    max_images: str | None
+    buckets: str | None = None
+    min_patches: int | None = None
+    opt_patches: int | None = None
+    max_patches: int | None = None
+    max_images: str | None = None
 
     def __post_init__(self) -> None:
         if self.buckets is not None and self._range_is_given:

@@ -84,13 +84,7 @@ def lower(
         version = TensorRTVersion("1.7" if tensorrt == "rtx" else tensorrt)
     except ManifestError as error:
         raise typer.BadParameter(f"--tensorrt: {error.message}") from None
-    sizes = EngineSizes(
-        buckets=buckets,
-        min_patches=None,
-        opt_patches=None,
-        max_patches=max_patches,
-        max_images=max_images,
-    )
+    sizes = EngineSizes(buckets=buckets, max_patches=max_patches, max_images=max_images)
     directory = the_model(model)
     manifest = Manifest.read(directory)
     most = preprocessor_of(directory, manifest).most_patches

@@ -111,8 +111,9 @@ def verify(
             _print_sample(result, found.record)
     for name, problem in found.problems.items():
         print_error(problem if name in problem else f"{name}: {problem}", None)
-    for failure in () if result is None else result.failures:
-        print_error(f"{result.runs if result else ''}: {failure}", "see: .venv/bin/mmvision doctor")
+    if result is not None:
+        for failure in result.failures:
+            print_error(f"{result.runs}: {failure}", "see: .venv/bin/mmvision doctor")
     if not passed:
         raise typer.Exit(1)
 

@@ -19,7 +19,7 @@ from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.manifest import DATA, GRAPH, PLANS, Manifest, flavour_graph
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import Profile, checked_profile
-from mmvision_export.artifacts.verdicts import standing_failures
+from mmvision_export.artifacts.verdicts import failed_comparison
 from mmvision_export.core.atomic import new_files, sweep
 from mmvision_export.core.compute_capability import ComputeCapability
 from mmvision_export.core.errors import EngineError
@@ -225,12 +225,9 @@ def _refuse_failed_parity(
             f"{graph} has not been compared with PyTorch yet: mmvision parity --model {directory}"
         )
     for name in dict.fromkeys((GRAPH, graph)):
-        entry = manifest.parity.get(name, {"passed": True})
-        if check and not entry.get("passed"):
-            standing = "; ".join(verdict.describe() for verdict in standing_failures(entry))
+        if check and (failure := failed_comparison(name, manifest.parity)) is not None:
             raise EngineError(
-                f"{name} did not pass its comparison with PyTorch"
-                + (f": {standing}" if standing else ""),
+                failure,
                 hint=f"see: mmvision parity --model {directory}; the failure stands until the same "
                 "sample passes or the graph changes; --no-check builds it anyway",
             )

@@ -10,15 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmvision_export.artifacts.build_target import BuildTarget
-from mmvision_export.artifacts.companion_file import CompanionFile
-from mmvision_export.artifacts.engine_record import (
-    EngineRecord,
-    GraphRecord,
-    PluginFile,
-    sidecar_path,
-)
+from mmvision_export.artifacts.companion_file import CompanionFile, PluginFile
+from mmvision_export.artifacts.engine_record import EngineRecord, GraphRecord, sidecar_path
 from mmvision_export.artifacts.layer_counts import counts_from_layers, layers_of, layers_path
-from mmvision_export.artifacts.manifest import DATA, PLANS, Manifest
+from mmvision_export.artifacts.manifest import PLANS, Manifest
 from mmvision_export.artifacts.profile import Profile, checked_profile
 from mmvision_export.core.errors import ManifestError, OutputError
 from mmvision_export.core.files import FileRecord
@@ -50,16 +45,7 @@ def already_there(
         return OutputError(
             f"{engine} already exists, and {error.message}", hint="--force replaces it"
         )
-    name = record.graph.name
-    digests = [
-        manifest.files[each].sha256
-        for each in (name, f"{name}.data", DATA)
-        if each in manifest.files
-    ]
-    needed = {record.graph.sha256}
-    if not record.options.refit:  # one that takes other weights is as good as one built from them
-        needed.add(record.graph.data_sha256)
-    if not needed <= set(digests):
+    if record.other_graph(manifest) is not None:
         return OutputError(f"{engine} already exists, built from another graph", hint=keep)
     asked = [[checked_profile(each, manifest.config) for each in group] for group in sizes if group]
     if list(record.profiles) not in asked:

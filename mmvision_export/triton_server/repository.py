@@ -20,7 +20,7 @@ import re
 import shutil
 from pathlib import Path
 
-from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
+from mmvision_export.artifacts.engine_record import EngineRecord
 from mmvision_export.artifacts.manifest import (
     CPU_GRAPH,
     DATA,
@@ -179,13 +179,7 @@ def _copy_model(
     shutil.copyfile(directory / MANIFEST, target / MANIFEST)
     if engine is None or record is None:
         return
-    record.verify(engine)
-    files = [engine, sidecar_path(engine)]
-    if record.plugin_library is not None:
-        files.append(record.plugin_library.verify(engine))
-    for beside in record.companions:
-        beside.content(engine)
-        files.append(engine.parent / beside.name)
+    files = record.verified_files(engine)
     (target / PLANS).mkdir()
     for path in files:
         _link(path, target / PLANS / path.name)

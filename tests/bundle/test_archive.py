@@ -15,6 +15,7 @@ from mmvision_export.bundle.archive import archive_problems, write_archive
 from mmvision_export.bundle.record import BUNDLE, BundleRecord
 from mmvision_export.core.errors import InputError, ManifestError
 from mmvision_export.core.files import FileRecord
+from tests.support.bundles import bundle_record
 from tests.support.errors import refused
 
 CONTENT = {
@@ -26,23 +27,10 @@ CONTENT = {
 }
 
 
-def record_of(content: dict[str, bytes]) -> BundleRecord:
-    return BundleRecord(
-        target="cpu",
-        machine=None,
-        model="small",
-        version="0",
-        precision="fp32",
-        build=[],
-        sample_graph="model.onnx",
-        files={name: FileRecord.of(data) for name, data in content.items()},
-    )
-
-
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
     path = tmp_path / "x.tar"
-    write_archive(path, "x", record_of(CONTENT), dict(CONTENT))
+    write_archive(path, "x", bundle_record(CONTENT), dict(CONTENT))
     return path
 
 
@@ -64,12 +52,12 @@ def test_tar_unpacks_what_was_packed(archive: Path, tmp_path: Path) -> None:
         assert (tmp_path / "x" / name).read_bytes() == data
     assert (tmp_path / "x" / "install.sh").stat().st_mode & 0o111
     assert not (tmp_path / "x" / "README.txt").stat().st_mode & 0o111
-    assert BundleRecord.read(tmp_path / "x") == record_of(CONTENT)
+    assert BundleRecord.read(tmp_path / "x") == bundle_record(CONTENT)
 
 
 def test_what_is_whole_has_no_problems(archive: Path) -> None:
     record, problems = archive_problems(archive)
-    assert record == record_of(CONTENT)
+    assert record == bundle_record(CONTENT)
     assert problems == {}
 
 
@@ -97,7 +85,7 @@ def test_what_follows_the_end_is_named(archive: Path) -> None:
 
 
 def test_a_file_that_changes_while_it_is_packed_is_refused(tmp_path: Path) -> None:
-    record = record_of(CONTENT)
+    record = bundle_record(CONTENT)
     with refused(ManifestError, "README.txt"):
         write_archive(tmp_path / "x.tar", "x", record, {**CONTENT, "README.txt": b"other\n"})
 
@@ -107,13 +95,13 @@ def test_a_file_that_changes_while_it_is_packed_is_refused(tmp_path: Path) -> No
 )
 def test_names_that_lead_elsewhere_are_refused(name: str) -> None:
     with refused(ManifestError, reason="unsafe"):
-        record_of({name: b""})
+        bundle_record({name: b""})
 
 
 @pytest.mark.parametrize("size", [-1, (1 << 50) + 1, 1 << 200])
 def test_sizes_that_no_file_has_are_refused(size: int) -> None:
     with refused(ManifestError, "x", size):
-        dataclasses.replace(record_of({}), files={"x": FileRecord("0" * 64, size)})
+        dataclasses.replace(bundle_record({}), files={"x": FileRecord("0" * 64, size)})
 
 
 def test_what_is_no_bundle_is_said(tmp_path: Path) -> None:
@@ -131,7 +119,7 @@ def test_what_is_no_bundle_is_said(tmp_path: Path) -> None:
 
 def test_a_record_in_another_layout_is_refused(archive: Path, tmp_path: Path) -> None:
     """Its content is the same, its bytes are not."""
-    text = record_of(CONTENT).text
+    text = bundle_record(CONTENT).text
     BundleRecord.parsed(text, Path(BUNDLE))  # the control
     with refused(ManifestError, BUNDLE, reason="malformed"):
         BundleRecord.parsed(text.replace(b"  ", b"   ", 1), Path(BUNDLE))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mmvision_export.artifacts.build_options import BuildOptions
-from mmvision_export.artifacts.companion_file import CompanionFile
+from mmvision_export.artifacts.companion_file import CompanionFile, PluginFile
 from mmvision_export.artifacts.deployment import DEPLOYMENTS, DeploymentName
 from mmvision_export.artifacts.engine_record import GraphRecord
 from mmvision_export.artifacts.library_record import library_record_path
@@ -108,6 +108,36 @@ def test_an_engine_goes_to_where_it_is_valid(model: Path, tmp_path: Path) -> Non
     assert written(model, tmp_path / "fp32.tar", "rtx", precision="fp32").engines == []
     write_engine(model / "plans")
     assert written(model, tmp_path / "graph.tar", "rtx").engines == []
+    # The graphs of two checkpoints are one file: the weights tell them apart.
+    other = dataclasses.replace(of_graph(model), data_sha256="1" * 64)
+    write_engine(model / "plans", graph=other)
+    assert written(model, tmp_path / "weights.tar", "rtx").engines == []
+    options = BuildOptions(refit=True)
+    write_engine(model / "plans", graph=other, options=options, refit_graph=companion)
+    assert written(model, tmp_path / "refit.tar", "rtx").engines == [ENGINE]
+
+
+def test_an_engine_keeps_its_verdict(model: Path, tmp_path: Path) -> None:
+    write_engine(model / "plans", graph=of_graph(model))
+    name = f"plans/{ENGINE}"
+    Manifest.read(model).update(model, parity={name: {"passed": True}, "plans/x": {"passed": True}})
+    bundle = written(model, tmp_path / "rtx.tar", "rtx")
+    with tarfile.open(bundle.path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert set(Manifest.read(tmp_path / "rtx" / "model").parity) == {name}
+
+
+def test_what_lies_beside_an_engine_is_verified(model: Path, tmp_path: Path) -> None:
+    library = PluginFile.of(FileRecord.of(b"a library"))
+    write_engine(model / "plans", graph=of_graph(model), plugin_library=library)
+    path = model / "plans" / library.name
+    with refused(ManifestError, path):
+        written(model, tmp_path / "x.tar", "rtx")
+    path.write_bytes(b"another 1")
+    with refused(ManifestError, path):
+        written(model, tmp_path / "x.tar", "rtx")
+    path.write_bytes(b"a library")  # the control
+    assert f"model/plans/{library.name}" in written(model, tmp_path / "x.tar", "rtx").record.files
 
 
 def test_the_library_of_the_targets_gpu_comes_along(

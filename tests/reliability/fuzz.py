@@ -32,15 +32,14 @@ from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.external_data import external_locations
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.bundle.archive import archive_problems, write_archive
-from mmvision_export.bundle.record import BundleRecord
 from mmvision_export.core.errors import ManifestError, MmvisionError
-from mmvision_export.core.files import FileRecord
 from mmvision_export.models import family_from_file
 from mmvision_export.models.minimax_m3_vl.checkpoint import read_index
 from mmvision_export.models.minimax_m3_vl.config import assumed_fields, config_from_file
 from mmvision_export.models.minimax_m3_vl.images import image_from_file
 from mmvision_export.models.minimax_m3_vl.preprocessor_config import PreprocessorConfig
 from mmvision_export.runtime.folder_record import FolderRecords
+from tests.support.bundles import bundle_record
 from tests.support.configs import HEAD_DIM_80
 
 __all__ = ["PARSERS", "Parser", "damaged", "locations_by_onnx", "parsed"]
@@ -193,18 +192,8 @@ def _with_and_without_checksum(record: Path) -> list[bytes]:
 
 
 def _archive(path: Path) -> bytes:
-    content: dict[str, Path | bytes] = {"README.txt": b"words\n", "model/x.npy": bytes(700)}
-    record = BundleRecord(
-        target="cpu",
-        machine=None,
-        model="m",
-        version="0",
-        precision="fp32",
-        build=[],
-        sample_graph="model.onnx",
-        files={name: FileRecord.of(data) for name, data in content.items()},  # type: ignore[arg-type]
-    )
-    write_archive(path, "x", record, content)
+    content = {"README.txt": b"words\n", "model/x.npy": bytes(700)}
+    write_archive(path, "x", bundle_record(content), dict(content))
     return path.read_bytes()
 
 

@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 from mmvision_export.artifacts.build_target import TensorRTName
-from mmvision_export.artifacts.engine_record import EngineAttention, EngineRecord, PluginFile
+from mmvision_export.artifacts.companion_file import PluginFile
+from mmvision_export.artifacts.engine_record import EngineAttention, EngineRecord
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.profile import Profile, profiles_from_buckets
 from mmvision_export.core.errors import BackendError, InputError, ManifestError
