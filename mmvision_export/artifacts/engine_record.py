@@ -186,11 +186,11 @@ class EngineRecord:
         layers = None if self.layers is None else self.layers.file
         return [file for file in (self.refit_graph, layers) if file is not None]
 
-    @property
-    def parts(self) -> dict[str, FileRecord]:
-        """Every file that lies beside the engine and belongs to it but the sidecar, by name."""
+    def parts(self, engine: Path) -> dict[Path, FileRecord]:
+        """The engine and every file beside it that belongs to it, but the sidecar."""
         library = [] if self.plugin_library is None else [self.plugin_library]
-        return {file.name: file.record for file in (*library, *self.companions)}
+        beside = {engine.parent / file.name: file.record for file in (*library, *self.companions)}
+        return {engine: self.engine, **beside}
 
     def loads_in(self, version: TensorRTVersion) -> bool:
         """Whether a release of its TensorRT loads it: the one that built it, or a later one.
@@ -252,7 +252,7 @@ class EngineRecord:
         self.engine.verify(engine, said_by="its sidecar")
 
     def verified_files(self, engine: Path) -> list[Path]:
-        """All that is copied with an engine: the engine, its sidecar, and `parts`, verified.
+        """All that is copied with an engine: its sidecar, and `parts`, verified.
 
         Raises:
             ManifestError: A file is missing, or not the one that was written with the engine.
@@ -262,7 +262,7 @@ class EngineRecord:
             self.plugin_library.verify(engine)
         for companion in self.companions:
             companion.content(engine)
-        return [engine, sidecar_path(engine), *(engine.parent / name for name in self.parts)]
+        return [sidecar_path(engine), *self.parts(engine)]
 
     def verified_map(self, engine: Path) -> AbstractContextManager[mmap]:
         """The engine file in memory, mapped and verified. See `FileRecord.verified_map`."""

@@ -108,8 +108,7 @@ def model_part(
     for path, record in engines:
         plans = f"{BUNDLE_MODEL}/{PLANS}"
         sources |= {f"{plans}/{file.name}": file for file in record.verified_files(path)}
-        parts = {path.name: record.engine, **record.parts}
-        records |= {f"{plans}/{name}": each for name, each in parts.items()}
+        records |= {f"{plans}/{file.name}": each for file, each in record.parts(path).items()}
     return ModelPart(sources, records, part, [path.name for path, _ in engines])
 
 

@@ -120,10 +120,10 @@ def _model_directory(directory: Path, progress: Progress) -> Integrity:
             continue
         with _noted(problems, f"{PLANS}/{sidecar.name}"):
             record = EngineRecord.read(engine)
-            for part, expected in {engine.name: record.engine, **record.parts}.items():
+            for part, expected in record.parts(engine).items():
                 count, size_bytes = count + 1, size_bytes + expected.size_bytes
-                with _noted(problems, f"{PLANS}/{part}"):
-                    expected.verify(engine.parent / part, said_by="its record")
+                with _noted(problems, f"{PLANS}/{part.name}"):
+                    expected.verify(part, said_by="its record")
     return Integrity("model directory", count, size_bytes, problems)
 
 
