@@ -41,6 +41,8 @@ _PREFIX = ".new."
 # A temporary directory is made first and locked then: until it is this old, only a process that is
 # known to be dead gives it up.
 _SECONDS_TO_LOCK = 60.0
+_SECONDS_TO_REMOVE = 2.0
+_NO_HANDLE = {errno.EMFILE, errno.ENFILE}
 # <fcntl.h> and <linux/fs.h>.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -187,16 +189,31 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
         # A signal in the middle would leave the rest, until another command sweeps it.
         with signals_wait():
             if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
-            if temporary is not None and temporary.exists():
-                # Where no handle was left, the lock's is free now.
-                shutil.rmtree(temporary, ignore_errors=True)
+                _remove(temporary, lock)
             for folder in made:
                 # Empty only if the block failed.
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+
+
+def _remove(temporary: Path, lock: int | None) -> None:
+    """Remove a temporary directory, and let go of its lock.
+
+    A removal takes two handles. Where none was left, the lock's is free after the first attempt, and
+    other threads, which read ahead, let go of theirs.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+    give_up = time.monotonic() + _SECONDS_TO_REMOVE
+    while temporary.exists():
+        try:
+            shutil.rmtree(temporary)
+        except OSError as error:
+            if error.errno not in _NO_HANDLE or time.monotonic() > give_up:
+                shutil.rmtree(temporary, ignore_errors=True)
+                return
+            time.sleep(0.01)
 
 
 def sweep(folder: Path) -> None:

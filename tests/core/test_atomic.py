@@ -28,6 +28,42 @@ def test_directory_appears_only_when_whole(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no limit on handles")
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_failure_without_a_free_handle(lets_go: bool, tmp_path: Path) -> None:
+    """Threads that read ahead hold every handle, and let go of them a little later.
+
+    The control, where they never do, leaves the temporary directory.
+    """
+    code = """
+import os, resource, sys, threading
+from pathlib import Path
+from mmvision_export.core.atomic import new_files
+
+taken = []
+try:
+    with new_files(Path(), name="a") as new:
+        (new / "a").write_text("1")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        try:
+            while True:
+                taken.append(os.dup(0))
+        except OSError:
+            pass
+        if sys.argv[1] == "True":
+            threading.Timer(0.3, os.closerange, (taken[0], taken[-1] + 1)).start()
+        raise ValueError
+except ValueError:
+    os._exit(5)
+"""
+    # The package is imported from where this test imports it.
+    root = str(Path(atomic.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    command = [sys.executable, "-c", code, str(lets_go)]
+    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 5
+    assert len(list(tmp_path.iterdir())) == (0 if lets_go else 1)
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
 def test_failure_leaves_the_old_directory(error: BaseException, tmp_path: Path) -> None:
     target = tmp_path / "model"

@@ -7,6 +7,7 @@ computes nothing itself: a fork of a process with worker threads has none of the
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import shutil
@@ -38,6 +39,7 @@ OnChange = Callable[[int], None]
 """Told the number of each change to the disk before it is made. It may raise, or end the process."""
 
 _SECONDS_TO_END = 120.0
+_PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 # Audit events of Python that change the disk, besides those of opening a file for writing.
 _CHANGES = ("os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate")
 
@@ -133,6 +135,7 @@ def _ended_well(command: Sequence[str], folder: Path) -> Ended:
 def given_files() -> Iterator[Path]:
     """A folder with what operations work on, and the packages loaded for their forks."""
     root = Path(tempfile.mkdtemp())
+    _adopt_orphans()
     try:
         # In a process of its own: what it computes starts threads.
         if (child := os.fork()) == 0:
@@ -143,6 +146,12 @@ def given_files() -> Iterator[Path]:
         yield root / "given"
     finally:
         shutil.rmtree(root)
+
+
+def _adopt_orphans() -> None:
+    """Make this process the parent of what its children leave running, so that it can wait for them."""
+    with contextlib.suppress(AttributeError, OSError):  # Linux only
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def fresh(start: Path, trial: Path) -> None:
@@ -204,9 +213,13 @@ def ended(
             os.waitpid(child, 0)
             return Ended(-1, f"still running after {_SECONDS_TO_END:.0f} s", 0)
         time.sleep(0.005)
-    # Compilers that it had started end as they like.
+    # Compilers that it had started are in sessions of their own, and end as they like.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
+    # Until they have ended, they keep a disk that they work on from being unmounted.
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-child, 0)
     words = log.read_text(errors="replace").strip()
     return Ended(os.waitstatus_to_exitcode(status), words, int(changes.read_text() or 0))
 
