@@ -27,7 +27,7 @@ def test_kills(operation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", _NAMES)
 def test_more_kills(operation: str) -> None:
-    trials = "3" if operation == "build-plugins" else "12"
+    trials = "3" if operation == "build-plugins" else "6"
     held("kills", operation, "--moments", trials, "--points", trials, "--seed", "1")
 
 
