@@ -227,8 +227,7 @@ def sweep(folder: Path) -> None:
                 continue
             lock = _locked(left)
             if lock is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
+                _remove(left, lock)
 
 
 def _may_live(temporary: Path) -> bool:

@@ -42,7 +42,7 @@ from mmvision_export.core.atomic import new_files
 
 taken = []
 try:
-    with new_files(Path(), name="a") as new:
+    with new_files(Path(sys.argv[1]), name="a") as new:
         (new / "a").write_text("1")
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
         try:
@@ -50,17 +50,14 @@ try:
                 taken.append(os.dup(0))
         except OSError:
             pass
-        if sys.argv[1] == "True":
+        if sys.argv[2] == "True":
             threading.Timer(0.3, os.closerange, (taken[0], taken[-1] + 1)).start()
         raise ValueError
 except ValueError:
     os._exit(5)
 """
-    # The package is imported from where this test imports it.
-    root = str(Path(atomic.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    command = [sys.executable, "-c", code, str(lets_go)]
-    assert subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode == 5
+    command = [sys.executable, "-c", code, str(tmp_path), str(lets_go)]
+    assert subprocess.run(command, check=False).returncode == 5
     assert len(list(tmp_path.iterdir())) == (0 if lets_go else 1)
 
 

@@ -206,22 +206,26 @@ def ended(
             os.kill(child, kill[1])
     while True:
         is_done, status = os.waitpid(child, os.WNOHANG)
-        if is_done:
+        if is_done or time.monotonic() > deadline:
             break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return Ended(-1, f"still running after {_SECONDS_TO_END:.0f} s", 0)
         time.sleep(0.005)
-    # Compilers that it had started are in sessions of their own, and end as they like.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    # Until they have ended, they keep a disk that they work on from being unmounted.
-    with contextlib.suppress(ChildProcessError):
-        while True:
-            os.waitpid(-child, 0)
+    _end_group(child)
+    if not is_done:
+        return Ended(-1, f"still running after {_SECONDS_TO_END:.0f} s", 0)
     words = log.read_text(errors="replace").strip()
     return Ended(os.waitstatus_to_exitcode(status), words, int(changes.read_text() or 0))
+
+
+def _end_group(leader: int) -> None:
+    """Kill a command, if it still runs, and what it has started, but not compilers: they have sessions of their own.
+
+    It waits for their end: until then they keep a disk that they work on from being unmounted.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-leader, 0)
 
 
 def _run(
