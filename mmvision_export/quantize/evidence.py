@@ -12,7 +12,7 @@ for 32. The graph therefore has to keep `1 - cosine` to 1 / 1.5 of what the gate
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,40 +74,36 @@ class Checks:
 
     def lost_in_sample(self, graph: Path, dtype: type[np.floating]) -> list[Losses]:
         """Losses of each image's tokens."""
-        return [each for _, each in self._lost(graph, dtype, ("sample",), Progress())]
+        return [each for _, each in self._lost(graph, dtype, self._batches(("sample",)))]
+
+    def names(self, *parts: str) -> list[str]:
+        """Of the batches of these parts: `held_out`, `calibration`."""
+        return [name for name, _ in self._batches(parts)]
 
     def most_lost(
-        self, graph: Path, dtype: type[np.floating], *, enough: float, progress: Progress
-    ) -> float:
-        """The largest loss of any token.
+        self, graph: Path, dtype: type[np.floating], names: Sequence[str], progress: Progress
+    ) -> Iterator[tuple[str, float]]:
+        """The largest loss of a token in each of these batches, as each is measured.
 
         Args:
             graph: The file.
             dtype: Of its inputs.
-            enough: The images that calibration has seen are checked too if those held out lose no
-                more than this, up to the first one that does.
-            progress: Told about each image.
+            names: Of the batches, in the order in which they are wanted.
+            progress: Told about each batch.
         """
-        most = 0.0
-        for part in ("held_out", "calibration"):
-            for _, each in self._lost(graph, dtype, (part,), progress):
-                most = max(most, float(each.max()))
-                if part == "calibration" and most > enough:
-                    break
-            if most > enough:
-                break
-        return most
+        batches = dict(self._batches(("held_out", "calibration")))
+        for name, each in self._lost(graph, dtype, [(name, batches[name]) for name in names]):
+            yield name, float(each.max())
+            progress.advance()
 
     def _lost(
-        self, graph: Path, dtype: type[np.floating], parts: Iterable[str], progress: Progress
-    ) -> Iterable[tuple[str, Losses]]:
-        batches = self._batches(parts)
+        self, graph: Path, dtype: type[np.floating], batches: Sequence[tuple[str, Batch]]
+    ) -> Iterator[tuple[str, Losses]]:
         results = outputs_of(
             graph, (batch for _, batch in batches), weights_in=graph.parent, dtype=dtype
         )
         for (name, _), result in zip(batches, results, strict=True):
             yield name, losses(result, np.load(self.references / name, mmap_mode="r"))
-            progress.advance()
 
     def _batches(self, parts: Iterable[str]) -> list[tuple[str, Batch]]:
         return [

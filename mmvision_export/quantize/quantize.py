@@ -10,9 +10,10 @@ has not seen, and on those that it has.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -29,7 +30,7 @@ from mmvision_export.quantize.choices import CalibrationMethod, Flavour
 from mmvision_export.quantize.evidence import MARGIN, Checks, Losses
 from mmvision_export.quantize.plan import Plan, plan_of
 from mmvision_export.quantize.qdq import LOWEST_OPSET
-from mmvision_export.quantize.ranking import cosine_lost, ranking_sample
+from mmvision_export.quantize.ranking import cosine_lost, ranking_sample, worst_half
 from mmvision_export.quantize.report import QuantizationReport
 from mmvision_export.quantize.search import MOST_EVALUATIONS, fewest_kept
 from mmvision_export.quantize.statistics import Batch, grouped
@@ -96,26 +97,30 @@ def quantize(
         )
         checks.refer_to(source, progress)
         graphs = _Graphs(plan, checks, new, trial, allowed, progress)
-        none_kept = graphs.loss(set(), 0)
+        none_kept = graphs.loss(frozenset())
         errors: dict[str, float] = dict.fromkeys((unit.name for unit in units), 0.0)
-        kept: list[str] = []
+        kept: frozenset[str] | None = frozenset()
         if none_kept > allowed:
             errors = cosine_lost(plan, checks.sample, graphs.lost_in_sample(), progress)
-            order = sorted(errors, key=lambda each: -errors[each])
-            number = fewest_kept(
-                lambda number: graphs.loss(set(order[:number]), number),
-                [errors[each] for each in order],
+            kept = fewest_kept(
+                graphs.loss,
+                lambda: cosine_lost(
+                    plan,
+                    *worst_half(checks.sample, graphs.lost_in_sample()),
+                    progress,
+                    seed=len(graphs.losses),
+                ),
+                errors,
                 loss_of_none=none_kept,
                 allowed=allowed,
             )
-            if number is None or number == len(units):
-                raise QuantizationError(
-                    f"no unit can be {flavour}: every token needs a cosine of {1 - allowed:.8g}, the "
-                    f"gate {min_cosine} with its margin, and the best graph reached "
-                    f"{1 - graphs.least:.6f}",
-                    hint="lower --min-cosine",
-                )
-            kept = order[:number]
+        if kept is None or len(kept) == len(units):
+            raise QuantizationError(
+                f"no unit can be {flavour}: every token needs a cosine of {1 - allowed:.8g}, the "
+                f"gate {min_cosine} with its margin, and the best graph reached "
+                f"{1 - min(graphs.losses):.6f}",
+                hint="lower --min-cosine",
+            )
         shutil.rmtree(references)
         shutil.rmtree(trial)
         records = {path.name: file_record(path) for path in new.iterdir()}
@@ -129,22 +134,22 @@ def quantize(
         calibration_method="none" if flavour == "cpu-int8" else method,
         min_cosine=min_cosine,
         margin=MARGIN,
-        reached=1 - graphs.losses[len(kept)],
+        reached=1 - graphs.loss_of_best,
         without_fallback=max(-1.0, 1 - none_kept),
         held_out=sum(len(grid) for _, grid in held_out),
         calibration=sum(len(grid) for _, grid in calibration),
-        evaluations=graphs.evaluations,
+        evaluations=len(graphs.losses),
         operations=share_of_operations(
             load_graph(source),
             units,
-            set(kept),
+            kept,
             patches_per_token=manifest.config.patches_per_token,
         ),
         size_bytes=_weight_bytes(plan.model(kept)),
         float_size_bytes=_weight_bytes(load_graph(source)),
         balanced=[unit.name for unit in units if unit.input in plan.divisors],
         quantized={unit.name: errors[unit.name] for unit in units if unit.name not in kept},
-        kept={each: errors[each] for each in kept},
+        kept={each: errors[each] for each in sorted(kept, key=lambda each: -errors[each])},
     )
     manifest.update(directory, files=records, quantization={name: report.to_dict()})
     return report
@@ -183,13 +188,17 @@ class _Graphs:
     """Writes one graph after the other, and keeps the files of the one that passed with the fewest units kept.
 
     Attributes:
-        losses: By the number of units kept, of the graphs that were measured.
+        losses: Of the graphs that were measured, one after the other.
+        loss_of_best: Of the one whose files are kept.
     """
 
     def __init__(
         self, plan: Plan, checks: Checks, new: Path, trial: Path, allowed: float, progress: Progress
     ) -> None:
-        self.losses: dict[int, float] = {}
+        self.losses: list[float] = []
+        self.loss_of_best = math.inf
+        self._fewest = len(plan.units) + 1
+        self._worst_first = checks.names("held_out", "calibration")
         self._plan = plan
         self._checks = checks
         self._new = new
@@ -197,37 +206,43 @@ class _Graphs:
         self._allowed = allowed
         self._progress = progress
 
-    @property
-    def evaluations(self) -> int:
-        """How many were measured."""
-        return len(self.losses)
-
-    @property
-    def least(self) -> float:
-        """The least loss of them."""
-        return min(self.losses.values())
-
-    def loss(self, keep: set[str], number: int) -> float:
+    def loss(self, keep: frozenset[str]) -> float:
         """The most that a token's cosine is below 1 with these units kept."""
         plan, checks, total = self._plan, self._checks, len(self._plan.units)
         self._progress.step(
-            f"graph {self.evaluations + 1} of at most {MOST_EVALUATIONS}: {number} of {total} units in "
-            "higher precision",
+            f"graph {len(self.losses) + 1} of at most {MOST_EVALUATIONS}: {len(keep)} of {total} units "
+            "in higher precision",
             total=len(checks.held_out) + len(checks.calibration),
         )
         shutil.rmtree(self._trial, ignore_errors=True)
         self._trial.mkdir()
         _write(plan, keep, self._trial)
-        with self._runnable() as graph:
-            loss = checks.most_lost(
-                graph, plan.dtype, enough=self._allowed, progress=self._progress
-            )
-        passed = [kept for kept, lost in self.losses.items() if lost <= self._allowed]
-        self.losses[number] = loss
-        if loss <= self._allowed and all(number < kept for kept in passed):
+        loss = self._measured(must=() if keep else checks.names("held_out"))
+        self.losses.append(loss)
+        if loss <= self._allowed and len(keep) < self._fewest:
+            self._fewest, self.loss_of_best = len(keep), loss
             for file in self._trial.iterdir():
                 file.replace(self._new / file.name)
         return loss
+
+    def _measured(self, must: Collection[str]) -> float:
+        """The largest loss in the graph that was written last, up to the first batch that fails.
+
+        The batches on which the graph before lost the most come first.
+
+        Args:
+            must: Batches that are measured in any case.
+        """
+        found: dict[str, float] = {}
+        with self._runnable() as graph:
+            for name, lost in self._checks.most_lost(
+                graph, self._plan.dtype, self._worst_first, self._progress
+            ):
+                found[name] = lost
+                if max(found.values()) > self._allowed and found.keys() >= set(must):
+                    break
+        self._worst_first.sort(key=lambda name: -found.get(name, 0.0))
+        return max(found.values())
 
     def lost_in_sample(self) -> list[Losses]:
         """What each token of the sample loses in the graph that was written last."""
@@ -260,7 +275,7 @@ def _weight_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _write(plan: Plan, keep: set[str], folder: Path) -> None:
+def _write(plan: Plan, keep: frozenset[str], folder: Path) -> None:
     model, name = plan.model(keep), flavour_graph(plan.flavour)
     if plan.flavour == "cpu-int8":
         _save_beside(model, folder, name)

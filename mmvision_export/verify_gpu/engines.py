@@ -11,6 +11,7 @@ from pathlib import Path
 from mmvision_export.artifacts.build_options import DEFAULT_OPTIONS, BuildOptions
 from mmvision_export.artifacts.build_target import TENSORRT_NAMES, TensorRTName
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
+from mmvision_export.artifacts.layer_counts import layers_path
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.artifacts.plugin_library import default_library
 from mmvision_export.artifacts.profile import (
@@ -93,7 +94,7 @@ def engine_sizes(config: EncoderConfig) -> dict[str, list[Profile]]:
 def build_in(directory: Path, precision: str, device: int | None, progress: Progress) -> Build:
     """Builds as `mmvision build-engine` does, into a model directory that may be changed.
 
-    The engine's file is then given its case's name: those of one TensorRT have the same.
+    Engine, sidecar and layer report are then given the case's name: engines of one TensorRT share a name.
     """
 
     def build(case: EngineCase, profiles: Sequence[Profile]) -> tuple[Path, EngineRecord]:
@@ -113,10 +114,20 @@ def build_in(directory: Path, precision: str, device: int | None, progress: Prog
             progress=progress,
         )
         own = engine.with_name(f"{engine.stem}.{case.way}-{case.sizes}{engine.suffix}")
-        sidecar_path(engine).rename(sidecar_path(own))
-        return engine.rename(own), record
+        return _renamed(engine, own, record)
 
     return build
+
+
+def _renamed(engine: Path, own: Path, record: EngineRecord) -> tuple[Path, EngineRecord]:
+    """An engine with its sidecar and layer report under another name, in the same folder."""
+    if record.layers is not None:
+        layers_path(engine).rename(layers_path(own))
+        file = dataclasses.replace(record.layers.file, name=layers_path(own).name)
+        record = dataclasses.replace(record, layers=dataclasses.replace(record.layers, file=file))
+    record.write(sidecar_path(own))
+    sidecar_path(engine).unlink()
+    return engine.rename(own), record
 
 
 class ImpossibleError(EngineError):

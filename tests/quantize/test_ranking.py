@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ def plan(exported: Path) -> Plan:
 def test_estimates_are_what_a_unit_costs_alone(plan: Plan, exported: Path) -> None:
     """Against the graph with that unit alone in 8 bit.
 
-    Six vectors estimate a square with a relative standard deviation of sqrt(2 / 6) = 0.58 for one
-    batch; over all units the mean of the ratios is within 3 * 0.58 / sqrt(13) = 0.48 of 1. A single
-    estimate is a chi-square of six degrees over six: one in a thousand is below 0.06 or above 3.7.
+    The square of one row and one vector has a relative standard deviation of sqrt(2). Three vectors and the
+    21 rows of the last products leave sqrt(2 / 63) = 0.18, more rows less. All are within four of these
+    of 1, and their mean is within four of 0.18 / sqrt(13).
     """
     reference = run(plan.source, [BATCH], weights_in=exported, dtype=np.float32)[0]
     even = [np.ones(len(reference))]
@@ -115,8 +116,8 @@ def test_estimates_are_what_a_unit_costs_alone(plan: Plan, exported: Path) -> No
         result = run(content, [BATCH], weights_in=exported, dtype=np.float32)[0]
         ratios[unit.name] = estimated[unit.name] / losses(result, reference).mean()
     assert len(ratios) == len(plan.units) == 13
-    assert all(0.06 < ratio < 3.7 for ratio in ratios.values()), ratios
-    assert abs(np.mean(list(ratios.values())) - 1) < 0.48
+    assert all(abs(ratio - 1) < 0.72 for ratio in ratios.values()), ratios
+    assert abs(np.mean(list(ratios.values())) - 1) < 0.2
 
 
 def test_the_sample_is_cut_and_bounded() -> None:
@@ -136,48 +137,89 @@ def test_the_sample_is_cut_and_bounded() -> None:
 
 
 def _search(
-    losses_by_kept: list[float], estimates: list[float], allowed: float = 1e-3
-) -> tuple[int | None, int]:
-    asked: list[int] = []
+    lost: Callable[[frozenset[str]], float],
+    estimates: Mapping[str, float],
+    again: Mapping[str, float] | None = None,
+    allowed: float = 1e-3,
+) -> tuple[frozenset[str] | None, int]:
+    """What is kept, and how many graphs were evaluated; `again` is what each further ranking says."""
+    asked: list[frozenset[str]] = []
 
-    def loss_of(kept: int) -> float:
-        asked.append(kept)
-        return losses_by_kept[kept]
+    def loss_of(keep: frozenset[str]) -> float:
+        asked.append(keep)
+        return lost(keep)
 
-    found = fewest_kept(loss_of, estimates, loss_of_none=losses_by_kept[0], allowed=allowed)
-    assert len(asked) == len(set(asked)) <= MOST_EVALUATIONS - 1
-    return found, len(asked)
+    kept = fewest_kept(
+        loss_of,
+        lambda: again or estimates,
+        estimates,
+        loss_of_none=lost(frozenset()),
+        allowed=allowed,
+    )
+    assert len(asked) <= MOST_EVALUATIONS - 1
+    assert kept is None or (kept in asked and lost(kept) <= allowed)
+    return kept, len(asked)
 
 
 @pytest.mark.parametrize("units", [2, 21, 133, 260])
 @pytest.mark.parametrize("worst_to_mean", [0.5, 4.0, 60.0])
 def test_the_search_finds_the_fewest_within_its_bound(units: int, worst_to_mean: float) -> None:
     """Whatever the ratio of the worst token to the estimate is."""
-    estimates = [1e-2 * 0.9**index for index in range(units)]
-    lost = [worst_to_mean * sum(estimates[kept:]) for kept in range(units + 1)]
-    found, _ = _search(lost, estimates)
-    fewest = next(kept for kept, loss in enumerate(lost) if loss <= 1e-3)
-    assert found == fewest
+    estimates = {f"unit {index}": 1e-2 * 0.9**index for index in range(units)}
+
+    def lost(keep: frozenset[str]) -> float:
+        return worst_to_mean * sum(each for name, each in estimates.items() if name not in keep)
+
+    kept, _ = _search(lost, estimates)
+    fewest = next(
+        number for number in range(units + 1) if lost(frozenset([*estimates][:number])) <= 1e-3
+    )
+    assert kept == frozenset([*estimates][:fewest])
+
+
+def test_a_graph_that_failed_says_which_tokens_are_left() -> None:
+    """Two tokens and the units that cost each: the first ranking sees one of them.
+
+    The control is a search that is told of the first token only. It keeps units of the first token until it
+    comes to those of the second.
+    """
+    first = {f"a{index}": 1e-3 for index in range(20)} | {f"b{index}": 1e-9 for index in range(20)}
+    second = {name: 1e-3 if name[0] == "b" else 1e-9 for name in first}
+
+    def lost(keep: frozenset[str]) -> float:
+        tokens = (first, second)
+        return max(sum(each[name] for name in each if name not in keep) for each in tokens)
+
+    kept, _ = _search(lost, first, second, allowed=5.5e-3)
+    assert kept is not None
+    assert sorted(name[0] for name in kept) == ["a"] * 15 + ["b"] * 15
+    misled, _ = _search(lost, first, first, allowed=5.5e-3)
+    assert misled is not None
+    assert len(misled) >= 35
 
 
 def test_a_misleading_estimate_costs_no_more_evaluations() -> None:
     """The estimate says that the first units are all; the last one is."""
-    estimates = [1.0 / (1 + index) ** 4 for index in range(133)]
-    lost = [math.inf] * 132 + [1e-4, 0.0]
-    found, evaluations = _search(lost, estimates)
-    assert found is not None
-    assert found >= 132
-    assert evaluations <= MOST_EVALUATIONS - 1
+    estimates = {f"unit {index}": 1.0 / (1 + index) ** 4 for index in range(133)}
+
+    def lost(keep: frozenset[str]) -> float:
+        return 1e-4 if len(keep) >= 132 else math.inf
+
+    kept, _ = _search(lost, estimates)
+    assert kept is not None
+    assert len(kept) >= 132
 
 
 def test_nothing_passes() -> None:
-    assert _search([0.5] * 22, [1e-3] * 21)[0] is None
+    estimates = {f"unit {index}": 1e-3 for index in range(21)}
+    assert _search(lambda _: 0.5, estimates)[0] is None
+    assert _search(lambda _: math.inf, dict.fromkeys(estimates, 0.0))[0] is None
 
 
 def test_the_bound_is_for_whole_graphs(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sessions are counted: the graphs that are written, and four of the float32 graph."""
+    """Sessions are counted: of the graphs that are written, and of the float32 graph."""
     from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.quantize import statistics
     from mmvision_export.quantize.quantize import quantize
@@ -202,7 +244,8 @@ def test_the_bound_is_for_whole_graphs(
     )
     assert report.kept  # so that it was searched for
     written = [graph for graph in opened if isinstance(graph, Path) and graph.name != "model.onnx"]
-    # Each at most for the images held out, for those of calibration, and once for the sample.
-    assert len(written) <= 2 * report.evaluations + 1
+    # Each once for the images that are checked, and if it failed once for the sample.
+    assert len(written) <= 2 * report.evaluations
     assert 1 < report.evaluations <= search.MOST_EVALUATIONS
-    assert len(opened) - len(written) <= 4
+    # Two to calibrate and one for the references; then one for each ranking, after a graph that failed.
+    assert len(opened) - len(written) <= 3 + report.evaluations

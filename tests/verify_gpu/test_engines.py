@@ -149,6 +149,14 @@ def test_engines_are_built_as_build_engine_does(
     assert path.name.endswith("-sm89-fp16.native-dynamic.engine")
     assert EngineRecord.read(path) == record
     record.verify(path)
+    # Another engine of the same TensorRT leaves the first one's report of its layers in place.
+    assert record.layers is not None
+    layers = record.layers.file.content(path)
+    slots = engine_sizes(HEAD_DIM_80)["slots"][:1]
+    other, other_record = build(EngineCase("tensorrt-rtx", "uniform", "slots"), slots)
+    assert other_record.layers is not None
+    assert other_record.layers.file.content(other) != layers
+    assert record.layers.file.content(path) == layers
     # TensorRT-RTX takes no plugins: that is no failure.
     with pytest.raises(ImpossibleError):
         build(EngineCase("tensorrt-rtx", "plugin", "dynamic"), [PROFILE])
