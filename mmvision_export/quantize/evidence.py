@@ -72,38 +72,30 @@ class Checks:
             np.save(self.references / name, result)
             progress.advance()
 
-    def lost_in_sample(self, graph: Path, dtype: type[np.floating]) -> list[Losses]:
-        """Losses of each image's tokens."""
-        return [each for _, each in self._lost(graph, dtype, self._batches(("sample",)))]
-
     def names(self, *parts: str) -> list[str]:
-        """Of the batches of these parts: `held_out`, `calibration`."""
+        """Of the batches of these parts: `sample`, `held_out`, `calibration`."""
         return [name for name, _ in self._batches(parts)]
 
-    def most_lost(
-        self, graph: Path, dtype: type[np.floating], names: Sequence[str], progress: Progress
-    ) -> Iterator[tuple[str, float]]:
-        """The largest loss of a token in each of these batches, as each is measured.
+    def lost(
+        self, graph: Path, dtype: type[np.floating], names: Iterable[str]
+    ) -> Iterator[tuple[str, Losses]]:
+        """What each token of these batches loses, one batch after the other, in one session.
 
         Args:
             graph: The file.
             dtype: Of its inputs.
-            names: Of the batches, in the order in which they are wanted.
-            progress: Told about each batch.
+            names: Of the batches. The next one is asked for when the last one has been measured.
         """
-        batches = dict(self._batches(("held_out", "calibration")))
-        for name, each in self._lost(graph, dtype, [(name, batches[name]) for name in names]):
-            yield name, float(each.max())
-            progress.advance()
+        batches = dict(self._batches(("sample", "held_out", "calibration")))
+        asked = ""
 
-    def _lost(
-        self, graph: Path, dtype: type[np.floating], batches: Sequence[tuple[str, Batch]]
-    ) -> Iterator[tuple[str, Losses]]:
-        results = outputs_of(
-            graph, (batch for _, batch in batches), weights_in=graph.parent, dtype=dtype
-        )
-        for (name, _), result in zip(batches, results, strict=True):
-            yield name, losses(result, np.load(self.references / name, mmap_mode="r"))
+        def wanted() -> Iterator[Batch]:
+            nonlocal asked
+            for asked in names:
+                yield batches[asked]
+
+        for result in outputs_of(graph, wanted(), weights_in=graph.parent, dtype=dtype):
+            yield asked, losses(result, np.load(self.references / asked, mmap_mode="r"))
 
     def _batches(self, parts: Iterable[str]) -> list[tuple[str, Batch]]:
         return [

@@ -13,7 +13,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -101,12 +101,12 @@ def quantize(
         errors: dict[str, float] = dict.fromkeys((unit.name for unit in units), 0.0)
         kept: frozenset[str] | None = frozenset()
         if none_kept > allowed:
-            errors = cosine_lost(plan, checks.sample, graphs.lost_in_sample(), progress)
+            errors = cosine_lost(plan, checks.sample, graphs.lost_in_sample, progress)
             kept = fewest_kept(
                 graphs.loss,
                 lambda: cosine_lost(
                     plan,
-                    *worst_half(checks.sample, graphs.lost_in_sample()),
+                    *worst_half(checks.sample, graphs.lost_in_sample),
                     progress,
                     seed=len(graphs.losses),
                 ),
@@ -190,6 +190,7 @@ class _Graphs:
     Attributes:
         losses: Of the graphs that were measured, one after the other.
         loss_of_best: Of the one whose files are kept.
+        lost_in_sample: If the last one failed, what each token of the sample loses in it.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class _Graphs:
     ) -> None:
         self.losses: list[float] = []
         self.loss_of_best = math.inf
+        self.lost_in_sample: list[Losses] = []
         self._fewest = len(plan.units) + 1
         self._worst_first = checks.names("held_out", "calibration")
         self._plan = plan
@@ -225,29 +227,37 @@ class _Graphs:
                 file.replace(self._new / file.name)
         return loss
 
-    def _measured(self, must: Collection[str]) -> float:
+    def _measured(self, must: Sequence[str]) -> float:
         """The largest loss in the graph that was written last, up to the first batch that fails.
 
-        The batches on which the graph before lost the most come first.
+        The batches on which the graph before lost the most come first. If one fails, the sample is
+        measured too.
 
         Args:
             must: Batches that are measured in any case.
         """
         found: dict[str, float] = {}
-        with self._runnable() as graph:
-            for name, lost in self._checks.most_lost(
-                graph, self._plan.dtype, self._worst_first, self._progress
-            ):
-                found[name] = lost
-                if max(found.values()) > self._allowed and found.keys() >= set(must):
-                    break
-        self._worst_first.sort(key=lambda name: -found.get(name, 0.0))
-        return max(found.values())
+        sample: list[Losses] = []
 
-    def lost_in_sample(self) -> list[Losses]:
-        """What each token of the sample loses in the graph that was written last."""
+        def wanted() -> Iterator[str]:
+            for name in self._worst_first:
+                if max(found.values(), default=0.0) <= self._allowed or not found.keys() >= set(
+                    must
+                ):
+                    yield name
+            if max(found.values()) > self._allowed:
+                yield from self._checks.names("sample")
+
         with self._runnable() as graph:
-            return self._checks.lost_in_sample(graph, self._plan.dtype)
+            for name, lost in self._checks.lost(graph, self._plan.dtype, wanted()):
+                if name in self._worst_first:
+                    found[name] = float(lost.max())
+                    self._progress.advance()
+                else:
+                    sample.append(lost)
+        self._worst_first.sort(key=lambda name: -found.get(name, 0.0))
+        self.lost_in_sample = sample
+        return max(found.values())
 
     @contextlib.contextmanager
     def _runnable(self) -> Iterator[Path]:

@@ -31,6 +31,9 @@ _MISLED = (
 # A gate is about the worst token and the estimate about a mean: before anything is known of their
 # ratio.
 _WORST_TO_MEAN = 4.0
+# How far a graph that failed breaks its own demand, at the least: a graph is measured up to the first image
+# that fails, so that its loss may be larger than what was seen.
+_BREACH = 2.0
 _LINEAR = 0.05  # of a cosine: a loss beyond this says nothing of small ones
 
 
@@ -86,9 +89,8 @@ def fewest_kept(
             break
         if failures and evaluation < most - 1:
             again = _demand(ranked_again(), names, loss, quantized)
-            # The same graph would fail again: at the least the demand says so.
             total = float(again[quantized].sum())
-            demands.append(again * max(1.0, 2 * allowed / total) if total > 0 else again)
+            demands.append(again * max(1.0, _BREACH * allowed / total) if total > 0 else again)
     return best
 
 

@@ -244,8 +244,7 @@ def test_the_bound_is_for_whole_graphs(
     )
     assert report.kept  # so that it was searched for
     written = [graph for graph in opened if isinstance(graph, Path) and graph.name != "model.onnx"]
-    # Each once for the images that are checked, and if it failed once for the sample.
-    assert len(written) <= 2 * report.evaluations
+    assert len(written) == report.evaluations
     assert 1 < report.evaluations <= search.MOST_EVALUATIONS
     # Two to calibrate and one for the references; then one for each ranking, after a graph that failed.
     assert len(opened) - len(written) <= 3 + report.evaluations
