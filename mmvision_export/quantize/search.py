@@ -25,9 +25,8 @@ MOST_EVALUATIONS = 10
 
 Demand = npt.NDArray[np.float64]  # of each unit: what it adds to the loss of some tokens
 
-_MISLED = (
-    2  # failures one after the other: then the interval is halved at least, or the search ends
-)
+_MISLED = 2  # failures one after the other: then the interval is halved at least
+_MOST_AT_LAST = 4  # failures with one unit less than what passed: then the search ends
 # A gate is about the worst token and the estimate about a mean: before anything is known of their
 # ratio.
 _WORST_TO_MEAN = 4.0
@@ -85,7 +84,7 @@ def fewest_kept(
         else:
             failed, failures = number, failures + 1
             at_last += number == passed - 1
-        if passed == 1 or number == len(names) or at_last >= _MISLED:
+        if passed == 1 or number == len(names) or at_last >= _MOST_AT_LAST:
             break
         if failures and evaluation < most - 1:
             again = _demand(ranked_again(), names, loss, quantized)
