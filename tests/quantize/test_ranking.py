@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +24,7 @@ from mmvision_export.quantize.ranking import cosine_lost, ranking_sample
 from mmvision_export.quantize.search import MOST_EVALUATIONS, fewest_kept
 from mmvision_export.quantize.statistics import run, values_of
 from mmvision_export.quantize.units import units_of
-from tests.support.configs import HEAD_DIM_80
+from tests.support.configs import HEAD_DIM_80, copy_of
 
 BATCH = sample_batch(((1, 4, 3), (2, 2, 2), (1, 1, 1)), HEAD_DIM_80, seed=5)
 
@@ -118,6 +120,28 @@ def test_estimates_are_what_a_unit_costs_alone(plan: Plan, exported: Path) -> No
     assert len(ratios) == len(plan.units) == 13
     assert all(abs(ratio - 1) < 0.72 for ratio in ratios.values()), ratios
     assert abs(np.mean(list(ratios.values())) - 1) < 0.2
+
+
+def test_a_ranking_lets_go_of_the_weights(plan: Plan, exported: Path, tmp_path: Path) -> None:
+    """They are 3.5 GB at full size. The control is a ranking alone, which leaves them mapped."""
+    from mmvision_export.quantize.quantize import _ranked
+
+    directory = copy_of(exported, tmp_path / "m")
+    plan = dataclasses.replace(plan, source=directory / "model.onnx")
+
+    def is_mapped() -> bool:
+        return str(directory / "model.onnx.data") in Path("/proc/self/maps").read_text()
+
+    losses = [np.ones(21)]
+    gc.collect()
+    gc.disable()
+    try:
+        cosine_lost(plan, [BATCH], losses, Progress())
+        assert is_mapped()
+        _ranked(plan, [BATCH], losses, Progress(), seed=0)
+        assert not is_mapped()
+    finally:
+        gc.enable()
 
 
 def test_the_sample_is_cut_and_bounded() -> None:
@@ -223,7 +247,6 @@ def test_the_bound_is_for_whole_graphs(
     from mmvision_export.artifacts.manifest import Manifest
     from mmvision_export.quantize import statistics
     from mmvision_export.quantize.quantize import quantize
-    from tests.support.configs import copy_of
 
     opened: list[Any] = []
     create = vars(statistics)["create_session"]
