@@ -12,6 +12,7 @@ for 32. The graph therefore has to keep `1 - cosine` to 1 / 1.5 of what the gate
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -87,15 +88,12 @@ class Checks:
             names: Of the batches. The next one is asked for when the last one has been measured.
         """
         batches = dict(self._batches(("sample", "held_out", "calibration")))
-        asked = ""
-
-        def wanted() -> Iterator[Batch]:
-            nonlocal asked
-            for asked in names:
-                yield batches[asked]
-
-        for result in outputs_of(graph, wanted(), weights_in=graph.parent, dtype=dtype):
-            yield asked, losses(result, np.load(self.references / asked, mmap_mode="r"))
+        named, wanted = itertools.tee(names)
+        results = outputs_of(
+            graph, (batches[name] for name in wanted), weights_in=graph.parent, dtype=dtype
+        )
+        for name, result in zip(named, results, strict=True):
+            yield name, losses(result, np.load(self.references / name, mmap_mode="r"))
 
     def _batches(self, parts: Iterable[str]) -> list[tuple[str, Batch]]:
         return [

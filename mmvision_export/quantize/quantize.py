@@ -102,7 +102,7 @@ def quantize(
         errors: dict[str, float] = dict.fromkeys((unit.name for unit in units), 0.0)
         kept: frozenset[str] | None = frozenset()
         if none_kept > allowed:
-            errors = _ranked(plan, checks.sample, graphs.lost_in_sample, progress, seed=0)
+            errors = _ranked(plan, checks.sample, graphs.lost_in_sample, progress)
             kept = fewest_kept(
                 graphs.loss,
                 lambda: _ranked(
@@ -200,7 +200,6 @@ class _Graphs:
         self.losses: list[float] = []
         self.loss_of_best = math.inf
         self.lost_in_sample: list[Losses] = []
-        self._fewest = len(plan.units) + 1
         self._worst_first = checks.names("held_out", "calibration")
         self._plan = plan
         self._checks = checks
@@ -222,8 +221,8 @@ class _Graphs:
         _write(plan, keep, self._trial)
         loss = self._measured(must=() if keep else checks.names("held_out"))
         self.losses.append(loss)
-        if loss <= self._allowed and len(keep) < self._fewest:
-            self._fewest, self.loss_of_best = len(keep), loss
+        if loss <= self._allowed:  # with fewer units kept than any before: no others are asked for
+            self.loss_of_best = loss
             for file in self._trial.iterdir():
                 file.replace(self._new / file.name)
         return loss
@@ -275,7 +274,12 @@ class _Graphs:
 
 
 def _ranked(
-    plan: Plan, sample: Sequence[Batch], losses: Sequence[Losses], progress: Progress, *, seed: int
+    plan: Plan,
+    sample: Sequence[Batch],
+    losses: Sequence[Losses],
+    progress: Progress,
+    *,
+    seed: int = 0,
 ) -> dict[str, float]:
     """See `cosine_lost`."""
     lost = cosine_lost(plan, sample, losses, progress, seed=seed)

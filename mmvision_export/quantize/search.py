@@ -63,6 +63,7 @@ def fewest_kept(
     names = list(estimates)
     demands = [_demand(estimates, names, loss_of_none, np.ones(len(names), bool))]
     best: frozenset[str] | None = None
+    tried: set[frozenset[str]] = set()
     failed, passed = 0, len(names) + 1  # keeping all may fail too
     failures, at_last = 0, 0  # one after the other; with one unit less than what passed
     for evaluation in range(most):
@@ -72,9 +73,15 @@ def fewest_kept(
         elif failures >= _MISLED:
             number = max(number, (failed + passed) // 2)
         number = min(max(number, 1), passed - 1)
+        units = [names[unit] for unit in order]
+        while number < passed - 1 and frozenset(units[:number]) in tried:
+            number += 1
+        keep = frozenset(units[:number])
+        if keep in tried:
+            break  # the rankings have nothing else to propose
+        tried.add(keep)
         quantized = np.ones(len(names), bool)
         quantized[order[:number]] = False
-        keep = frozenset(names[unit] for unit in order[:number])
         loss = loss_of(keep)
         if loss <= allowed:
             best, passed, failures, at_last = keep, number, 0, 0
@@ -87,9 +94,8 @@ def fewest_kept(
         if passed == 1 or number == len(names) or at_last >= _MOST_AT_LAST:
             break
         if failures and evaluation < most - 1:
-            again = _demand(ranked_again(), names, loss, quantized)
-            total = float(again[quantized].sum())
-            demands.append(again * max(1.0, _BREACH * allowed / total) if total > 0 else again)
+            least = _BREACH * allowed
+            demands.append(_demand(ranked_again(), names, loss, quantized, least=least))
     return best
 
 
@@ -98,12 +104,18 @@ def _demand(
     names: Sequence[str],
     loss: float,
     quantized: npt.NDArray[np.bool_],
+    least: float = 0.0,
 ) -> Demand:
-    """Estimates of a mean, so scaled that the quantised units together have the loss of the worst token."""
+    """Estimates of a mean, so scaled that the quantised units together have the loss of the worst token.
+
+    They have no less than `least`.
+    """
     demand = np.array([estimates[name] for name in names], np.float64)
     total = float(demand[quantized].sum())
-    is_known = loss < _LINEAR and total > 0
-    return demand * (loss / total if is_known else _WORST_TO_MEAN)
+    if total <= 0:
+        return demand
+    ratio = loss / total if loss < _LINEAR else _WORST_TO_MEAN
+    return demand * max(ratio, least / total)
 
 
 def _greedy(demands: Sequence[Demand], allowed: float) -> tuple[list[int], int]:
