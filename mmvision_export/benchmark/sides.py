@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+
+from mmvision_export.core.processor import processor_flags
 
 __all__ = ["BF16", "PEERS", "cpu_has_bf16", "label_of", "without_precision"]
 
@@ -53,8 +54,4 @@ def without_precision(side: str) -> tuple[str, str | None]:
 
 def cpu_has_bf16() -> bool:
     """Whether the system says of this CPU that it multiplies bfloat16, or PyTorch emulates it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(text.split())
+    return not processor_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})

@@ -16,6 +16,7 @@ from mmvision_export.artifacts.manifest import (
     MANIFEST,
     PLANS,
     Manifest,
+    data_of,
     flavour_graph,
 )
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord
@@ -86,7 +87,7 @@ def model_part(
     ]
     graphs += [record.graph.name for _, record in engines if record.graph.name not in graphs]
     _refuse_failed(directory, manifest, graphs, progress)
-    names = {GRAPH, DATA, PREPROCESSOR, *graphs, *(f"{graph}.data" for graph in graphs)}
+    names = {GRAPH, DATA, PREPROCESSOR, *graphs, *map(data_of, graphs)}
     kept = {name: record for name, record in manifest.files.items() if name in names}
     for name, file in kept.items():
         if name.endswith(".onnx"):  # what it reads its weights from is checked too

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from mmvision_export.core.processor import processor_facts, processor_flags
+
 __all__ = ["describe_machine"]
 
-_CPU_FACTS = Path("/proc/cpuinfo")
 _MEMORY_FACTS = Path("/proc/meminfo")
 
 # Flag of /proc/cpuinfo -> its name, for what multiplies matrices faster than AVX2.
@@ -43,17 +44,8 @@ def describe_machine() -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _cpu_lines() -> dict[str, str]:
-    try:
-        text = _CPU_FACTS.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs if value}
-
-
 def _processor() -> str:
-    return _cpu_lines().get("model name", "") or platform.processor()
+    return processor_facts().get("model name", "") or platform.processor()
 
 
 def _cores() -> str:
@@ -75,8 +67,7 @@ def _memory() -> str:
 
 
 def _features() -> str:
-    lines = _cpu_lines()
-    flags = set((lines.get("flags") or lines.get("Features") or "").split())
+    flags = processor_flags()
     return ", ".join(name for flag, name in _FEATURES.items() if flag in flags)
 
 

@@ -12,8 +12,15 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import CPU_GRAPH, OPENVINO_GRAPH, PLANS, UNIFORM_GRAPH
+from mmvision_export.artifacts.manifest import (
+    CPU_GRAPH,
+    OPENVINO_GRAPH,
+    PLANS,
+    UNIFORM_GRAPH,
+    VNNI_GRAPH,
+)
 from mmvision_export.core.errors import BackendError, ManifestError
+from mmvision_export.core.processor import cpu_has_vnni
 from mmvision_export.core.progress import Progress
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.parity.encoders import Encoders
@@ -87,6 +94,9 @@ def candidates_from_graphs(
     candidates = []
     for name, graph in graphs.items():
         facts = graph.facts
+        if name == VNNI_GRAPH and not cpu_has_vnni():
+            progress.note(f"{name} is not compared: this CPU has no VNNI, which the graph needs")
+            continue
         if facts.float_type == "bf16":
             progress.note(
                 f"{name} is bf16, which ONNX Runtime's CPU provider cannot run: every op is rounded instead"

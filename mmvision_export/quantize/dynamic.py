@@ -16,19 +16,24 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from mmvision_export.graph.cpu.functions import CONTRIB
 from mmvision_export.quantize.formats import INT8
 from mmvision_export.quantize.nodes import add_initializer, add_node
 from mmvision_export.quantize.units import Linear, Unit, readers_of
 
-__all__ = ["quantize_dynamically"]
+__all__ = ["make_weights_signed", "quantize_dynamically"]
 
 
 _SMALLEST_SCALE = np.float32(1e-30)  # a row of zeros has a scale too
 # Inputs and weights are unsigned, with zero in the middle. x86 processors without VNNI add two products of
 # an unsigned and a signed byte in 16 bits, which saturates. ONNX Runtime can convert signed weights there
 # (`session.x64quantprecision`), but not for a product in a subgraph, where a CPU flavour has its products
-# (1.32). The kernels for two unsigned bytes are exact on every processor.
+# (1.32). The kernels for two unsigned bytes are exact on every processor, and use neither VNNI nor AMX.
 _ZERO_POINT = 128
+_PRODUCT = "MatMulIntegerToFloat"
+_WEIGHT = 1  # place among its inputs
+_WEIGHT_ZERO = 5
+_UNSIGNED_ZERO, _SIGNED_ZERO = "uint8_zero_point", "int8_zero_point"
 
 
 def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collection[str]) -> None:
@@ -41,6 +46,7 @@ def quantize_dynamically(model: ir.Model, units: Sequence[Unit], keep: Collectio
         keep: Names of units that stay float32.
     """
     constants = _constants(model.graph)
+    model.opset_imports[CONTRIB] = 1
     for unit in units:
         if unit.name in keep:
             continue
@@ -55,6 +61,7 @@ class _Constants:
     maximum: ir.Value  # of the format
     smallest_scale: ir.Value
     zero_point: ir.Value
+    one: ir.Value
     row_axis: ir.Value
 
 
@@ -62,7 +69,8 @@ def _constants(graph: ir.Graph) -> _Constants:
     return _Constants(
         add_initializer(graph, "int8_maximum", ir.tensor(np.float32(INT8.maximum))),
         add_initializer(graph, "int8_smallest_scale", ir.tensor(_SMALLEST_SCALE)),
-        add_initializer(graph, "uint8_zero_point", ir.tensor(np.uint8(_ZERO_POINT))),
+        add_initializer(graph, _UNSIGNED_ZERO, ir.tensor(np.uint8(_ZERO_POINT))),
+        add_initializer(graph, "int8_scale_one", ir.tensor(np.float32(1))),
         add_initializer(graph, "int8_row_axis", ir.tensor(np.array([1], np.int64))),
     )
 
@@ -94,14 +102,15 @@ def _replace_product(
     graph: ir.Graph, node: ir.Node, linear: Linear, rows: _Rows, constants: _Constants
 ) -> None:
     weight, weight_scale = _integer_weight(graph, node, linear)
-    product = add_node(
+    # MatMulInteger, Cast and Mul in one pass. Its scale of the rows is one for all of them.
+    zero = constants.zero_point
+    result = add_node(
         node,
-        "MatMulInteger",
-        [rows.stored, weight, constants.zero_point, constants.zero_point],
-        f"{linear.name}.MatMulInteger",
+        _PRODUCT,
+        [rows.stored, weight, constants.one, weight_scale, zero, zero],
+        f"{linear.name}.{_PRODUCT}",
+        domain=CONTRIB,
     )
-    result = add_node(node, "Cast", [product], f"{linear.name}.Cast", to=ir.DataType.FLOAT.value)
-    result = add_node(node, "Mul", [result, weight_scale], f"{linear.name}.Mul_channels")
     result = add_node(node, "Mul", [result, rows.scale], f"{linear.name}.Mul_rows")
     if linear.bias is not None:
         bias = node.inputs[2]
@@ -135,3 +144,36 @@ def _integer_weight(graph: ir.Graph, node: ir.Node, linear: Linear) -> tuple[ir.
         add_initializer(graph, name, tensor),
         add_initializer(graph, f"{linear.weight}_scale", ir.tensor(scales.astype(np.float32))),
     )
+
+
+def make_weights_signed(model: ir.Model) -> None:
+    """Have the weights made signed when the graph is loaded: for processors with VNNI.
+
+    A byte with its highest bit turned over and read as signed is 128 less. ONNX Runtime computes this
+    once, as it computes whatever depends on constants alone.
+
+    Args:
+        model: What `quantize_dynamically` made; changed in place. Its initializers stay.
+    """
+    graph = model.graph
+    highest_bit = graph.initializers[_UNSIGNED_ZERO]
+    zero = add_initializer(graph, _SIGNED_ZERO, ir.tensor(np.int8(0)))
+    first = graph[0]
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != _PRODUCT:
+            continue
+        weight = node.inputs[_WEIGHT]
+        assert weight is not None and weight.name is not None
+        path = weight.name.removesuffix("_uint8")
+        turned = add_node(first, "BitwiseXor", [weight, highest_bit], f"{path}.BitwiseXor")
+        # To a type without the value ONNX's Cast drops higher bits, and keeps the byte.
+        signed = add_node(
+            first,
+            "Cast",
+            [turned],
+            f"{path}_int8",
+            ir.DataType.INT8,
+            to=ir.DataType.INT8.value,
+        )
+        node.replace_input_with(_WEIGHT, signed)
+        node.replace_input_with(_WEIGHT_ZERO, zero)

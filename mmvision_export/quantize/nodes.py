@@ -26,6 +26,7 @@ def add_node(
     inputs: list[ir.Value],
     name: str,
     dtype: ir.DataType | None = None,
+    domain: str = "",
     **attributes: int,
 ) -> ir.Value:
     """The output of a new node, which stands before another one of the graph.
@@ -34,13 +35,14 @@ def add_node(
 
     Args:
         before: The node it is put before.
-        op_type: Of ONNX's own domain.
+        op_type: The operator.
         inputs: Its inputs.
         name: Of the node and of its output.
         dtype: Of the output, if what comes after has to know.
+        domain: The operator's; by default ONNX's own.
         **attributes: Its attributes.
     """
-    node = ir.node(op_type, inputs, attributes=attributes, name=name)
+    node = ir.node(op_type, inputs, attributes=attributes, domain=domain, name=name)
     node.outputs[0].name = name
     if dtype is not None:
         node.outputs[0].type = ir.TensorType(dtype)

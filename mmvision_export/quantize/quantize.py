@@ -20,14 +20,23 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
+from mmvision_export.artifacts.manifest import (
+    CPU_GRAPH,
+    DATA,
+    GRAPH,
+    VNNI_GRAPH,
+    Manifest,
+    flavour_graph,
+)
 from mmvision_export.core.atomic import new_files, refuse_unwritable, sweep
 from mmvision_export.core.errors import OutputError, QuantizationError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.precision import PRECISIONS
+from mmvision_export.core.processor import cpu_has_vnni
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.load import load_graph
 from mmvision_export.quantize.choices import CalibrationMethod, Flavour
+from mmvision_export.quantize.dynamic import make_weights_signed
 from mmvision_export.quantize.evidence import MARGIN, Checks, Losses
 from mmvision_export.quantize.plan import Plan, plan_of
 from mmvision_export.quantize.qdq import LOWEST_OPSET
@@ -128,7 +137,7 @@ def quantize(
         if name in manifest.files:
             # Before a file moves: a process that is killed then leaves no flavour, rather than the
             # record of one beside the files of another.
-            manifest.withdraw(directory, [name, f"{name}.data"])
+            manifest.withdraw(directory, list(records))
     report = QuantizationReport(
         flavour=flavour,
         source=basis.name,
@@ -219,6 +228,7 @@ class _Graphs:
         shutil.rmtree(self._trial, ignore_errors=True)
         self._trial.mkdir()
         _write(plan, keep, self._trial)
+        gc.collect()  # as after a ranking
         loss = self._measured(must=() if keep else checks.names("held_out"))
         self.losses.append(loss)
         if loss <= self._allowed:  # with fewer units kept than any before: no others are asked for
@@ -261,14 +271,18 @@ class _Graphs:
 
     @contextlib.contextmanager
     def _runnable(self) -> Iterator[Path]:
-        """The graph in its trial folder, with all its weights for the block."""
+        """The graph in its trial folder, with all its weights for the block.
+
+        Of `cpu-int8` the one that this CPU would run: both compute the same integers.
+        """
         data = self._trial / DATA
         # Weights that a flavour shares lie one folder up, where it will be itself. onnx-ir, which reads
         # the source between two trials, reads no file that has two names.
         if self._plan.flavour == "cpu-int8":
             _link(self._plan.source.parent / DATA, data)
         try:
-            yield self._trial / flavour_graph(self._plan.flavour)
+            signed = self._plan.flavour == "cpu-int8" and cpu_has_vnni()
+            yield self._trial / (VNNI_GRAPH if signed else flavour_graph(self._plan.flavour))
         finally:
             data.unlink(missing_ok=True)
 
@@ -305,6 +319,8 @@ def _write(plan: Plan, keep: frozenset[str], folder: Path) -> None:
     model, name = plan.model(keep), flavour_graph(plan.flavour)
     if plan.flavour == "cpu-int8":
         _save_beside(model, folder, name)
+        make_weights_signed(model)
+        ir.save(model, folder / VNNI_GRAPH)
     else:
         ir.save(model, folder / name, external_data=f"{name}.data", alignment=4096)
         onnx.checker.check_model(folder / name)

@@ -219,7 +219,7 @@ def test_the_cpu_flavour_is_made_from_the_cpu_graph(
     model = ir.load(directory / "model.cpu-int8.onnx")
     assert facts_of_graph(model).precision == "int8"  # by which parity's gate is chosen
     operators = {node.op_type for node in model.graph.all_nodes()}
-    assert {"MatMulInteger", "VarlenAttention", "Scan"} <= operators
+    assert {"MatMulIntegerToFloat", "VarlenAttention", "Scan"} <= operators
     assert "LinearGelu" not in operators
 
 

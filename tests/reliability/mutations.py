@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import PIL.Image
@@ -24,11 +25,13 @@ import PIL.Image
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.manifest import Manifest
 from mmvision_export.core.errors import MmvisionError
+from mmvision_export.core.processor import cpu_has_vnni
 from mmvision_export.core.records import json_from_record
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.sample_batches import sample_batch
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.quantize.quantize import quantize
+from mmvision_export.runtime.backends import onnxruntime
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import HEAD_DIM_80, batch
 from tests.support.engines import write_engine
@@ -78,17 +81,22 @@ class Tried:
         return self.outcome in ("refused", "harmless")
 
 
-def encoded(backend: str, **options: Any) -> Callable[[Path], bytes]:
+def encoded(backend: str, *, vnni: bool | None = None, **options: Any) -> Callable[[Path], bytes]:
     """The use that opens the directory and encodes patches and a photograph.
 
     Args:
         backend: Of `VisionEncoder.open`.
-        **options: Of it too.
+        vnni: Which graph of `cpu-int8` is taken, whatever this processor has.
+        **options: Of `VisionEncoder.open` too.
     """
 
     def use(directory: Path) -> bytes:
         pixels, rows = batch(_GRID, HEAD_DIM_80)
-        with VisionEncoder.open(directory, backend=backend, threads=1, **options) as encoder:
+        has_vnni = cpu_has_vnni() if vnni is None else vnni
+        with (
+            mock.patch.object(onnxruntime, "cpu_has_vnni", return_value=has_vnni),
+            VisionEncoder.open(directory, backend=backend, threads=1, **options) as encoder,
+        ):
             of_patches = encoder(pixels, rows)
             (of_photo,) = encoder.encode_images([_PHOTO])
             return bytes(of_patches.tobytes() + of_photo.tobytes())
@@ -115,7 +123,8 @@ ARTIFACTS: tuple[Artifact, ...] = (
     Artifact("preprocessor_config.json", _CPU),
     Artifact("model.onnx", _CPU),
     Artifact("model.uniform.onnx", encoded("openvino")),
-    Artifact("model.cpu-int8.onnx", encoded("onnxruntime-cpu", flavour="cpu-int8")),
+    Artifact("model.cpu-int8.onnx", encoded("onnxruntime-cpu", vnni=False, flavour="cpu-int8")),
+    Artifact("model.cpu-int8-vnni.onnx", encoded("onnxruntime-cpu", vnni=True, flavour="cpu-int8")),
     Artifact("model.cpu-int8.onnx.data", encoded("onnxruntime-cpu", flavour="cpu-int8")),
     Artifact("plans/*.engine", _engine),
     Artifact("plans/*.json", _engine),

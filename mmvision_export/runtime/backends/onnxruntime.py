@@ -9,10 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
+from mmvision_export.artifacts.manifest import (
+    CPU_GRAPH,
+    CPU_INT8_GRAPH,
+    DATA,
+    GRAPH,
+    VNNI_GRAPH,
+    Manifest,
+    data_of,
+    flavour_graph,
+)
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.install import install_command
+from mmvision_export.core.processor import cpu_has_vnni
 from mmvision_export.core.verified_files import verify_file
 from mmvision_export.models.minimax_m3_vl.costs import Costs
 from mmvision_export.models.minimax_m3_vl.memory import LaunchMemory
@@ -70,7 +80,7 @@ class OnnxRuntimeBackend:
         graph = (
             self._graph_name(manifest)
             if options.flavour is None
-            else flavour_graph(options.flavour)
+            else self._flavour_graph(manifest, options.flavour)
         )
         if graph not in manifest.files:
             raise ManifestError(
@@ -78,7 +88,7 @@ class OnnxRuntimeBackend:
             )
         # The graph is small and hashed at each opening, the weights once.
         manifest.verify(directory, dict.fromkeys((GRAPH, graph)))
-        weights = {DATA, f"{graph}.data"} & set(manifest.files)
+        weights = {DATA, data_of(graph)} & set(manifest.files)
         self._weights = MappedWeights(directory / data for data in weights)
         for data in weights:
             verify_file(
@@ -89,7 +99,8 @@ class OnnxRuntimeBackend:
                 progress=options.progress,
             )
         # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
-        source = manifest.quantization.get(graph, {}).get("source", graph)
+        described = CPU_INT8_GRAPH if graph == VNNI_GRAPH else graph
+        source = manifest.quantization.get(described, {}).get("source", graph)
         self._masked = source != CPU_GRAPH
         self.is_isolated = not self._masked
         self.config = manifest.config
@@ -115,6 +126,10 @@ class OnnxRuntimeBackend:
     def _graph_name(self, manifest: Manifest) -> str:
         """The file of a model directory that this backend runs: the one place where a backend chooses a flavour."""
         return GRAPH
+
+    def _flavour_graph(self, manifest: Manifest, flavour: str) -> str:
+        """The file of a flavour that was asked for."""
+        return flavour_graph(flavour)
 
     def _new_planner(
         self, directory: Path, manifest: Manifest, options: BackendOptions
@@ -193,6 +208,17 @@ class CpuBackend(OnnxRuntimeBackend):
                 hint="export with --fp32 or --fp16 to run it here",
             )
         return CPU_GRAPH if CPU_GRAPH in manifest.files else GRAPH
+
+    def _flavour_graph(self, manifest: Manifest, flavour: str) -> str:
+        graph = flavour_graph(flavour)
+        if graph == CPU_INT8_GRAPH and VNNI_GRAPH in manifest.files and cpu_has_vnni():
+            return VNNI_GRAPH
+        if graph == VNNI_GRAPH and not cpu_has_vnni():
+            raise BackendError(
+                f"this CPU has no VNNI, without which the sums of {VNNI_GRAPH} saturate",
+                hint="choose --flavour cpu-int8, which every CPU computes exactly",
+            )
+        return graph
 
 
 def require_provider(provider: str) -> None:
@@ -283,8 +309,9 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, which saturates: have ONNX Runtime
-    # store int8 weights as uint8 there, whose kernel does not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # store int8 weights as uint8 there, whose kernel does not. With VNNI it would store them so too, for nothing.
+    if not cpu_has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     return options

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from mmvision_export.artifacts.library_record import LIBRARIES, LibraryRecord
 from mmvision_export.artifacts.manifest import CPU_GRAPH, Manifest
 from mmvision_export.core.errors import BackendError
+from mmvision_export.core.processor import processor_flags
 from mmvision_export.core.trust import refuse_untrusted
 from mmvision_export.runtime.backends.backend import BackendOptions
 from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, CpuBackend, create_session
@@ -106,7 +107,4 @@ def verified_library(library: Path, *, named: bool) -> Path:
 
 def cpu_has_amx() -> bool:
     """Whether Linux says of this CPU that it has AMX for bfloat16."""
-    try:
-        return " amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
+    return "amx_bf16" in processor_flags()
