@@ -166,7 +166,7 @@ def make_weights_signed(model: ir.Model) -> None:
         assert weight is not None and weight.name is not None
         path = weight.name.removesuffix("_uint8")
         turned = add_node(first, "BitwiseXor", [weight, highest_bit], f"{path}.BitwiseXor")
-        # To a type without the value ONNX's Cast drops higher bits, and keeps the byte.
+        # To an integer type that lacks the value, ONNX's Cast keeps the low bits.
         signed = add_node(
             first,
             "Cast",

@@ -13,7 +13,7 @@ Journal of the SIAM 8(4)); the units for the demands of one step are chosen gree
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -77,13 +77,11 @@ def fewest_kept(
         while number < passed - 1 and frozenset(units[:number]) in tried:
             number += 1
         keep = frozenset(units[:number])
-        if keep in tried and best is not None:
-            keep = _one_less(best, names, demands, tried)
-            number = len(keep)
         if keep in tried:
             break  # the rankings have nothing else to propose
         tried.add(keep)
-        quantized = np.array([name not in keep for name in names])
+        quantized = np.ones(len(names), bool)
+        quantized[order[:number]] = False
         loss = loss_of(keep)
         if loss <= allowed:
             best, passed, failures, at_last = keep, number, 0, 0
@@ -118,20 +116,6 @@ def _demand(
         return demand
     ratio = loss / total if loss < _LINEAR else _WORST_TO_MEAN
     return demand * max(ratio, least / total)
-
-
-def _one_less(
-    best: frozenset[str],
-    names: Sequence[str],
-    demands: Sequence[Demand],
-    tried: Collection[frozenset[str]],
-) -> frozenset[str]:
-    """What passed without one of its units, the one that costs the least of those not tried; itself if all were."""
-    costs = dict(zip(names, np.sum(demands, axis=0), strict=True))
-    for name in sorted(best, key=lambda each: costs[each]):
-        if best - {name} not in tried:
-            return best - {name}
-    return best
 
 
 def _greedy(demands: Sequence[Demand], allowed: float) -> tuple[list[int], int]:

@@ -222,20 +222,6 @@ def test_a_graph_that_failed_says_which_tokens_are_left() -> None:
     assert len(misled) >= 35
 
 
-def test_what_passed_is_tried_without_each_of_its_cheapest_units() -> None:
-    """Rankings that say the same every time propose one set of three units, and the set fails."""
-    estimates = {"a": 9e-3, "b": 8e-3, "c": 6e-4, "d": 5e-4, "e": 1e-5, "f": 1e-6}
-    real = {**estimates, "c": 2e-4, "d": 9.5e-4}
-
-    def lost(keep: frozenset[str]) -> float:
-        return sum(each for name, each in real.items() if name not in keep)
-
-    assert lost(frozenset("abc")) > 9e-4 >= lost(frozenset("abd"))
-    # The control: a graph that keeps one unit more than needed passes, and would have been the result.
-    assert lost(frozenset("abcd")) <= 9e-4
-    assert _search(lost, estimates, allowed=9e-4) == frozenset("abd")
-
-
 def test_a_misleading_estimate_costs_no_more_evaluations() -> None:
     """The estimate says that the first units are all; the last one is."""
     estimates = {f"unit {index}": 1.0 / (1 + index) ** 4 for index in range(133)}
