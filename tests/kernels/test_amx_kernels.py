@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmvision_export import VisionEncoder
@@ -182,7 +182,13 @@ def attention_errors(
     *,
     behind: int = 0,
 ) -> tuple[float, float, np.ndarray]:
-    """Largest errors of the kernel and of float32 NumPy; and what stands behind the last segment."""
+    """The kernel's largest error, what is allowed, and what stands behind the last segment.
+
+    Allowed are twice the error of float32 NumPy, and what the split leaves out. To first order, a score's
+    error `e_j` moves an output by `sum_j w_j (e_j - sum_i w_i e_i) v_j`, with the weights `w`. A score is
+    a sum of products, each right to `SPLIT`, with errors of independent signs. The product with v adds
+    `SPLIT` of itself.
+    """
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     generator = np.random.default_rng(sum(lengths) + heads * head_dim)
     shape = (int(bounds[-1]) + behind, heads, head_dim)
@@ -200,10 +206,21 @@ def attention_errors(
             pieces.append((weights / weights.sum(axis=-1, keepdims=True) @ c).transpose(1, 0, 2))
         return np.concatenate(pieces)
 
+    left_out = 0.0
+    for start, end in itertools.pairwise(bounds):
+        a, b, c = (part[start:end].astype(np.float64).transpose(1, 0, 2) for part in (q, k, v))
+        scores = a @ b.transpose(0, 2, 1) * scale
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        wrong = weights * np.sqrt(a**2 @ (b**2).transpose(0, 2, 1)) * scale
+        size = weights @ np.abs(c)
+        moved = wrong @ np.abs(c) + wrong.sum(axis=-1, keepdims=True) * size + size
+        left_out = max(left_out, SPLIT * float(moved.max(initial=0)))
     exact = attention(np.float64)
     inside = slice(0, int(bounds[-1]))
     kernel = float(np.abs(out[inside] - exact).max(initial=0))
-    return kernel, float(np.abs(attention(np.float32) - exact).max(initial=0)), out[bounds[-1] :]
+    eager = float(np.abs(attention(np.float32) - exact).max(initial=0))
+    return kernel, 2 * eager + left_out, out[bounds[-1] :]
 
 
 @settings(max_examples=50, deadline=None)
@@ -213,22 +230,23 @@ def attention_errors(
     head_dim=st.sampled_from([1, 8, 16, 24, 32, 40, 80, 128]),
     behind=st.integers(0, 3),
 )
+@example(lengths=[18, 70], heads=2, head_dim=1, behind=2)  # large scores, each of one product
 def test_attention_of_any_segments(
     run_op: Callable[..., np.ndarray], lengths: list[int], heads: int, head_dim: int, behind: int
 ) -> None:
-    kernel, eager, rest = attention_errors(run_op, lengths, heads, head_dim, behind=behind)
-    assert kernel <= 2 * eager + 8 * SPLIT
+    kernel, allowed, rest = attention_errors(run_op, lengths, heads, head_dim, behind=behind)
+    assert kernel <= allowed
     assert np.all(rest == 0)
 
 
 @pytest.mark.parametrize("lengths", [[256], [257, 255], [129, 1, 128], [1000, 20], [600, 3, 511]])
 def test_attention_of_several_blocks(run_op: Callable[..., np.ndarray], lengths: list[int]) -> None:
-    kernel, eager, _ = attention_errors(run_op, lengths, 2, 80)
-    assert kernel <= 2 * eager + 8 * SPLIT
+    kernel, allowed, _ = attention_errors(run_op, lengths, 2, 80)
+    assert kernel <= allowed < 1e-4
     # The control: one key of another segment.
     moved = [lengths[0] - 1, *lengths[1:]]
-    other, _, _ = attention_errors(run_op, moved, 2, 80, behind=1)
-    assert other <= 2 * eager + 8 * SPLIT
+    other, allowed, _ = attention_errors(run_op, moved, 2, 80, behind=1)
+    assert other <= allowed
     generator = np.random.default_rng(0)
     q, k, v = (
         generator.standard_normal((sum(lengths), 2, 80)).astype(np.float32) for _ in range(3)
