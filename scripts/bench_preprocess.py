@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ import torch  # noqa: TID253 - its resize is one of those compared
 from PIL import Image, ImageFile, ImageOps
 
 from mmvision_export.core.ahead import worker_threads
+from mmvision_export.core.processor import processor_name
 from mmvision_export.models.minimax_m3_vl import image_decoder
 from mmvision_export.models.minimax_m3_vl.image_decoder import ImageDecoder
 from mmvision_export.models.minimax_m3_vl.preprocess import PreprocessorConfig, resized
@@ -184,16 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     print(json.dumps({
-        "cpu": cpu, "threads": worker_threads(), "date": time.strftime("%Y-%m-%d"),
+        "cpu": processor_name(), "threads": worker_threads(), "date": time.strftime("%Y-%m-%d"),
         "pillow": PIL.__version__, "numpy": np.__version__, "torch": torch.__version__,
         "torchvision": importlib.util.find_spec("torchvision") is not None,
     }), flush=True)  # fmt: skip

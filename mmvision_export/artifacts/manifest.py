@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmvision_export.artifacts.external_data import external_locations
+from mmvision_export.artifacts.graph_variants import data_of
 from mmvision_export.artifacts.verdicts import entry_with_history
 from mmvision_export.core.atomic import locked_folder, new_files
 from mmvision_export.core.errors import ManifestError
@@ -29,16 +30,13 @@ from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 
 __all__ = [
     "CPU_GRAPH",
-    "CPU_INT8_GRAPH",
     "DATA",
     "GRAPH",
     "MANIFEST",
     "OPENVINO_GRAPH",
     "PLANS",
     "UNIFORM_GRAPH",
-    "VNNI_GRAPH",
     "Manifest",
-    "data_of",
     "find_model_directory",
     "flavour_graph",
     "model_directory_of",
@@ -55,11 +53,6 @@ too."""
 OPENVINO_GRAPH = "model.openvino.onnx"
 """What directories have that were exported before there was `UNIFORM_GRAPH`: the portable graph as
 OpenVINO reads it."""
-CPU_INT8_GRAPH = "model.cpu-int8.onnx"
-"""`CPU_GRAPH` with integer products, whose unsigned weights every CPU multiplies exactly."""
-VNNI_GRAPH = "model.cpu-int8-vnni.onnx"
-"""The same function, its weights made signed while it is loaded: exact and many times as fast on x86
-processors with VNNI, wrong on those without. It reads the weights of `CPU_INT8_GRAPH`."""
 MANIFEST = "manifest.json"
 PLANS = "plans"
 _FORMAT = 1
@@ -232,7 +225,7 @@ class Manifest:
     def verify(self, directory: Path, names: Iterable[str]) -> None:
         """Check that files are present and are those the manifest describes.
 
-        A graph must read its weights from the portable graph's file or from its own, see `data_of`.
+        A graph must read its weights from the portable graph's file or from its own, see `graph_variants.data_of`.
 
         Raises:
             ManifestError: A file is missing, not in the manifest, or has another content; or a
@@ -302,11 +295,6 @@ def _upgraded(_: int, content: dict[str, Any]) -> dict[str, Any]:
 def flavour_graph(flavour: str) -> str:
     """File name of a flavour's graph in a model directory."""
     return f"model.{flavour}.onnx"
-
-
-def data_of(graph: str) -> str:
-    """File name of the weights that a graph does not share with the portable one, if it has any."""
-    return f"{CPU_INT8_GRAPH if graph == VNNI_GRAPH else graph}.data"
 
 
 def model_directory_of(path: Path) -> Path | None:

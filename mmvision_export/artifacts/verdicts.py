@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmvision_export.artifacts.graph_variants import data_of
 from mmvision_export.core.files import FileRecord
 
 __all__ = [
@@ -102,7 +103,7 @@ def content_sha256(name: str, files: Mapping[str, FileRecord]) -> str:
         name: Of the graph or engine.
         files: Those of the manifest.
     """
-    about = sorted({name, f"{name}.data", f"{_GRAPH}.data"} & set(files))
+    about = sorted({name, data_of(name), data_of(_GRAPH)} & set(files))
     digests = "".join(files[each].sha256 for each in about)
     return hashlib.sha256(digests.encode("ascii")).hexdigest()
 

@@ -24,7 +24,7 @@ from mmvision_export.benchmark.result import Measurement, Result
 from mmvision_export.benchmark.workloads import Workload, work_of
 from mmvision_export.core.errors import BenchmarkError
 from mmvision_export.core.metrics import metrics
-from mmvision_export.core.processor import processor_facts
+from mmvision_export.core.processor import processor_name
 from mmvision_export.core.progress import Progress
 from mmvision_export.version import __version__
 
@@ -358,10 +358,9 @@ def _above_bytes(run: dict[str, Any], facts: dict[str, Any]) -> int:
 
 
 def _machine() -> dict[str, Any]:
-    name = processor_facts().get("model name") or platform.processor() or platform.machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": name,
+        "cpu": processor_name() or platform.machine(),
         "cpus": os.cpu_count(),
         "memory_bytes": memory,
         "system": f"{platform.system()} {platform.machine()}",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmvision_export.artifacts.deployment import Deployment
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
+from mmvision_export.artifacts.graph_variants import data_of
 from mmvision_export.artifacts.library_record import Machine, library_record_path
 from mmvision_export.artifacts.manifest import (
     CPU_GRAPH,
@@ -16,7 +17,6 @@ from mmvision_export.artifacts.manifest import (
     MANIFEST,
     PLANS,
     Manifest,
-    data_of,
     flavour_graph,
 )
 from mmvision_export.artifacts.plugin_library import PluginLibraryRecord

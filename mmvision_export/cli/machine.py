@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from mmvision_export.core.processor import processor_facts, processor_flags
+from mmvision_export.core.processor import processor_flags, processor_name
 
 __all__ = ["describe_machine"]
 
@@ -34,7 +34,7 @@ def describe_machine() -> dict[str, str]:
     """Facts by name, each in words. A fact that the system does not tell is left out."""
     facts = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": _cores(),
         "memory": _memory(),
         "fast products": _features(),
@@ -42,10 +42,6 @@ def describe_machine() -> dict[str, str]:
         "CMake": _version("cmake", "--version"),
     }
     return {name: value for name, value in facts.items() if value}
-
-
-def _processor() -> str:
-    return processor_facts().get("model name", "") or platform.processor()
 
 
 def _cores() -> str:

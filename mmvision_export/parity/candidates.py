@@ -12,13 +12,8 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 
 from mmvision_export.artifacts.engine_record import EngineRecord
-from mmvision_export.artifacts.manifest import (
-    CPU_GRAPH,
-    OPENVINO_GRAPH,
-    PLANS,
-    UNIFORM_GRAPH,
-    VNNI_GRAPH,
-)
+from mmvision_export.artifacts.graph_variants import VNNI_GRAPH
+from mmvision_export.artifacts.manifest import CPU_GRAPH, OPENVINO_GRAPH, PLANS, UNIFORM_GRAPH
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.processor import cpu_has_vnni
 from mmvision_export.core.progress import Progress

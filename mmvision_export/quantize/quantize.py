@@ -20,19 +20,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from mmvision_export.artifacts.manifest import (
-    CPU_GRAPH,
-    DATA,
-    GRAPH,
-    VNNI_GRAPH,
-    Manifest,
-    flavour_graph,
-)
+from mmvision_export.artifacts.graph_variants import VNNI_GRAPH, variant_for_this_cpu
+from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.core.atomic import new_files, refuse_unwritable, sweep
 from mmvision_export.core.errors import OutputError, QuantizationError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.precision import PRECISIONS
-from mmvision_export.core.processor import cpu_has_vnni
 from mmvision_export.core.progress import Progress
 from mmvision_export.graph.load import load_graph
 from mmvision_export.quantize.choices import CalibrationMethod, Flavour
@@ -281,8 +274,8 @@ class _Graphs:
         if self._plan.flavour == "cpu-int8":
             _link(self._plan.source.parent / DATA, data)
         try:
-            signed = self._plan.flavour == "cpu-int8" and cpu_has_vnni()
-            yield self._trial / (VNNI_GRAPH if signed else flavour_graph(self._plan.flavour))
+            written = {path.name for path in self._trial.iterdir()}
+            yield self._trial / variant_for_this_cpu(flavour_graph(self._plan.flavour), written)
         finally:
             data.unlink(missing_ok=True)
 

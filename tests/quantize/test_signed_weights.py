@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import onnx_ir as ir
 import pytest
 
 from mmvision_export.artifacts.external_data import external_locations
-from mmvision_export.artifacts.manifest import CPU_INT8_GRAPH, VNNI_GRAPH, Manifest
+from mmvision_export.artifacts.graph_variants import CPU_INT8_GRAPH, VNNI_GRAPH
+from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.artifacts.verdicts import content_sha256
+from mmvision_export.core import processor
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.files import file_record
 from mmvision_export.core.processor import cpu_has_vnni, processor_flags
@@ -20,7 +24,6 @@ from mmvision_export.parity import candidates
 from mmvision_export.parity.graphs import graphs_from_directory
 from mmvision_export.quantize.quantize import quantize
 from mmvision_export.quantize.statistics import run
-from mmvision_export.runtime.backends import onnxruntime
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import HEAD_DIM_80, copy_of
 from tests.support.errors import refused
@@ -41,6 +44,11 @@ def quantized(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         min_cosine=0.99,
     )
     return directory
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, has_vnni: bool) -> None:
+    flags = frozenset({"avx512_vnni"} if has_vnni else ())
+    monkeypatch.setattr(processor, "processor_flags", lambda: flags)
 
 
 def integer_weights(model: ir.Model) -> list[ir.Value]:
@@ -90,7 +98,7 @@ def test_both_graphs_give_the_same_bits(quantized: Path) -> None:
 def test_the_processor_chooses(
     has_vnni: bool, graph: str, quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxruntime, "cpu_has_vnni", lambda: has_vnni)
+    pretend(monkeypatch, has_vnni)
     with VisionEncoder.open(quantized, backend="onnxruntime-cpu", flavour="cpu-int8") as encoder:
         assert encoder.info["graph"] == graph
         assert encoder.info["precision"] == "cpu-int8"
@@ -102,18 +110,18 @@ def test_a_directory_of_an_earlier_version(
     """It has the graph that every processor runs, and no other."""
     directory = copy_of(quantized, tmp_path / "m")
     Manifest.read(directory).withdraw(directory, [VNNI_GRAPH])
-    monkeypatch.setattr(onnxruntime, "cpu_has_vnni", lambda: True)
+    pretend(monkeypatch, True)
     with VisionEncoder.open(directory, backend="onnxruntime-cpu", flavour="cpu-int8") as encoder:
         assert encoder.info["graph"] == CPU_INT8_GRAPH
 
 
 def test_it_is_refused_without_vnni(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"backend": "onnxruntime-cpu", "flavour": "cpu-int8-vnni"}
-    monkeypatch.setattr(onnxruntime, "cpu_has_vnni", lambda: False)
+    pretend(monkeypatch, False)
     with refused(BackendError, VNNI_GRAPH, "VNNI") as caught:
         VisionEncoder.open(quantized, **options)
     assert "cpu-int8" in str(caught.value.hint)
-    monkeypatch.setattr(onnxruntime, "cpu_has_vnni", lambda: True)
+    pretend(monkeypatch, True)
     with VisionEncoder.open(quantized, **options) as encoder:  # the control
         assert encoder.info["graph"] == VNNI_GRAPH
 
@@ -122,7 +130,7 @@ def test_it_is_refused_without_vnni(quantized: Path, monkeypatch: pytest.MonkeyP
 def test_parity_compares_it_where_it_is_exact(
     has_vnni: bool, quantized: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "cpu_has_vnni", lambda: has_vnni)
+    pretend(monkeypatch, has_vnni)
     notes: list[str] = []
     progress = Progress()
     monkeypatch.setattr(progress, "note", notes.append)
@@ -148,6 +156,16 @@ def test_no_other_graph_may_read_its_weights(quantized: Path, tmp_path: Path) ->
         manifest.verify(directory, ["model.other.onnx"])
 
 
+def test_a_verdict_is_about_its_weights(quantized: Path) -> None:
+    """Both graphs: other weights of `cpu-int8` are another content. The control: the same weights are not."""
+    files = Manifest.read(quantized).files
+    data = f"{CPU_INT8_GRAPH}.data"
+    other = {**files, data: dataclasses.replace(files[data], sha256="0" * 64)}
+    for name in (CPU_INT8_GRAPH, VNNI_GRAPH):
+        assert content_sha256(name, files) != content_sha256(name, other)
+        assert content_sha256(name, files) == content_sha256(name, dict(files))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -165,6 +183,6 @@ def test_flags(
     facts = tmp_path / "cpuinfo"
     if text is not None:
         facts.write_text(text)
-    monkeypatch.setattr("mmvision_export.core.processor.PROCESSOR_FACTS", facts)
+    monkeypatch.setattr(processor, "PROCESSOR_FACTS", facts)
     assert cpu_has_vnni() == expected
     assert bool(processor_flags()) == (text is not None)

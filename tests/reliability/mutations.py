@@ -24,14 +24,13 @@ import PIL.Image
 
 from mmvision_export.artifacts.engine_record import EngineRecord, sidecar_path
 from mmvision_export.artifacts.manifest import Manifest
+from mmvision_export.core import processor
 from mmvision_export.core.errors import MmvisionError
-from mmvision_export.core.processor import cpu_has_vnni
 from mmvision_export.core.records import json_from_record
 from mmvision_export.export.onnx_export import export_model_directory
 from mmvision_export.models.sample_batches import sample_batch
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.quantize.quantize import quantize
-from mmvision_export.runtime.backends import onnxruntime
 from mmvision_export.runtime.vision_encoder import VisionEncoder
 from tests.support.configs import HEAD_DIM_80, batch
 from tests.support.engines import write_engine
@@ -81,20 +80,20 @@ class Tried:
         return self.outcome in ("refused", "harmless")
 
 
-def encoded(backend: str, *, vnni: bool | None = None, **options: Any) -> Callable[[Path], bytes]:
+def encoded(backend: str, *, vnni: bool = False, **options: Any) -> Callable[[Path], bytes]:
     """The use that opens the directory and encodes patches and a photograph.
 
     Args:
         backend: Of `VisionEncoder.open`.
-        vnni: Which graph of `cpu-int8` is taken, whatever this processor has.
+        vnni: Whether the processor is taken to have VNNI, whatever it has.
         **options: Of `VisionEncoder.open` too.
     """
 
     def use(directory: Path) -> bytes:
         pixels, rows = batch(_GRID, HEAD_DIM_80)
-        has_vnni = cpu_has_vnni() if vnni is None else vnni
+        flags = frozenset({"avx512_vnni"} if vnni else ())
         with (
-            mock.patch.object(onnxruntime, "cpu_has_vnni", return_value=has_vnni),
+            mock.patch.object(processor, "processor_flags", return_value=flags),
             VisionEncoder.open(directory, backend=backend, threads=1, **options) as encoder,
         ):
             of_patches = encoder(pixels, rows)
@@ -123,7 +122,7 @@ ARTIFACTS: tuple[Artifact, ...] = (
     Artifact("preprocessor_config.json", _CPU),
     Artifact("model.onnx", _CPU),
     Artifact("model.uniform.onnx", encoded("openvino")),
-    Artifact("model.cpu-int8.onnx", encoded("onnxruntime-cpu", vnni=False, flavour="cpu-int8")),
+    Artifact("model.cpu-int8.onnx", encoded("onnxruntime-cpu", flavour="cpu-int8")),
     Artifact("model.cpu-int8-vnni.onnx", encoded("onnxruntime-cpu", vnni=True, flavour="cpu-int8")),
     Artifact("model.cpu-int8.onnx.data", encoded("onnxruntime-cpu", flavour="cpu-int8")),
     Artifact("plans/*.engine", _engine),

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from mmvision_export.artifacts.manifest import (
-    CPU_GRAPH,
-    CPU_INT8_GRAPH,
-    DATA,
-    GRAPH,
+from mmvision_export.artifacts.graph_variants import (
     VNNI_GRAPH,
-    Manifest,
     data_of,
-    flavour_graph,
+    original_of,
+    variant_for_this_cpu,
 )
+from mmvision_export.artifacts.manifest import CPU_GRAPH, DATA, GRAPH, Manifest, flavour_graph
 from mmvision_export.artifacts.profile import Profile
 from mmvision_export.core.errors import BackendError, ManifestError
 from mmvision_export.core.install import install_command
@@ -99,8 +96,7 @@ class OnnxRuntimeBackend:
                 progress=options.progress,
             )
         # Of a quantised flavour the manifest says which graph it was made from: before it did, from the portable one.
-        described = CPU_INT8_GRAPH if graph == VNNI_GRAPH else graph
-        source = manifest.quantization.get(described, {}).get("source", graph)
+        source = manifest.quantization.get(original_of(graph), {}).get("source", graph)
         self._masked = source != CPU_GRAPH
         self.is_isolated = not self._masked
         self.config = manifest.config
@@ -210,9 +206,7 @@ class CpuBackend(OnnxRuntimeBackend):
         return CPU_GRAPH if CPU_GRAPH in manifest.files else GRAPH
 
     def _flavour_graph(self, manifest: Manifest, flavour: str) -> str:
-        graph = flavour_graph(flavour)
-        if graph == CPU_INT8_GRAPH and VNNI_GRAPH in manifest.files and cpu_has_vnni():
-            return VNNI_GRAPH
+        graph = variant_for_this_cpu(flavour_graph(flavour), manifest.files)
         if graph == VNNI_GRAPH and not cpu_has_vnni():
             raise BackendError(
                 f"this CPU has no VNNI, without which the sums of {VNNI_GRAPH} saturate",
