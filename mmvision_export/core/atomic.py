@@ -3,12 +3,15 @@
 What is being written lives under a temporary name beside its target, on the same file system, and
 takes the target's place in one rename once it is whole and on the disk.
 
-A process that is killed leaves its temporary directory. The process holds a lock on it, which ends
-with the process: the next one that writes to the same folder removes what nobody holds.
+A temporary directory goes with the block that made it, or with the process: a signal may arrive
+between any two lines, also between the end of the block and its removal. A process that is killed
+leaves its temporary directory. The process holds a lock on it, which ends with the process: the next
+one that writes to the same folder removes what nobody holds.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -18,6 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mmvision_export.core.errors import OutputError
@@ -166,17 +170,19 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
-    temporary: Path | None = None
-    lock: int | None = None
     made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    unfinished: _Unfinished | None = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
-        # Named before it is made: a signal between the two leaves nothing that nobody knows of.
-        temporary = parent / f"{_PREFIX}{os.getpid()}.{secrets.token_hex(6)}.partial"
-        temporary.mkdir()
-        lock = _locked(temporary)
-        yield temporary
+        # Known before it is made: a signal between the two leaves nothing that nobody knows of.
+        unfinished = _Unfinished(
+            parent / f"{_PREFIX}{os.getpid()}.{secrets.token_hex(6)}.partial", made
+        )
+        _UNFINISHED.add(unfinished)
+        unfinished.path.mkdir()
+        unfinished.lock = _locked(unfinished.path)
+        yield unfinished.path
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise OutputError(
@@ -186,14 +192,49 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
             ) from error
         raise OutputError(f"{parent}: cannot write {name}: {error.strerror}") from error
     finally:
-        # A signal in the middle would leave the rest, until another command sweeps it.
+        # A signal in the middle would leave the rest until the process ends.
         with signals_wait():
-            if temporary is not None:
-                _remove(temporary, lock)
-            for folder in made:
-                # Empty only if the block failed.
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            if unfinished is not None:
+                unfinished.remove()
+            else:
+                _remove_empty(made)
+
+
+@dataclass(eq=False)
+class _Unfinished:
+    """A temporary directory, and what goes with it."""
+
+    path: Path
+    made: list[Path]  # folders that were made for it, the innermost first
+    lock: int | None = None
+
+    def remove(self) -> None:
+        """Again, it does nothing: a generator may end after the process has done so."""
+        lock, self.lock = self.lock, None
+        _remove(self.path, lock)
+        _remove_empty(self.made)
+        _UNFINISHED.discard(self)
+
+
+_UNFINISHED: set[_Unfinished] = set()
+
+
+def _remove_unfinished() -> None:
+    for unfinished in list(_UNFINISHED):
+        unfinished.remove()
+
+
+atexit.register(_remove_unfinished)
+if hasattr(os, "register_at_fork"):
+    # They are the parent's, which removes them.
+    os.register_at_fork(after_in_child=_UNFINISHED.clear)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that were made for files which then failed."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _remove(temporary: Path, lock: int | None) -> None:

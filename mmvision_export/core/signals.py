@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 __all__ = ["signals_wait"]
 
@@ -29,12 +30,15 @@ def signals_wait() -> Iterator[None]:
     def remember(number: int, _: FrameType | None) -> None:
         came.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, remember) for number in numbers}
+    before: dict[int, Any] = {}
     try:
+        for waiting in (signal.SIGINT, signal.SIGTERM):
+            before[waiting] = signal.getsignal(waiting)
+            signal.signal(waiting, remember)
         yield
     finally:
-        for number, handler in before.items():
+        # SIGINT last: what it interrupts may go on, as a notebook does, and shall hear the next one.
+        for number, handler in reversed(before.items()):
             # None is a handler that was not set from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if came:

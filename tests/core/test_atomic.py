@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -314,3 +316,56 @@ def test_an_interrupt_while_the_rest_is_removed_leaves_nothing(
         signal.signal(signal.SIGINT, before)
     assert interrupted
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def interrupted_at(step: int, folder: Path) -> BaseException | None:
+    """Write a file, with SIGINT before the line of that number in this module or contextlib.
+
+    Returns:
+        The interruption. As long as its traceback lives, so do the frames, and no generator ends because
+        nobody knows it any more.
+    """
+    lines = 0
+    files = {atomic.__file__, contextlib.__file__}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename not in files:
+            return None
+        lines += 1
+        if lines == step:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    try:
+        sys.settrace(trace)
+        with new_files(folder / "deep", name="x") as new:
+            (new / "x").write_text("whole")
+    except KeyboardInterrupt as error:
+        return error
+    finally:
+        sys.settrace(None)
+    return None
+
+
+def test_an_interrupt_at_any_line_leaves_nothing_when_the_process_ends(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    step, left_by_the_block = 0, 0
+    try:
+        while True:
+            step += 1
+            folder = tmp_path / str(step)
+            folder.mkdir()
+            interruption = interrupted_at(step, folder)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            left_by_the_block += bool(list(folder.rglob(".new.*")))
+            atomic._remove_unfinished()
+            assert list(folder.rglob(".new.*")) == []
+            assert all((made / "x").read_text() == "whole" for made in folder.iterdir())
+            if interruption is None:
+                break
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert step > 50
+    assert left_by_the_block  # the control: the block's end alone is not enough
