@@ -2,15 +2,17 @@
 
 From a float32 model directory to a quantised flavour that has passed its gate.
 
-Units are ranked by what an error in each does to the output. The fewest of the worst are then kept in
-the graph's own float type that let the result pass, measured end to end on images that calibration
-has not seen, and on those that it has.
+Units are ranked by what an error in each does to the output, on images that calibration has seen and on
+others: what is cut off of a token that is larger than any in calibration counts in the ranking. The
+fewest of the worst are then kept in the graph's own float type that let the result pass, measured end to
+end on the same two kinds of images.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import shutil
@@ -61,7 +63,7 @@ def quantize(
         manifest: Its manifest; it then lists the new files, in memory and on disk.
         flavour: `int8` or `fp8` for TensorRT, `cpu-int8` for ONNX Runtime's CPU provider.
         calibration: Batches that ranges are measured on; the graph is checked on them too.
-        held_out: Other batches, that the number of units is chosen on.
+        held_out: Other batches, which ranges do not know. Units are chosen on both.
         method: How ranges are chosen from what is measured.
         min_cosine: Gate for every token, against the float32 graph. The graph has to stay away from
             it by `evidence.MARGIN`.
@@ -96,7 +98,10 @@ def quantize(
         trial, references = new / "trial", new / "references"
         references.mkdir()
         checks = Checks(
-            ranking_sample(calibration, manifest.config), held_out, calibration, references
+            ranking_sample(_in_turns(calibration, held_out), manifest.config),
+            held_out,
+            calibration,
+            references,
         )
         checks.refer_to(source, progress)
         graphs = _Graphs(plan, checks, new, trial, allowed, progress)
@@ -278,6 +283,11 @@ class _Graphs:
             yield self._trial / variant_for_this_cpu(flavour_graph(self._plan.flavour), written)
         finally:
             data.unlink(missing_ok=True)
+
+
+def _in_turns(one: Sequence[Batch], other: Sequence[Batch]) -> list[Batch]:
+    pairs = itertools.zip_longest(one, other)
+    return [batch for pair in pairs for batch in pair if batch is not None]
 
 
 def _ranked(

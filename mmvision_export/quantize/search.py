@@ -8,7 +8,8 @@ that all demands hold. A graph that fails adds a demand that the graph breaks; a
 by how much the demands ask too much.
 
 This is a cutting-plane method (Kelley 1960, "The cutting-plane method for solving convex programs",
-Journal of the SIAM 8(4)); the units for the demands of one step are chosen greedily.
+Journal of the SIAM 8(4)); the units for the demands of one step are chosen greedily. Between a graph
+that failed and one that passed, how many units to keep is found by bisection.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ def fewest_kept(
         order, number = _greedy(demands, allowed)
         if evaluation == most - 1 and best is None:
             number = max(failed + 1, len(names) - 1)  # the last chance that any passes
+        elif failed and best is not None:
+            # How many is known better from these two than from the demands, which say which ones: of
+            # demands, one that asks too much and one that asks too little take turns.
+            number = (failed + passed) // 2
         elif failures >= _MISLED:
             number = max(number, (failed + passed) // 2)
         number = min(max(number, 1), passed - 1)

@@ -31,6 +31,7 @@ from mmvision_export.runtime.backends.onnxruntime import PROVIDERS, create_sessi
 from mmvision_export.runtime.launch_planner import LaunchPlanner
 
 __all__ = [
+    "HEADROOM",
     "Batch",
     "Samples",
     "grouped",
@@ -46,6 +47,14 @@ Array = npt.NDArray[np.float32]
 
 STAGE_BYTES = 1 << 30
 SAMPLE_ROWS = 128
+HEADROOM = 1.25
+"""By how much a range is larger than the largest value measured.
+
+A token of another image may be beyond what calibration has seen, and what is cut off of it costs far more
+than coarser steps cost all others. With 32 layers of full width and outlier weights, one token in 646 of
+images held out was 1.3 times as large, in the input of every MLP from layer 25 on. It alone lost 9.4e-4 of
+its cosine where every other token lost less than 1.1e-4 (seeded random images).
+"""
 PERCENTILE = 99.999
 # TensorRT's calibrator had 2048 bins; ONNX Runtime's search takes time with their square.
 HISTOGRAM_BINS = {"percentile": 2048, "entropy": 512}
@@ -165,8 +174,9 @@ def magnitudes(
         found: `samples` of the tensors.
         divisors: For some tensors, what each channel is divided by, `[channels]`.
         batches: Those the samples are of.
-        method: `minmax` cuts nothing off; `percentile` the largest 0.001 % of values; `entropy`
-            chooses the least Kullback-Leibler divergence. The last two are ONNX Runtime's.
+        method: `minmax` cuts nothing off, and of other images what is beyond `HEADROOM`;
+            `percentile` cuts off the largest 0.001 % of values; `entropy` chooses the least
+            Kullback-Leibler divergence. The last two are ONNX Runtime's.
         progress: Told about each step.
     """
     largest = {
@@ -174,7 +184,7 @@ def magnitudes(
         for name, s in found.items()
     }
     if method == "minmax":
-        return largest
+        return {name: HEADROOM * magnitude for name, magnitude in largest.items()}
     from onnxruntime.quantization.calibrate import HistogramCollector
 
     collector = HistogramCollector(

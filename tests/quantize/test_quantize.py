@@ -24,6 +24,7 @@ from mmvision_export.models.sample_batches import sample_batch
 from mmvision_export.models.weights import WeightSource
 from mmvision_export.parity.stages import facts_of_graph
 from mmvision_export.quantize import plan as plan_module
+from mmvision_export.quantize.balancing import static_rounding
 from mmvision_export.quantize.choices import CALIBRATION_METHODS, FLAVOURS, Flavour
 from mmvision_export.quantize.formats import FP8, INT8, scale_from_magnitude
 from mmvision_export.quantize.qdq import balance
@@ -303,6 +304,23 @@ def test_only_float32_models(tmp_path: Path) -> None:
     )
     with refused(QuantizationError, "opset", 19, 18):
         make(tmp_path / "old", "int8")
+
+
+def test_a_value_larger_than_any_of_calibration_is_not_cut_off(outliers: Path) -> None:
+    """The control has ranges that end where calibration did."""
+    name, graph = "pixel_values", outliers / "model.onnx"
+    found = samples(graph, [name], CALIBRATION, Progress())
+    measured = float(found[name].magnitude.max())
+    reached = magnitudes(graph, found, {}, CALIBRATION, "minmax", Progress())[name]
+    rows = np.linspace(-1.2 * measured, 1.2 * measured, 1000, dtype=np.float32)[None]
+
+    def largest_error_in_steps(magnitude: float) -> float:
+        rounded = static_rounding(INT8, magnitude)(rows)
+        return float(np.abs(rounded - rows).max()) / (magnitude / INT8.maximum)
+
+    # Half a step, and of the scale's rounding to float16 what adds up over 127 steps.
+    assert largest_error_in_steps(reached) <= 0.5 + 127 * 2**-11
+    assert largest_error_in_steps(measured) > 20
 
 
 def test_formats_by_hand() -> None:

@@ -27,7 +27,7 @@ def test_kills(operation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", _NAMES)
 def test_more_kills(operation: str) -> None:
-    trials = "3" if operation == "build-plugins" else "6"
+    trials = "2" if operation == "build-plugins" else "3"
     held("kills", operation, "--moments", trials, "--points", trials, "--seed", "1")
 
 
@@ -39,7 +39,7 @@ def test_hindrances(operation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", _NAMES)
 def test_more_hindrances(operation: str) -> None:
-    count = "1" if operation == "build-plugins" else "4"
+    count = "1" if operation == "build-plugins" else "2"
     held("hindrances", operation, "--count", count, "--seed", "1")
 
 

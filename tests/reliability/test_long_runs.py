@@ -77,7 +77,7 @@ def test_a_soak(backend: str) -> None:
         pytest.importorskip("openvino")
     # OpenVINO's products add up in an order that depends on the number of images.
     tolerance = "0" if backend == "onnxruntime-cpu" else "1e-5"
-    found = samples("--batches", "10000", "--backend", backend, "--tolerance", tolerance)
+    found = samples("--batches", "3000", "--backend", backend, "--tolerance", tolerance)
     assert is_flat(found)
     assert found[-1]["videos"] > 1
 
