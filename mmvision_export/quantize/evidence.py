@@ -6,7 +6,8 @@ probability 1 / (n + 1). By how much more is the tail of the loss. The loss of a
 of an error, and has finite variance where the error has finite fourth moments: its tail then falls
 at least as the inverse square. So the next image loses more than `MARGIN` times the worst one with
 probability of at most about `1 / ((n + 1) * MARGIN**2)`: 5 % for 8 images and a margin of 1.5, 1 %
-for 32. The graph therefore has to keep `1 - cosine` to 1 / 1.5 of what the gate allows.
+for 32. The graph therefore has to keep `1 - cosine` to 1 / 1.5 of what the gate allows. Units are chosen
+on the same images, which makes this estimate too low.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Checks:
     """The images that a graph is checked on, and what the float32 graph makes of them.
 
     Attributes:
-        sample: The images that units are ranked on.
+        sample: Parts of images of the two kinds below; units are ranked on them.
         held_out: Images that calibration has not seen.
         calibration: Images that it has seen.
         references: A folder with the embeddings of all of them, which may be more than memory holds.
