@@ -58,7 +58,9 @@ def quantize(
     ] = None,
     calibration_method: Annotated[
         CalibrationMethod,
-        typer.Option(help="How the largest values are clipped; minmax clips none that it has seen."),
+        typer.Option(
+            help="How the largest values are clipped; minmax clips none that it has seen."
+        ),
     ] = "minmax",
     min_cosine: Annotated[
         float,
