@@ -223,9 +223,9 @@ def test_a_graph_that_failed_says_which_tokens_are_left() -> None:
 
 
 def test_a_loss_that_grows_faster_than_estimates_does_not_use_up_the_graphs() -> None:
-    """With its fourth power, as at full size: what failed says 'one less than what passed', and in turn.
+    """It grows with their fourth power: a graph that failed says 'one less than what passed'.
 
-    Without a bound on each step the search asked for 70, 30, 69, 33, 68, 32, 67, 30 and 66 units.
+    By the demands alone the search asked for 70, 30, 69, 31, 68, 32, 67, 33 and 66 units.
     """
     estimates = {f"unit {index}": 3e-4 * 0.95**index for index in range(133)}
 
@@ -238,7 +238,7 @@ def test_a_loss_that_grows_faster_than_estimates_does_not_use_up_the_graphs() ->
     )
     kept = _search(lost, estimates, allowed=1e-3 / 1.5)
     assert kept is not None
-    assert len(kept) <= fewest + 4
+    assert len(kept) <= fewest + 1
 
 
 def test_a_misleading_estimate_costs_no_more_evaluations() -> None:
