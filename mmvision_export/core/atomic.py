@@ -170,16 +170,15 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
-    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    unfinished: _Unfinished | None = None
+    unfinished = _Unfinished(
+        parent / f"{_PREFIX}{os.getpid()}.{secrets.token_hex(6)}.partial",
+        [folder for folder in (parent, *parent.parents) if not folder.exists()],
+    )
     try:
+        # Known before it is made: a signal between the two leaves nothing that nobody knows of.
+        _UNFINISHED.add(unfinished)
         parent.mkdir(parents=True, exist_ok=True)
         sweep(parent)
-        # Known before it is made: a signal between the two leaves nothing that nobody knows of.
-        unfinished = _Unfinished(
-            parent / f"{_PREFIX}{os.getpid()}.{secrets.token_hex(6)}.partial", made
-        )
-        _UNFINISHED.add(unfinished)
         unfinished.path.mkdir()
         unfinished.lock = _locked(unfinished.path)
         yield unfinished.path
@@ -194,10 +193,7 @@ def _temporary_directory(parent: Path, name: str) -> Iterator[Path]:
     finally:
         # A signal in the middle would leave the rest until the process ends.
         with signals_wait():
-            if unfinished is not None:
-                unfinished.remove()
-            else:
-                _remove_empty(made)
+            unfinished.remove()
 
 
 @dataclass(eq=False)
@@ -212,7 +208,10 @@ class _Unfinished:
         """Again, it does nothing: a generator may end after the process has done so."""
         lock, self.lock = self.lock, None
         _remove(self.path, lock)
-        _remove_empty(self.made)
+        for folder in self.made:
+            # Empty only if the block failed.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         _UNFINISHED.discard(self)
 
 
@@ -228,13 +227,6 @@ atexit.register(_remove_unfinished)
 if hasattr(os, "register_at_fork"):
     # They are the parent's, which removes them.
     os.register_at_fork(after_in_child=_UNFINISHED.clear)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove folders that were made for files which then failed."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def _remove(temporary: Path, lock: int | None) -> None:

@@ -69,14 +69,15 @@ def fewest_kept(
     failures, at_last = 0, 0  # one after the other; with one unit less than what passed
     for evaluation in range(most):
         order, number = _greedy(demands, allowed)
+        middle = (failed + passed) // 2
         if evaluation == most - 1 and best is None:
             number = max(failed + 1, len(names) - 1)  # the last chance that any passes
         elif failed and best is not None:
             # How many is known better from these two than from the demands, which say which ones: of
             # demands, one that asks too much and one that asks too little take turns.
-            number = (failed + passed) // 2
+            number = middle
         elif failures >= _MISLED:
-            number = max(number, (failed + passed) // 2)
+            number = max(number, middle)
         number = min(max(number, 1), passed - 1)
         units = [names[unit] for unit in order]
         while number < passed - 1 and frozenset(units[:number]) in tried:
