@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from mmvision_export.core.errors import ManifestError, MmvisionError
 from mmvision_export.core.files import read_json
+from mmvision_export.core.numbers import is_finite_number
 
 __all__ = ["json_from_record", "json_text", "parsed_record", "read_record", "record_from_json"]
 
@@ -197,8 +198,8 @@ _TITLES = {
 
 
 def _plain(kind: type, value: Any, name: str) -> Any:
-    accepted = (int, float) if kind is float else kind
     # True is an int to Python, and no number in JSON.
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not (is_finite_number(value) if kind is float else fits):
         raise ManifestError(f"{name} must be {_TITLES[kind]}, got {value!r}")
     return value

@@ -272,11 +272,16 @@ def test_preprocessor_config(
         # Positive numbers that no float32 holds what they give.
         ({"image_std": [1, 1e-40, 1]}, ["image_std", (1, 1e-40, 1)]),
         ({"rescale_factor": 1e300}, ["rescale_factor", 1e300]),
+        # Integers that no float holds.
+        ({"rescale_factor": 10**400}, ["rescale_factor"]),
+        ({"image_mean": [0, 10**400, 0]}, ["image_mean"]),
+        ({"rescale_factor": True}, ["rescale_factor", True]),
         ({"image_mean": [1, 2]}, ["image_mean", (1, 2)]),
         ({"image_mean": 7}, ["int"]),
         ({"rescale_factor": "x"}, ["rescale_factor", "'x'"]),
         ({"rescale_factor": 0}, ["rescale_factor", 0]),
         ({"min_pixels": 10**9}, ["min_pixels", "max_pixels", 10**9]),
+        ({"min_pixels": 10**9, "max_pixels": 10**9}, ["min_pixels", 3584**2, 10**9]),
         ({"resize": "height"}, ["resize", "long-side", "'height'"]),
         ({"max_long_side_pixel": 2000}, ["max_long_side", 28, 112, 3584, 2000]),
         ({"max_long_side_pixel": 3612}, ["max_long_side", 28, 112, 3584, 3612]),

@@ -37,7 +37,8 @@ from mmvision_export.models import family_from_file
 from mmvision_export.models.minimax_m3_vl.checkpoint import read_index
 from mmvision_export.models.minimax_m3_vl.config import assumed_fields, config_from_file
 from mmvision_export.models.minimax_m3_vl.images import image_from_file
-from mmvision_export.models.minimax_m3_vl.preprocessor_config import PreprocessorConfig
+from mmvision_export.models.minimax_m3_vl.preprocessor_config import PreprocessorConfig, resized
+from mmvision_export.models.minimax_m3_vl.resize import MAX_PIXELS
 from mmvision_export.runtime.folder_record import FolderRecords
 from tests.support.bundles import bundle_record
 from tests.support.configs import HEAD_DIM_80
@@ -98,6 +99,13 @@ def _bundle(path: Path) -> None:
         raise ManifestError(str(problems))
 
 
+def _preprocessing(path: Path) -> None:
+    """What was read serves for an image, which stays of a size that memory holds."""
+    config = PreprocessorConfig.read(path, HEAD_DIM_80)
+    height, width = resized(30, 40, config)
+    assert height * width <= 2 * MAX_PIXELS, (height, width)
+
+
 PARSERS: dict[str, Parser] = {
     "graph": Parser("model.onnx", _graph),
     "manifest": Parser("manifest.json", lambda path: Manifest.read(path.parent)),
@@ -107,9 +115,7 @@ PARSERS: dict[str, Parser] = {
         "config.json",
         lambda path: (family_from_file(path), config_from_file(path), assumed_fields(path)),
     ),
-    "preprocessing": Parser(
-        "preprocessor_config.json", lambda path: PreprocessorConfig.read(path, HEAD_DIM_80)
-    ),
+    "preprocessing": Parser("preprocessor_config.json", _preprocessing),
     "index": Parser("model.safetensors.index.json", read_index),
     "records": Parser("mmvision-run.records", _records),
     "image": Parser("photo", lambda path: image_from_file(path, max_pixels=_MAX_PIXELS)),
@@ -138,6 +144,7 @@ def parsed(parser: Parser, content: bytes, folder: Path) -> str | None:
 
 _PIECES = (
     *(b"null", b"true", b"[]", b"{}", b"0", b"-1", b"1e400", b"NaN", b"10000000000000000000000"),
+    b"1" + b"0" * 400,
     *(b'""', b'"../x"', b'"\\ud800"', b"[" * 3000, b'{"a":' * 3000),
     *(b"\xff", b"\x00", b"\xff\xff\xff\xff\xff\x0f"),
 )

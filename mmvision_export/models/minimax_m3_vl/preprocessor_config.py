@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy.typing as npt
 
 from mmvision_export.core.errors import ConfigError, InputError
 from mmvision_export.core.files import read_json
+from mmvision_export.core.numbers import is_finite_number
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.models.minimax_m3_vl.resize import (
     DEFAULT_LONG_SIDE,
@@ -80,6 +80,9 @@ class PreprocessorConfig:
             raise ConfigError(
                 f"min_pixels must not exceed max_pixels, got {self.min_pixels} and {self.max_pixels}"
             )
+        # Small images are enlarged to it, and a larger one may take all memory.
+        if self.min_pixels > MAX_PIXELS:
+            raise ConfigError(f"min_pixels must be at most {MAX_PIXELS}, got {self.min_pixels}")
         if self.resize not in RESIZE_RULES:
             raise ConfigError(
                 f"resize must be one of {', '.join(RESIZE_RULES)}, got {self.resize!r}"
@@ -93,13 +96,11 @@ class PreprocessorConfig:
                 f"got {self.max_size!r}"
             )
         factor = self.rescale_factor
-        if not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
+        if not is_finite_number(factor) or factor <= 0:
             raise ConfigError(f"rescale_factor must be a positive number, got {factor!r}")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if len(values) != 3 or not all(
-                isinstance(v, (int, float)) and math.isfinite(v) for v in values
-            ):
+            if len(values) != 3 or not all(map(is_finite_number, values)):
                 raise ConfigError(f"{name} must be three numbers, got {values!r}")
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std must be positive, got {self.image_std!r}")
@@ -121,8 +122,11 @@ class PreprocessorConfig:
     @functools.cached_property
     def normalised_levels(self) -> npt.NDArray[np.float32]:
         """What each 8-bit level becomes in each channel, `[3, 256]`."""
-        scaled = np.arange(256) * self.rescale_factor
-        mean, std = np.array(self.image_mean)[:, None], np.array(self.image_std)[:, None]
+        # JSON's numbers may be integers that no integer type of NumPy holds.
+        scaled = np.arange(256) * float(self.rescale_factor)
+        mean, std = (
+            np.array(each, np.float64)[:, None] for each in (self.image_mean, self.image_std)
+        )
         with np.errstate(over="ignore", invalid="ignore"):
             levels: npt.NDArray[np.float32] = ((scaled - mean) / std).astype(np.float32)
         return levels
