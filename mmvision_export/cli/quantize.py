@@ -231,6 +231,11 @@ def _warn(report: QuantizationReport, photographs: int) -> None:
         )
 
 
+def _reached_by_all(report: QuantizationReport) -> str:
+    # Of a graph that fails no more images are measured than show the failure.
+    return f"{'at most ' if report.kept else ''}{report.without_fallback:.6f}"
+
+
 def _print(report: QuantizationReport, path: Path) -> None:
     if report.kept:
         console.print(f"{'kept in higher precision':44}cosine lost in 8 bit, estimated")
@@ -244,7 +249,7 @@ def _print(report: QuantizationReport, path: Path) -> None:
         f"smallest cosine of a token {report.reached:.6f} in {report.held_out} images held out and "
         f"{report.calibration} of the calibration\n"
         f"gate {report.min_cosine} with a margin of {report.margin}: at least "
-        f"{1 - (1 - report.min_cosine) / report.margin:.6f}; {report.without_fallback:.6f} with every unit in 8 "
-        f"bit",
+        f"{1 - (1 - report.min_cosine) / report.margin:.6f}; {_reached_by_all(report)} with every unit "
+        "in 8 bit",
         markup=False,
     )

@@ -37,8 +37,8 @@ def values_needed(model: ir.Model) -> list[str]:
 
 def pulled_back(
     model: ir.Model, values: _Values, cotangents: Array
-) -> Iterator[tuple[ir.Node, Array]]:
-    """Every product with constant weights, the last first, and the cotangents of its output.
+) -> Iterator[tuple[ir.Node, Array, Array]]:
+    """Every product with constant weights, the last first, and the cotangents around it.
 
     Args:
         model: The portable graph.
@@ -46,7 +46,7 @@ def pulled_back(
         cotangents: Of the graph's output, `[K, tokens, channels]` float32.
 
     Yields:
-        The node, and `[K, N, out]`.
+        The node, and the cotangents of its output and of its input, `[K, N, out]` and `[K, N, in]`.
 
     Raises:
         QuantizationError: The graph has an operator between its products that this does not know.
@@ -58,15 +58,13 @@ def pulled_back(
         given = [pending.pop(_name(value), None) for value in node.outputs]
         if all(each is None for each in given):
             continue
-        if node.op_type == "Gemm":
-            assert given[0] is not None
-            yield node, given[0]
         targets = [
             index
             for index, value in enumerate(node.inputs)
             if value is not None and value.name in movable
         ]
-        if not targets:
+        is_product = node.op_type == "Gemm"
+        if not targets and not is_product:
             continue
         rule = _RULES.get(node.op_type)
         if rule is None:
@@ -74,7 +72,11 @@ def pulled_back(
                 f"{node.name}: units cannot be ranked through the operator {node.op_type}",
                 hint="export the model again",
             )
-        for index, cotangent in rule(node, values, given).items():
+        found = rule(node, values, given)
+        if is_product:
+            assert given[0] is not None
+            yield node, given[0], found[0]
+        for index, cotangent in found.items():
             if index in targets:
                 name = _name(node.inputs[index])
                 pending[name] = pending[name] + cotangent if name in pending else cotangent
@@ -106,7 +108,7 @@ def _gemm(node: ir.Node, _: _Values, given: _Given) -> dict[int, Array]:
 
 
 def _layer_norm(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
-    x, (cotangent,) = values[_name(node.inputs[0])].astype(np.float32), given
+    x, (cotangent,) = values[_name(node.inputs[0])].astype(np.float32, copy=False), given
     gain = node.inputs[1]
     assert gain is not None and gain.const_value is not None and cotangent is not None
     epsilon = node.attributes["epsilon"].as_float()
@@ -119,7 +121,9 @@ def _layer_norm(node: ir.Node, values: _Values, given: _Given) -> dict[int, Arra
 
 
 def _gelu(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
-    x, y = (values[_name(v)].astype(np.float32) for v in (node.inputs[0], node.outputs[0]))
+    x, y = (
+        values[_name(v)].astype(np.float32, copy=False) for v in (node.inputs[0], node.outputs[0])
+    )
     (cotangent,) = given
     assert cotangent is not None
     density = np.exp(-(x**2) / 2) / np.float32(np.sqrt(2 * np.pi))
@@ -143,7 +147,7 @@ def _reshape(node: ir.Node, _: _Values, given: _Given) -> dict[int, Array]:
 
 
 def _rotary(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
-    cos, sin = (values[_name(v)].astype(np.float32)[:, None] for v in node.inputs[2:4])
+    cos, sin = (values[_name(v)].astype(np.float32, copy=False)[:, None] for v in node.inputs[2:4])
     half = cos.shape[-1]
 
     def turned_back(g: Array) -> Array:
@@ -156,7 +160,8 @@ def _rotary(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
 
 def _attention(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
     q, k, v = (
-        values[_name(value)].astype(np.float32).swapaxes(0, 1) for value in node.inputs[:3]
+        values[_name(value)].astype(np.float32, copy=False).swapaxes(0, 1)
+        for value in node.inputs[:3]
     )  # [heads, N, head_dim]
     bounds = values[_name(node.inputs[3])].tolist()
     scale = np.float32(node.attributes["scale"].as_float())

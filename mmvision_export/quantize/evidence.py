@@ -13,8 +13,7 @@ on the same images, which makes this estimate too low.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,53 +51,34 @@ class Checks:
     """The images that a graph is checked on, and what the float32 graph makes of them.
 
     Attributes:
-        sample: Parts of images of the two kinds below; units are ranked on them.
         held_out: Images that calibration has not seen.
         calibration: Images that it has seen.
         references: A folder with the embeddings of all of them, which may be more than memory holds.
     """
 
-    sample: Sequence[Batch]
     held_out: Sequence[Batch]
     calibration: Sequence[Batch]
     references: Path
 
+    @property
+    def batches(self) -> dict[str, Batch]:
+        """All of them, by name."""
+        parts = {"held_out": self.held_out, "calibration": self.calibration}
+        return {
+            f"{part}.{index}.npy": batch
+            for part, batches in parts.items()
+            for index, batch in enumerate(batches)
+        }
+
     def refer_to(self, graph: Path, progress: Progress) -> None:
         """Write the references: the embeddings of a float32 graph."""
-        batches = self._batches(("sample", "held_out", "calibration"))
+        batches = self.batches
         progress.step("running the float32 graph", total=len(batches))
-        results = outputs_of(
-            graph, (batch for _, batch in batches), weights_in=graph.parent, dtype=np.float32
-        )
-        for (name, _), result in zip(batches, results, strict=True):
+        results = outputs_of(graph, batches.values(), weights_in=graph.parent, dtype=np.float32)
+        for name, result in zip(batches, results, strict=True):
             np.save(self.references / name, result)
             progress.advance()
 
-    def names(self, *parts: str) -> list[str]:
-        """Of the batches of these parts: `sample`, `held_out`, `calibration`."""
-        return [name for name, _ in self._batches(parts)]
-
-    def lost(
-        self, graph: Path, dtype: type[np.floating], names: Iterable[str]
-    ) -> Iterator[tuple[str, Losses]]:
-        """What each token of these batches loses, one batch after the other, in one session.
-
-        Args:
-            graph: The file.
-            dtype: Of its inputs.
-            names: Of the batches. The next one is asked for when the last one has been measured.
-        """
-        batches = dict(self._batches(("sample", "held_out", "calibration")))
-        named, wanted = itertools.tee(names)
-        results = outputs_of(
-            graph, (batches[name] for name in wanted), weights_in=graph.parent, dtype=dtype
-        )
-        for name, result in zip(named, results, strict=True):
-            yield name, losses(result, np.load(self.references / name, mmap_mode="r"))
-
-    def _batches(self, parts: Iterable[str]) -> list[tuple[str, Batch]]:
-        return [
-            (f"{part}.{index}.npy", batch)
-            for part in parts
-            for index, batch in enumerate(getattr(self, part))
-        ]
+    def losses(self, name: str, result: Array) -> Losses:
+        """What each token of a batch loses, given its embeddings."""
+        return losses(result, np.load(self.references / name, mmap_mode="r"))

@@ -19,6 +19,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
@@ -32,16 +34,18 @@ from mmvision_export.core.progress import Progress
 from mmvision_export.graph.load import load_graph
 from mmvision_export.quantize.choices import CalibrationMethod, Flavour
 from mmvision_export.quantize.dynamic import make_weights_signed
-from mmvision_export.quantize.evidence import MARGIN, Checks, Losses
+from mmvision_export.quantize.evidence import MARGIN, Checks
 from mmvision_export.quantize.plan import Plan, plan_of
 from mmvision_export.quantize.qdq import LOWEST_OPSET
-from mmvision_export.quantize.ranking import cosine_lost, ranking_sample, worst_half
+from mmvision_export.quantize.ranking import Ranker, ranking_sample
 from mmvision_export.quantize.report import QuantizationReport
 from mmvision_export.quantize.search import MOST_EVALUATIONS, fewest_kept
-from mmvision_export.quantize.statistics import Batch, grouped
+from mmvision_export.quantize.statistics import Batch, grouped, outputs_of
 from mmvision_export.quantize.units import share_of_operations, units_of
 
 __all__ = ["QuantizationReport", "quantize", "refuse_unsuitable"]
+
+Array = npt.NDArray[np.float32]
 
 
 def quantize(
@@ -97,29 +101,23 @@ def quantize(
     with new_files(directory, name=name) as new:
         trial, references = new / "trial", new / "references"
         references.mkdir()
-        checks = Checks(
-            ranking_sample(_in_turns(calibration, held_out), manifest.config),
-            held_out,
-            calibration,
-            references,
-        )
+        checks = Checks(held_out, calibration, references)
         checks.refer_to(source, progress)
-        graphs = _Graphs(plan, checks, new, trial, allowed, progress)
+        sample = ranking_sample(_in_turns(calibration, held_out), manifest.config)
+        graphs = _Graphs(plan, checks, sample, new, trial, allowed, progress)
         none_kept = graphs.loss(frozenset())
         errors: dict[str, float] = dict.fromkeys((unit.name for unit in units), 0.0)
         kept: frozenset[str] | None = frozenset()
         if none_kept > allowed:
-            errors = _ranked(plan, checks.sample, graphs.lost_in_sample, progress)
+            ranker = Ranker(plan, sample)
+            ranking = ranker(graphs.sample_results, progress)
+            lost = ranking.losses(np.ones(len(units), bool)).max(axis=0)
+            errors = dict(zip(errors, lost.tolist(), strict=True))
             kept = fewest_kept(
                 graphs.loss,
-                lambda: _ranked(
-                    plan,
-                    *worst_half(checks.sample, graphs.lost_in_sample),
-                    progress,
-                    seed=len(graphs.losses),
-                ),
-                errors,
-                loss_of_none=none_kept,
+                lambda: ranker(graphs.sample_results, progress),
+                list(errors),
+                ranking,
                 allowed=allowed,
             )
         if kept is None or len(kept) == len(units):
@@ -198,18 +196,27 @@ class _Graphs:
     Attributes:
         losses: Of the graphs that were measured, one after the other.
         loss_of_best: Of the one whose files are kept.
-        lost_in_sample: If the last one failed, what each token of the sample loses in it.
+        sample_results: If the last one failed, its embeddings of each batch of the sample.
     """
 
     def __init__(
-        self, plan: Plan, checks: Checks, new: Path, trial: Path, allowed: float, progress: Progress
+        self,
+        plan: Plan,
+        checks: Checks,
+        sample: Sequence[Batch],
+        new: Path,
+        trial: Path,
+        allowed: float,
+        progress: Progress,
     ) -> None:
         self.losses: list[float] = []
         self.loss_of_best = math.inf
-        self.lost_in_sample: list[Losses] = []
-        self._worst_first = checks.names("held_out", "calibration")
+        self.sample_results: list[Array] = []
+        self._batches = checks.batches
+        self._worst_first = list(self._batches)
         self._plan = plan
         self._checks = checks
+        self._sample = sample
         self._new = new
         self._trial = trial
         self._allowed = allowed
@@ -217,17 +224,17 @@ class _Graphs:
 
     def loss(self, keep: frozenset[str]) -> float:
         """The most that a token's cosine is below 1 with these units kept."""
-        plan, checks, total = self._plan, self._checks, len(self._plan.units)
+        plan, total = self._plan, len(self._plan.units)
         self._progress.step(
             f"graph {len(self.losses) + 1} of at most {MOST_EVALUATIONS}: {len(keep)} of {total} units "
             "in higher precision",
-            total=len(checks.held_out) + len(checks.calibration),
+            total=len(self._batches),
         )
         shutil.rmtree(self._trial, ignore_errors=True)
         self._trial.mkdir()
         _write(plan, keep, self._trial)
         gc.collect()  # as after a ranking
-        loss = self._measured(must=() if keep else checks.names("held_out"))
+        loss = self._measured()
         self.losses.append(loss)
         if loss <= self._allowed:  # with fewer units kept than any before: no others are asked for
             self.loss_of_best = loss
@@ -235,36 +242,30 @@ class _Graphs:
                 file.replace(self._new / file.name)
         return loss
 
-    def _measured(self, must: Sequence[str]) -> float:
+    def _measured(self) -> float:
         """The largest loss in the graph that was written last, up to the first batch that fails.
 
         The batches on which the graph before lost the most come first. If one fails, the sample is
-        measured too.
-
-        Args:
-            must: Batches that are measured in any case.
+        run too.
         """
         found: dict[str, float] = {}
-        sample: list[Losses] = []
 
-        def wanted() -> Iterator[str]:
+        def wanted() -> Iterator[Batch]:
             for name in self._worst_first:
-                if max(found.values(), default=0.0) <= self._allowed or not found.keys() >= set(
-                    must
-                ):
-                    yield name
-            if max(found.values()) > self._allowed:
-                yield from self._checks.names("sample")
+                yield self._batches[name]
+                if found[name] > self._allowed:
+                    yield from self._sample
+                    return
 
         with self._runnable() as graph:
-            for name, lost in self._checks.lost(graph, self._plan.dtype, wanted()):
-                if name in self._worst_first:
-                    found[name] = float(lost.max())
-                    self._progress.advance()
-                else:
-                    sample.append(lost)
+            results = outputs_of(graph, wanted(), weights_in=graph.parent, dtype=self._plan.dtype)
+            for name in self._worst_first:
+                found[name] = float(self._checks.losses(name, next(results)).max())
+                self._progress.advance()
+                if found[name] > self._allowed:
+                    self.sample_results = list(results)
+                    break
         self._worst_first.sort(key=lambda name: -found.get(name, 0.0))
-        self.lost_in_sample = sample
         return max(found.values())
 
     @contextlib.contextmanager
@@ -288,22 +289,6 @@ class _Graphs:
 def _in_turns(one: Sequence[Batch], other: Sequence[Batch]) -> list[Batch]:
     pairs = itertools.zip_longest(one, other)
     return [batch for pair in pairs for batch in pair if batch is not None]
-
-
-def _ranked(
-    plan: Plan,
-    sample: Sequence[Batch],
-    losses: Sequence[Losses],
-    progress: Progress,
-    *,
-    seed: int = 0,
-) -> dict[str, float]:
-    """See `cosine_lost`."""
-    lost = cosine_lost(plan, sample, losses, progress, seed=seed)
-    # The parts of a graph refer to one another, so that only the collector lets go of it and of its mapped
-    # weights: 3.5 GB for each ranking at full size.
-    gc.collect()
-    return lost
 
 
 def _link(file: Path, name: Path) -> None:

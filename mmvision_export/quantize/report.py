@@ -20,7 +20,7 @@ class QuantizationReport:
         min_cosine: The gate.
         margin: How many times less than the gate allows `1 - cosine` may be: see `evidence`.
         reached: Smallest cosine of a token with the float32 graph's, on every image checked.
-        without_fallback: The same on the images held out, with every unit quantised.
+        without_fallback: The same with every unit quantised, up to the first batch that failed.
         held_out: Images that calibration had not seen; crops and sizes of one count as one.
         calibration: Images that it had seen, all of which were checked too.
         evaluations: Whole graphs that were measured.
@@ -28,7 +28,8 @@ class QuantizationReport:
         size_bytes: Of the flavour's weights, shared ones included.
         float_size_bytes: Of the weights it would have with no unit quantised, in its float type.
         balanced: Units whose layer norm was balanced.
-        quantized: Of each quantised unit, the cosine that it alone takes from tokens, estimated.
+        quantized: Of each quantised unit, the cosine that it alone takes from the worst tokens of an image,
+            estimated; of the image where that is most.
         kept: The same of each unit that stayed in higher precision, worst first.
     """
 
