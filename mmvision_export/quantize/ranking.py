@@ -155,7 +155,7 @@ class Ranker:
     def __init__(self, plan: Plan, sample: Sequence[Batch]) -> None:
         self._plan = plan
         self._sample = sample
-        self._of_weights = _weight_errors(plan)
+        self._of_weights: dict[str, Array] = {}
         self._tokens: dict[int, Array] = {}  # of the float32 graph, by batch
         self._rankings = 0
 
@@ -184,6 +184,7 @@ class Ranker:
     ) -> Ranking:
         plan = self._plan
         model = load_graph(plan.source)
+        self._of_weights = self._of_weights or _weight_errors(plan, model)
         output = str(model.graph.outputs[0].name)
         names = [*values_needed(model), output]
         # Rankings with different seeds have independent errors.
@@ -193,8 +194,8 @@ class Ranker:
         batches = [self._sample[index] for index in chosen]
         for index, values in zip(chosen, values_of(plan.source, names, batches), strict=True):
             patches = values["grid_thw"].prod(axis=1)
-            tokens = values[output].astype(np.float32, copy=False)
-            self._tokens[index] = tokens
+            # A copy: one array of ONNX Runtime's keeps the memory of its whole session.
+            self._tokens[index] = tokens = np.array(values[output], np.float32)
             lost = losses(results[index], tokens)
             starts = _first_rows(patches, len(tokens))
             probes = _probes(tokens, results[index], lost, starts, generator)
@@ -209,12 +210,11 @@ class Ranker:
         return Ranking(np.concatenate(estimates), np.concatenate(measured))
 
 
-def _weight_errors(plan: Plan) -> dict[str, Array]:
+def _weight_errors(plan: Plan, model: ir.Model) -> dict[str, Array]:
     """Mean square of what 8 bits change in the weights of each output channel, `[out]`, by a product's name.
 
     The weights are balanced, as they are when they are rounded.
     """
-    model = load_graph(plan.source)
     found = {}
     for unit in plan.units:
         for linear in unit.linears:

@@ -30,7 +30,7 @@ Demands = npt.NDArray[np.float64]  # [images, units]: what each unit adds to the
 _Tried = tuple[int, float]  # how many units were kept, and the loss
 
 _MISLED = 2  # failures one after the other: then the interval is halved at least
-_MOST_NEAR = 2  # evaluations with hardly fewer units than what passed: then the search ends
+_MOST_NEAR = 3  # evaluations with hardly fewer units than what passed: then the search ends
 # A gate is about the worst token and the estimate about a mean: before anything is known of their
 # ratio.
 _WORST_TO_MEAN = 2.0
