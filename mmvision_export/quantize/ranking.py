@@ -18,9 +18,9 @@ Where a graph failed by a little, `z` is the direction of the token's own error 
 estimates are shares of the loss that was measured. Where a graph failed by much, that direction says nothing
 of small errors, and `z` is a random vector of independent unit normals: `E[(z . J d)^2] = |J d|^2`.
 
-A gate asks for the worst tokens, and few tokens are far worse than the others: those whose value in some
-neuron is near the threshold from which it fires. Each image has estimates of its own. In them a token's weight is
-the third power of its loss in a graph that failed.
+A gate asks for the worst tokens. With massive activations few tokens are far worse than the others: those
+that nearly make a neuron fire, or just do. So each image has estimates of its own, in which a token's weight
+is the third power of its loss in a graph that failed.
 
 References:
     Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix", Communications
