@@ -263,10 +263,16 @@ class _Graphs:
                 found[name] = float(self._checks.losses(name, next(results)).max())
                 self._progress.advance()
                 if found[name] > self._allowed:
-                    self.sample_results = list(results)
+                    self._progress.step("running what units are ranked on", total=len(self._sample))
+                    self.sample_results = list(self._counted(results))
                     break
         self._worst_first.sort(key=lambda name: -found.get(name, 0.0))
         return max(found.values())
+
+    def _counted(self, results: Iterator[Array]) -> Iterator[Array]:
+        for result in results:
+            yield result
+            self._progress.advance()
 
     @contextlib.contextmanager
     def _runnable(self) -> Iterator[Path]:
