@@ -211,6 +211,13 @@ def test_what_no_weight_shows_is_named_where_it_is_left_out(tmp_path: Path) -> N
         assert all(value == getattr(EncoderConfig(), name) for name, value in assumed.items())
 
 
+@pytest.mark.parametrize("field", ["hidden_size", "spatial_merge_size", "rope_theta"])
+def test_nan_is_refused(field: str) -> None:
+    """Also of fields that several sections may give: NaN differs from itself."""
+    with pytest.raises(ConfigError, match=f"{field} must be .*nan"):
+        config_from_dict({"vision_config": {field: float("nan")}})
+
+
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EncoderConfig)])
 def test_absurd_sizes_are_refused(field: str) -> None:
     if isinstance(getattr(EncoderConfig(), field), bool):

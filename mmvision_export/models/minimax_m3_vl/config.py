@@ -301,7 +301,7 @@ def _require(section: Mapping[str, Any], field: str, implemented: Any) -> None:
 
 def _merge(found: dict[str, Any], name: str, *sections: Mapping[str, Any]) -> None:
     values = [section[name] for section in sections if section.get(name) is not None]
-    if any(value != values[0] for value in values):
+    if any(value != values[0] for value in values[1:]):  # NaN is not even itself
         raise ConfigError(f"vision_config gives {name} twice, as {values[0]!r} and {values[1]!r}")
     if values:
         found[name] = values[0]
