@@ -87,6 +87,10 @@ def _name(value: ir.Value | None) -> str:
     return value.name
 
 
+def _floats(values: _Values, value: ir.Value | None) -> Array:
+    return values[_name(value)].astype(np.float32, copy=False)
+
+
 def _moved_by_products(model: ir.Model) -> set[str]:
     moved: set[str] = set()
     for node in model.graph:
@@ -108,7 +112,7 @@ def _gemm(node: ir.Node, _: _Values, given: _Given) -> dict[int, Array]:
 
 
 def _layer_norm(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
-    x, (cotangent,) = values[_name(node.inputs[0])].astype(np.float32, copy=False), given
+    x, (cotangent,) = _floats(values, node.inputs[0]), given
     gain = node.inputs[1]
     assert gain is not None and gain.const_value is not None and cotangent is not None
     epsilon = node.attributes["epsilon"].as_float()
@@ -121,9 +125,7 @@ def _layer_norm(node: ir.Node, values: _Values, given: _Given) -> dict[int, Arra
 
 
 def _gelu(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
-    x, y = (
-        values[_name(v)].astype(np.float32, copy=False) for v in (node.inputs[0], node.outputs[0])
-    )
+    x, y = _floats(values, node.inputs[0]), _floats(values, node.outputs[0])
     (cotangent,) = given
     assert cotangent is not None
     density = np.exp(-(x**2) / 2) / np.float32(np.sqrt(2 * np.pi))
@@ -147,7 +149,7 @@ def _reshape(node: ir.Node, _: _Values, given: _Given) -> dict[int, Array]:
 
 
 def _rotary(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
-    cos, sin = (values[_name(v)].astype(np.float32, copy=False)[:, None] for v in node.inputs[2:4])
+    cos, sin = (_floats(values, value)[:, None] for value in node.inputs[2:4])
     half = cos.shape[-1]
 
     def turned_back(g: Array) -> Array:
@@ -160,8 +162,7 @@ def _rotary(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
 
 def _attention(node: ir.Node, values: _Values, given: _Given) -> dict[int, Array]:
     q, k, v = (
-        values[_name(value)].astype(np.float32, copy=False).swapaxes(0, 1)
-        for value in node.inputs[:3]
+        _floats(values, value).swapaxes(0, 1) for value in node.inputs[:3]
     )  # [heads, N, head_dim]
     bounds = values[_name(node.inputs[3])].tolist()
     scale = np.float32(node.attributes["scale"].as_float())

@@ -51,9 +51,8 @@ def _error(
     rows: Array, weight: Array, kind: EightBitFormat, rounding: Rounding
 ) -> tuple[Array, Array]:
     """Product and its error, `[N, out]` each."""
-    scale = scale_from_magnitude(np.abs(weight).max(axis=1, keepdims=True), kind.maximum)
     exact = rows @ weight.T
-    return exact, rounding(rows) @ kind.rounded(weight, scale).T - exact
+    return exact, rounding(rows) @ kind.rounded_weight(weight).T - exact
 
 
 def divisor_of(

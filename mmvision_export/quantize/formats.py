@@ -49,6 +49,11 @@ class EightBitFormat:
         ).astype(np.float32)
         return result
 
+    def rounded_weight(self, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """A product's weight `[out, in]` after storing and reading back, with a scale for each output channel."""
+        largest = np.abs(weight).max(axis=1, keepdims=True)
+        return self.rounded(weight, scale_from_magnitude(largest, self.maximum))
+
     @classmethod
     def of(cls, precision: Precision) -> EightBitFormat:
         """The format of a quantised precision's products."""

@@ -106,17 +106,18 @@ def quantize(
         sample = ranking_sample(_in_turns(calibration, held_out), manifest.config)
         graphs = _Graphs(plan, checks, sample, new, trial, allowed, progress)
         none_kept = graphs.loss(frozenset())
-        errors: dict[str, float] = dict.fromkeys((unit.name for unit in units), 0.0)
+        names = [unit.name for unit in units]
+        errors = dict.fromkeys(names, 0.0)
         kept: frozenset[str] | None = frozenset()
         if none_kept > allowed:
             ranker = Ranker(plan, sample)
             ranking = ranker(graphs.sample_results, progress)
             lost = ranking.losses(np.ones(len(units), bool)).max(axis=0)
-            errors = dict(zip(errors, lost.tolist(), strict=True))
+            errors = dict(zip(names, lost.tolist(), strict=True))
             kept = fewest_kept(
                 graphs.loss,
                 lambda: ranker(graphs.sample_results, progress),
-                list(errors),
+                names,
                 ranking,
                 allowed=allowed,
             )
@@ -233,7 +234,7 @@ class _Graphs:
         shutil.rmtree(self._trial, ignore_errors=True)
         self._trial.mkdir()
         _write(plan, keep, self._trial)
-        gc.collect()  # as after a ranking
+        gc.collect()  # see `Ranker`
         loss = self._measured()
         self.losses.append(loss)
         if loss <= self._allowed:  # with fewer units kept than any before: no others are asked for
@@ -264,15 +265,13 @@ class _Graphs:
                 self._progress.advance()
                 if found[name] > self._allowed:
                     self._progress.step("running what units are ranked on", total=len(self._sample))
-                    self.sample_results = list(self._counted(results))
+                    self.sample_results = []
+                    for result in results:
+                        self.sample_results.append(result)
+                        self._progress.advance()
                     break
         self._worst_first.sort(key=lambda name: -found.get(name, 0.0))
         return max(found.values())
-
-    def _counted(self, results: Iterator[Array]) -> Iterator[Array]:
-        for result in results:
-            yield result
-            self._progress.advance()
 
     @contextlib.contextmanager
     def _runnable(self) -> Iterator[Path]:

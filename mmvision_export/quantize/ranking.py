@@ -18,9 +18,9 @@ Where a graph failed by a little, `z` is the direction of the token's own error 
 estimates are shares of the loss that was measured. Where a graph failed by much, that direction says nothing
 of small errors, and `z` is a random vector of independent unit normals: `E[(z . J d)^2] = |J d|^2`.
 
-A gate asks for the worst tokens. With massive activations few tokens are far worse than the others: those
-that nearly make a neuron fire, or just do. So each image has estimates of its own, in which a token's weight
-is the third power of its loss in a graph that failed.
+A gate asks for the worst tokens. With massive activations, a few tokens are far worse than the others: the
+neurons that write these activations nearly fire for such a token, or barely fire. So each image has
+estimates of its own, in which a token's weight is the third power of its loss in a graph that failed.
 
 References:
     Hutchinson 1990, "A stochastic estimator of the trace of the influence matrix", Communications
@@ -42,8 +42,7 @@ from mmvision_export.graph.load import load_graph
 from mmvision_export.models.minimax_m3_vl.config import EncoderConfig
 from mmvision_export.quantize.backward import pulled_back, values_needed
 from mmvision_export.quantize.evidence import losses
-from mmvision_export.quantize.formats import scale_from_magnitude
-from mmvision_export.quantize.plan import Plan
+from mmvision_export.quantize.plan import Plan, weights_of
 from mmvision_export.quantize.statistics import Batch, values_of
 
 __all__ = [
@@ -217,13 +216,10 @@ def _weight_errors(plan: Plan, model: ir.Model) -> dict[str, Array]:
     """
     found = {}
     for unit in plan.units:
+        weights = weights_of(model, unit)
         for linear in unit.linears:
-            tensor = model.graph.initializers[linear.weight].const_value
-            assert tensor is not None
-            weight = tensor.numpy() * plan.divisors.get(unit.input, np.float32(1))
-            largest = np.abs(weight).max(axis=1, keepdims=True)
-            scale = scale_from_magnitude(largest, plan.kind.maximum)
-            found[linear.name] = ((plan.kind.rounded(weight, scale) - weight) ** 2).mean(axis=1)
+            weight = weights[linear.weight] * plan.divisors.get(unit.input, np.float32(1))
+            found[linear.name] = ((plan.kind.rounded_weight(weight) - weight) ** 2).mean(axis=1)
     return found
 
 

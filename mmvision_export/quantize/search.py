@@ -72,17 +72,18 @@ def fewest_kept(
     near = 0  # evaluations with hardly fewer units than what passed
     for evaluation in range(most):
         order, number = _greedy(demands, allowed)
+        middle = (failed[0] + passed[0]) // 2
+        worthwhile = math.floor((1 - _STEP) * passed[0])
         if evaluation == most - 1 and best is None:
             number = max(failed[0] + 1, len(names) - 1)  # the last chance that any passes
         elif best is not None and failed[0]:
             # How many is known better from two graphs than from the demands, which say which ones: of
             # demands, one that asks too much and one that asks too little take turns.
-            is_misled = failures >= _MISLED
-            number = (_middle if is_misled else _between)(failed, passed, allowed)
+            number = _between(failed, passed, allowed) if failures < _MISLED else middle
         elif best is not None:
-            number = min(number, math.floor((1 - _STEP) * passed[0]))
+            number = min(number, worthwhile)
         elif failures >= _MISLED:
-            number = max(number, _middle(failed, passed, allowed))
+            number = max(number, middle)
         number = min(max(number, 1), passed[0] - 1)
         units = [names[unit] for unit in order]
         while number < passed[0] - 1 and frozenset(units[:number]) in tried:
@@ -94,7 +95,7 @@ def fewest_kept(
         quantized = np.ones(len(names), bool)
         quantized[order[:number]] = False
         loss = loss_of(keep)
-        near += best is not None and number > (1 - _STEP) * passed[0]
+        near += best is not None and number > worthwhile
         if loss <= allowed:
             best, passed, failures = keep, (number, loss), 0
             if failed[0] >= number:  # of other units
@@ -115,14 +116,10 @@ def fewest_kept(
     return best
 
 
-def _middle(failed: _Tried, passed: _Tried, _: float) -> int:
-    return (failed[0] + passed[0]) // 2
-
-
 def _between(failed: _Tried, passed: _Tried, allowed: float) -> int:
     """How many units lose as much as is allowed, if the logarithm of the loss is linear between the two."""
     if not 0 < passed[1] < failed[1] < LINEAR:
-        return _middle(failed, passed, allowed)
+        return (failed[0] + passed[0]) // 2
     part = math.log(failed[1] / allowed) / math.log(failed[1] / passed[1])
     return failed[0] + max(1, math.ceil(part * (passed[0] - failed[0])))
 
